@@ -1,0 +1,1 @@
+"""The nouns: types, parameters, requests, plans, messages, configuration, errors (floor 0)."""

@@ -1,0 +1,1 @@
+"""Model families: one decoder, parameterised by its configuration."""
