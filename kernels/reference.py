@@ -1,0 +1,136 @@
+"""The slow, obvious backend in torch: the oracle of every other one.
+
+Each output row is computed on its own, in fp64, from inputs rounded as the contract says, then rounded once to fp32; so it is
+independent of the batch by construction. Meant for tests and for machines without the C++ library; never for speed.
+"""
+
+import math
+
+import torch
+from torch import Tensor
+
+from diptych.kernels.base import PackedLinear
+
+__all__ = ["ReferenceKernels"]
+
+
+class ReferenceKernels:
+    """`Kernels` without tricks."""
+
+    @property
+    def level(self) -> str:
+        return "reference"
+
+    def fingerprint(self) -> str:
+        return "reference-1"
+
+    def set_num_threads(self, num_threads: int) -> None:
+        assert num_threads >= 1
+
+    def pack_linear(self, weight: Tensor, bias: Tensor | None) -> PackedLinear:
+        num_out, num_in = weight.shape
+        return PackedLinear(
+            data=weight.detach().clone().contiguous(),
+            bias=None if bias is None else bias.detach().float(),
+            num_out=num_out,
+            num_in=num_in,
+            dtype=weight.dtype,
+        )
+
+    def linear(self, out: Tensor, x: Tensor, w: PackedLinear) -> None:
+        if w.dtype == torch.bfloat16:
+            x = x.to(torch.bfloat16)
+        weight = w.data.double()  # [N, K]
+        bias = 0.0 if w.bias is None else w.bias.double()  # [N]
+        for t in range(x.shape[0]):
+            out[t] = torch.mv(weight, x[t].double()) + bias
+
+    def embedding(self, out: Tensor, table: Tensor, ids: Tensor) -> None:
+        out.copy_(table[ids.long()])
+
+    def rms_norm(self, out: Tensor, x: Tensor, weight: Tensor, eps: float) -> None:
+        for t in range(x.shape[0]):
+            row = x[t].double()  # [D]
+            out[t] = row / torch.sqrt(row.square().mean() + eps) * weight.double()
+
+    def add_rms_norm(
+        self, out: Tensor, residual: Tensor, x: Tensor, weight: Tensor, eps: float
+    ) -> None:
+        residual += x
+        self.rms_norm(out, residual, weight, eps)
+
+    def rope(self, q: Tensor, k: Tensor, positions: Tensor, cos_sin: Tensor) -> None:
+        half = q.shape[-1] // 2
+        rows = cos_sin[positions.long()].double()  # [T, D]
+        cos, sin = rows[:, None, :half], rows[:, None, half:]  # [T, 1, D/2]
+        for x in (q, k):
+            low, high = x[..., :half].double(), x[..., half:].double()  # [T, H, D/2]
+            x[..., :half] = low * cos - high * sin
+            x[..., half:] = high * cos + low * sin
+
+    def silu_mul(self, out: Tensor, gate_up: Tensor) -> None:
+        gate, up = gate_up.double().chunk(2, dim=-1)  # [T, F]
+        out.copy_(gate * torch.sigmoid(gate) * up)
+
+    def write_kv(
+        self, k_cache: Tensor, v_cache: Tensor, k: Tensor, v: Tensor, slot_mapping: Tensor
+    ) -> None:
+        block_size = k_cache.shape[2]
+        for t, slot in enumerate(slot_mapping.tolist()):
+            if slot < 0:
+                continue
+            block, offset = divmod(slot, block_size)
+            k_cache[block, :, offset] = k[t].to(k_cache.dtype)
+            v_cache[block, :, offset] = v[t].to(v_cache.dtype)
+
+    def attention(
+        self,
+        out: Tensor,
+        q: Tensor,
+        k_cache: Tensor,
+        v_cache: Tensor,
+        qo_indptr: Tensor,
+        kv_indptr: Tensor,
+        kv_indices: Tensor,
+        kv_len: Tensor,
+        scale: float,
+        window: int,
+    ) -> None:
+        group = q.shape[1] // k_cache.shape[1]
+        rows, blocks = qo_indptr.tolist(), kv_indptr.tolist()
+        for s, length in enumerate(kv_len.tolist()):
+            table = kv_indices[blocks[s] : blocks[s + 1]].long()
+            keys = _gather(k_cache, table, length)  # [Hk, kv_len, D] fp64
+            values = _gather(v_cache, table, length)
+            for t in range(rows[s], rows[s + 1]):
+                end = length - (rows[s + 1] - t) + 1  # keys this row sees: [start, end)
+                start = max(0, end - window) if window > 0 else 0
+                for head in range(q.shape[1]):
+                    seen = keys[head // group, start:end]  # [seen, D]
+                    scores = torch.mv(seen, q[t, head].double()) * scale
+                    weights = torch.softmax(scores, dim=0)
+                    out[t, head] = torch.mv(values[head // group, start:end].T, weights)
+
+    def argmax_logprob(self, logits: Tensor) -> tuple[Tensor, Tensor]:
+        ids = torch.empty(logits.shape[0], dtype=torch.int32)
+        logprobs = torch.empty(logits.shape[0], dtype=torch.float32)
+        for r, row in enumerate(logits.double()):
+            top = float(row.max())
+            if not math.isfinite(top):
+                ids[r], logprobs[r] = -1, math.nan
+                continue
+            ids[r] = int((row == top).nonzero()[0, 0])
+            logprobs[r] = top - torch.logsumexp(row, dim=0)
+        return ids, logprobs
+
+    def log_softmax(self, out: Tensor, logits: Tensor) -> None:
+        for r, row in enumerate(logits.double()):
+            finite = math.isfinite(float(row.max()))
+            out[r] = row - torch.logsumexp(row, dim=0) if finite else math.nan
+
+
+def _gather(cache: Tensor, table: Tensor, length: int) -> Tensor:
+    """The first `length` tokens of a sequence, [Hk, length, D] fp64, from cache [num_blocks, Hk, block_size, D]."""
+    picked = cache[table].double()  # [blocks, Hk, block_size, D]
+    num_blocks, heads, block_size, dim = picked.shape
+    return picked.transpose(0, 1).reshape(heads, num_blocks * block_size, dim)[:, :length]
