@@ -1,0 +1,92 @@
+"""Configuration: nested, frozen, validated once; each constructor gets only the part it needs.
+
+Owns the defaults. Environment variables are read in server/cli only.
+"""
+
+from typing import Literal
+
+import msgspec
+
+from diptych.engine.core.errors import ConfigError
+from diptych.engine.core.types import HASH_UNIT_TOKENS
+
+Dtype = Literal["auto", "float32", "bfloat16", "float16"]
+
+
+class ModelOptions(msgspec.Struct, frozen=True, kw_only=True):
+    """Which weights to serve and how to hold them."""
+
+    path: str  # a local folder (already resolved)
+    dtype: Dtype = "auto"
+    max_model_len: int | None = None  # tokens; None: the model's own
+    load_format: Literal["auto", "dummy"] = "auto"  # dummy: random weights, for tests and benches
+    kernels: str = "auto"  # auto | cpp | reference
+    kernel_level: str | None = None
+    seed: int = 0  # of dummy weights
+
+
+class CacheOptions(msgspec.Struct, frozen=True, kw_only=True):
+    block_size: int = 16  # tokens
+    num_blocks: int | None = None  # None: from `memory_bytes`
+    memory_bytes: int = 1 << 30
+    enable_prefix_caching: bool = True
+
+    def verify(self) -> None:
+        if self.block_size < HASH_UNIT_TOKENS or self.block_size % HASH_UNIT_TOKENS:
+            raise ConfigError(f"block size must be a multiple of 16, got {self.block_size}")
+        if self.num_blocks is not None and self.num_blocks < 2:
+            raise ConfigError(f"the pool needs at least 2 blocks, got {self.num_blocks}")
+
+
+class SchedulerOptions(msgspec.Struct, frozen=True, kw_only=True):
+    """Limits of the scheduler. Every queue has a cap, and reaching it is answered with 429."""
+
+    max_num_seqs: int = 256  # sequences on one worker
+    max_waiting: int = 1024  # sequences waiting for a place
+    max_waiting_tokens: int = 4_194_304  # prompt tokens waiting for a place
+    headroom_blocks: int = 2  # granted beyond what a sequence holds
+    preemptions_max: int = 3  # per choice; afterwards it is never preempted again
+    local_prefill_tokens: int = 32  # uncached prompts up to this are prefilled where they decode
+    retry_after_max_s: float = 60.0
+
+
+class BatchOptions(msgspec.Struct, frozen=True, kw_only=True):
+    """What one step of one worker may hold."""
+
+    max_num_batched_tokens: int = 512
+    max_chunk_tokens: int | None = None  # cap of one prefill chunk; None: the whole budget
+    max_num_seqs: int = 256
+
+
+class WorkerSpec(msgspec.Struct, frozen=True, array_like=True):
+    """One worker: its number, its pool, its dial (share of step time for prefill, 0..100)."""
+
+    worker: int
+    pool: int
+    dial: int
+
+
+class EngineOptions(msgspec.Struct, frozen=True, kw_only=True):
+    model: ModelOptions
+    cache: CacheOptions = CacheOptions()
+    scheduler: SchedulerOptions = SchedulerOptions()
+    batch: BatchOptions = BatchOptions()
+    prefill: int = 1  # workers with dial 100
+    decode: int = 1  # workers with dial 0
+    mixed: int = 0  # workers with dial 50
+    threads: int | None = None  # per worker; None: cores / workers
+    hang_s: float = 3.0  # a progress counter still for this long, with work, is a hang
+
+    def workers(self) -> list[WorkerSpec]:
+        """Prefill workers first, then decode, then mixed; all in pool 0 of this host."""
+        dials = [100] * self.prefill + [0] * self.decode + [50] * self.mixed
+        return [WorkerSpec(worker, 0, dial) for worker, dial in enumerate(dials)]
+
+    def verify(self) -> None:
+        self.cache.verify()
+        if min(self.prefill, self.decode, self.mixed) < 0:
+            raise ConfigError("worker counts cannot be negative")
+        if not self.mixed and not (self.prefill and self.decode):
+            raise ConfigError("need --prefill N and --decode N of at least 1 each, or --mixed N")
+        if self.batch.max_num_batched_tokens < 1:
+            raise ConfigError("max_num_batched_tokens must be at least 1")

@@ -1,0 +1,405 @@
+"""Every message between processes: frozen, tagged, msgpack; no pickle on any wire.
+
+Owns the wire format. Invariants: a message of an older scheduler epoch, worker epoch or attempt
+changes nothing at its receiver; a sequence is named by (request, choice, attempt). Who sends what
+to whom is in the section headings; docs/PROTOCOL.md prints the table generated from this file.
+"""
+
+from typing import Final, Literal
+
+import msgspec
+
+from diptych.engine.core.plan import FinishInfo, TokenLogprobs
+from diptych.engine.core.request import Request, SeqRef
+from diptych.engine.core.types import (
+    ApiId,
+    BlockHash,
+    BlockId,
+    DownCause,
+    Epoch,
+    Generation,
+    LossCause,
+    PoolId,
+    RequestId,
+    Role,
+    WorkerId,
+)
+
+PROTOCOL_VERSION: Final = 1
+
+
+class Message(msgspec.Struct, frozen=True, array_like=True, tag=True):
+    """Base of all messages; the tag is the class name."""
+
+
+class Address(msgspec.Struct, frozen=True, array_like=True):
+    """One incarnation of one process. A message to an old incarnation reaches nobody."""
+
+    kind: Literal["api", "worker", "scheduler", "supervisor"]
+    number: int
+    epoch: Epoch
+
+
+class Send(msgspec.Struct, frozen=True):
+    """A decision to send: what the pure parts return and the shells carry out, in order."""
+
+    to: Address
+    message: Message
+
+
+# ---- API server -> scheduler -------------------------------------------------------------------
+
+
+class ChoiceState(msgspec.Struct, frozen=True, array_like=True):
+    """What is to be computed for one choice: the API server's log is the only truth.
+
+    `hashes` are those of the full blocks of prompt + emitted, in order.
+    """
+
+    choice: int
+    attempt: int
+    emitted: bytes  # packed int32; what the client has, or will, see
+    hashes: list[BlockHash]
+    want_prompt_logprobs: bool = False
+
+
+class Submit(Message, frozen=True):
+    """Compute these choices. `recovering`: was accepted before; it is never rejected."""
+
+    api: ApiId
+    api_epoch: Epoch
+    scheduler_epoch: Epoch
+    request: Request
+    choices: list[ChoiceState]
+    recovering: bool
+
+
+class Abort(Message, frozen=True):
+    """The client does not need more of this choice (a stop string matched). Idempotent."""
+
+    api: ApiId
+    scheduler_epoch: Epoch
+    request: RequestId
+    choice: int
+
+
+class Closed(Message, frozen=True):
+    """The request is over for the API server. Only this removes its rows; it aborts what runs."""
+
+    api: ApiId
+    scheduler_epoch: Epoch
+    request: RequestId
+
+
+# ---- scheduler -> API server -------------------------------------------------------------------
+
+
+class Accepted(Message, frozen=True):
+    scheduler_epoch: Epoch
+    request: RequestId
+
+
+class Rejected(Message, frozen=True):
+    """A queue is full (`retry_after_s` set, 429), or the request can never fit (None, 400)."""
+
+    scheduler_epoch: Epoch
+    request: RequestId
+    reason: str
+    retry_after_s: float | None
+
+
+class Lost(Message, frozen=True):
+    """This attempt was taken away; submit the next one. Nothing of the attempt is used later."""
+
+    scheduler_epoch: Epoch
+    ref: SeqRef
+    cause: LossCause
+
+
+class Failed(Message, frozen=True):
+    """This choice can never be computed (it alone crashed a worker); an error to the client."""
+
+    scheduler_epoch: Epoch
+    ref: SeqRef
+    reason: str
+
+
+class WorkerStats(msgspec.Struct, frozen=True, array_like=True):
+    worker: WorkerId
+    worker_epoch: Epoch
+    dial: int
+    running: int  # sequences assigned to it
+    steps: int  # steps since it started
+    step_s: float  # mean duration of the steps in its last report
+
+
+class Stats(Message, frozen=True):
+    """The scheduler's sums, sent to every API server [4 times a second] and when asked."""
+
+    scheduler_epoch: Epoch
+    running: int  # sequences on workers
+    waiting: int  # sequences waiting for a place
+    blocks_total: int
+    blocks_used: int  # neither free nor merely cached
+    blocks_cached: int
+    prefix_queries: int  # tokens asked for, since start
+    prefix_hits: int  # tokens found, since start
+    preemptions: int
+    rejections: int
+    losses: int
+    prefill_tokens: int
+    workers: list[WorkerStats]
+    ready: bool  # every pool is read and at least one prefill and one decode place exist
+
+
+# ---- scheduler -> worker -----------------------------------------------------------------------
+
+
+class Join(Message, frozen=True):
+    """Serve this scheduler epoch: drop all sequences of older ones, then answer `Joined`."""
+
+    scheduler_epoch: Epoch
+    worker_epoch: Epoch
+    dial: int
+
+
+class Assign(Message, frozen=True):
+    """Run this sequence. [0, num_computed) is in the pool already (a prefix-cache hit).
+
+    LOCAL, PREFILL: the blocks after num_computed are this worker's to write.
+    DECODE: nothing may be touched before the seal of the same `ref` came from the peer.
+    `api` is where tokens go, `peer` the other side of a handoff (worker, epoch).
+    """
+
+    scheduler_epoch: Epoch
+    worker_epoch: Epoch
+    ref: SeqRef
+    request: Request
+    role: Role
+    emitted: bytes
+    hashes: list[BlockHash]
+    block_table: list[BlockId]
+    generations: list[Generation]
+    num_computed: int
+    api: ApiId
+    api_epoch: Epoch
+    peer: tuple[WorkerId, Epoch] | None
+    want_prompt_logprobs: bool
+
+
+class Grant(Message, frozen=True):
+    """More blocks at the end of a sequence's table. `first` is the table index of blocks[0]."""
+
+    scheduler_epoch: Epoch
+    worker_epoch: Epoch
+    ref: SeqRef
+    first: int
+    blocks: list[BlockId]
+    generations: list[Generation]
+
+
+class Revoke(Message, frozen=True):
+    """Give this sequence back: answered by `released` in the next Progress, known or not."""
+
+    scheduler_epoch: Epoch
+    worker_epoch: Epoch
+    ref: SeqRef
+
+
+class SetDial(Message, frozen=True):
+    """The worker's share of step time for prefill, 0..100."""
+
+    scheduler_epoch: Epoch
+    worker_epoch: Epoch
+    dial: int
+
+
+# ---- worker -> worker --------------------------------------------------------------------------
+
+
+class Seal(Message, frozen=True):
+    """Prefill is over: [0, num_computed) is in the pool, `first` is the token sampled after it.
+
+    The sender touches none of the blocks any more. In one memory domain no byte moves.
+    `tokens_after` are the ids sampled by this attempt (one today), `logprobs` as sent to the client.
+    """
+
+    scheduler_epoch: Epoch
+    worker: WorkerId
+    worker_epoch: Epoch
+    peer_epoch: Epoch
+    ref: SeqRef
+    num_computed: int
+    token: int
+    logprobs: TokenLogprobs | None
+
+
+# ---- worker -> scheduler -----------------------------------------------------------------------
+
+
+class Joined(Message, frozen=True):
+    """No sequence of an older scheduler epoch is held, no block of one will be touched."""
+
+    scheduler_epoch: Epoch
+    worker: WorkerId
+    worker_epoch: Epoch
+
+
+class CommittedBlock(msgspec.Struct, frozen=True, array_like=True):
+    """Block `index` of the sequence's table is full and its step is over."""
+
+    ref: SeqRef
+    index: int
+    block: BlockId
+    generation: Generation
+    hash: BlockHash
+    parent: BlockHash  # hash of the block before it, or the request's root
+
+
+class Progress(Message, frozen=True):
+    """What changed since the last report. Running sequences' tokens are implied, never listed.
+
+    finished: ended by itself; the worker touches its blocks no more
+    sealed:   handed to its peer; the worker touches its blocks no more
+    released: given back after `Revoke`; likewise
+    """
+
+    scheduler_epoch: Epoch
+    worker: WorkerId
+    worker_epoch: Epoch
+    steps: int  # steps since the last report
+    compute_s: float  # their total duration
+    prefill_tokens: int  # computed in them
+    decode_tokens: int
+    committed: list[CommittedBlock]
+    sealed: list[SeqRef]
+    finished: list[SeqRef]
+    released: list[SeqRef]
+    starved: list[SeqRef]  # sat out a step for want of a block
+
+
+# ---- worker -> API server ----------------------------------------------------------------------
+
+
+class Tokens(msgspec.Struct, frozen=True, array_like=True):
+    """New tokens of one attempt. `first_index` counts emitted tokens over all attempts from 0.
+
+    `num_cached`: prompt tokens found in the prefix cache (for usage).
+    `prompt_logprobs`: set once, with the first token, when asked: entry i is about prompt token
+    i + 1 (the first prompt token has none).
+    """
+
+    ref: SeqRef
+    first_index: int
+    ids: list[int]
+    logprobs: list[TokenLogprobs] | None
+    finish: FinishInfo | None
+    num_cached: int
+    prompt_logprobs: list[TokenLogprobs] | None
+
+
+class TokenBatch(Message, frozen=True):
+    """One message per worker, step and API server."""
+
+    scheduler_epoch: Epoch
+    worker: WorkerId
+    worker_epoch: Epoch
+    items: list[Tokens]
+
+
+# ---- supervisor -> scheduler, API servers ------------------------------------------------------
+
+
+class WorkerUp(Message, frozen=True):
+    """A worker answers at its address. Sent to the scheduler."""
+
+    worker: WorkerId
+    worker_epoch: Epoch
+    pool: PoolId
+    dial: int
+
+
+class WorkerDown(Message, frozen=True):
+    """A worker was fenced: its processes are gone, none of its writes can still land."""
+
+    worker: WorkerId
+    worker_epoch: Epoch
+    cause: DownCause
+
+
+class PoolUp(Message, frozen=True):
+    """A memory domain exists; its blocks may be read and assigned."""
+
+    pool: PoolId
+    num_blocks: int
+    block_size: int
+
+
+class ApiUp(Message, frozen=True):
+    api: ApiId
+    api_epoch: Epoch
+
+
+class ApiDown(Message, frozen=True):
+    """An API server ended: all its requests are to be aborted."""
+
+    api: ApiId
+    api_epoch: Epoch
+
+
+class SchedulerUp(Message, frozen=True):
+    """Sent to API servers and by the supervisor only: submit all unfinished requests again."""
+
+    scheduler_epoch: Epoch
+
+
+class SchedulerDown(Message, frozen=True):
+    """Sent to API servers: nothing can be submitted until the next SchedulerUp."""
+
+    scheduler_epoch: Epoch
+
+
+class Drain(Message, frozen=True):
+    """Accept nothing new, finish what runs, then exit (API server), or exit now (others)."""
+
+    grace_s: float
+
+
+# ---- any process -> supervisor -----------------------------------------------------------------
+
+
+class Ready(Message, frozen=True):
+    """`name` ("w0", "sched", "api0") of this epoch listens at its address."""
+
+    name: str
+    epoch: Epoch
+
+
+AnyMessage = (
+    Submit
+    | Abort
+    | Closed
+    | Accepted
+    | Rejected
+    | Lost
+    | Failed
+    | Stats
+    | Join
+    | Assign
+    | Grant
+    | Revoke
+    | SetDial
+    | Seal
+    | Joined
+    | Progress
+    | TokenBatch
+    | WorkerUp
+    | WorkerDown
+    | PoolUp
+    | ApiUp
+    | ApiDown
+    | SchedulerUp
+    | SchedulerDown
+    | Drain
+    | Ready
+)
