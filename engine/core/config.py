@@ -31,6 +31,10 @@ class CacheOptions(msgspec.Struct, frozen=True, kw_only=True):
     memory_bytes: int = 1 << 30
     enable_prefix_caching: bool = True
 
+    def blocks(self, block_bytes: int) -> int:
+        """Blocks of the pool, given the bytes of one."""
+        return self.num_blocks or max(2, self.memory_bytes // block_bytes)
+
     def verify(self) -> None:
         if self.block_size < HASH_UNIT_TOKENS or self.block_size % HASH_UNIT_TOKENS:
             raise ConfigError(f"block size must be a multiple of 16, got {self.block_size}")
@@ -81,6 +85,11 @@ class EngineOptions(msgspec.Struct, frozen=True, kw_only=True):
         """Prefill workers first, then decode, then mixed; all in pool 0 of this host."""
         dials = [100] * self.prefill + [0] * self.decode + [50] * self.mixed
         return [WorkerSpec(worker, 0, dial) for worker, dial in enumerate(dials)]
+
+    def worker_threads(self, cores: int) -> int:
+        """Threads of one worker, when the workers of this host may use `cores` cores."""
+        workers = self.prefill + self.decode + self.mixed
+        return self.threads or max(1, cores // max(1, workers))
 
     def verify(self) -> None:
         self.cache.verify()

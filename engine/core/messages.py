@@ -218,10 +218,10 @@ class SetDial(Message, frozen=True):
 
 
 class Seal(Message, frozen=True):
-    """Prefill is over: [0, num_computed) is in the pool, `first` is the token sampled after it.
+    """Prefill is over: [0, num_computed) is in the pool, `token` is what was sampled after it.
 
     The sender touches none of the blocks any more. In one memory domain no byte moves.
-    `tokens_after` are the ids sampled by this attempt (one today), `logprobs` as sent to the client.
+    `token` was sampled after position num_computed - 1; `logprobs` as sent to the client.
     """
 
     scheduler_epoch: Epoch

@@ -1,0 +1,208 @@
+"""The inline engine: journal, scheduler, batchers and runner in one process and one thread.
+
+For notebooks, debuggers and tests. Owns one pool and one runner that all its workers share.
+Invariant: the same pure machines run as in production, so tokens are the same; only the wires are
+missing. A step blocks the event loop for its duration.
+"""
+
+import asyncio
+import time
+from collections import deque
+from collections.abc import AsyncIterator
+
+from diptych.engine.core.config import EngineOptions, WorkerSpec
+from diptych.engine.core.errors import EngineDeadError
+from diptych.engine.core.messages import (
+    Address,
+    ApiUp,
+    Message,
+    PoolUp,
+    SchedulerUp,
+    Send,
+    Stats,
+    WorkerUp,
+)
+from diptych.engine.core.params import SamplingParams
+from diptych.engine.pool import KVPool
+from diptych.engine.runner import Runner, load_model, make_runner
+from diptych.scheduler.batcher import Batcher
+from diptych.scheduler.commands import PoolRead, ReadPool, SchedulerInput
+from diptych.scheduler.journal import Journal
+from diptych.scheduler.scheduler import Scheduler
+from diptych.server.client import Delta, EngineInfo, Health
+from diptych.server.streams import Streams
+
+_EPOCH = 1
+_TICK_S = 0.25
+
+
+class InlineClient:
+    """An `EngineClient` with everything inside."""
+
+    def __init__(self, options: EngineOptions) -> None:
+        options.verify()
+        model = load_model(options.model)
+        config = model.config
+        block_size = options.cache.block_size
+        num_blocks = options.cache.blocks(config.block_bytes(block_size))
+        pool = KVPool.over(None, config, num_blocks, block_size)
+        self._runner: Runner = make_runner(model, pool, options.threads or 1)
+        self.info = EngineInfo(
+            model_path=options.model.path,
+            dtype=config.dtype,
+            vocab_size=config.vocab_size,
+            max_model_len=config.max_model_len,
+            eos_token_ids=sorted(config.eos_token_ids),
+            block_size=block_size,
+            num_blocks=num_blocks,
+            fingerprint=self._runner.fingerprint,
+        )
+        self._scheduler = Scheduler(_EPOCH, options.scheduler, options.cache)
+        self._batchers = {
+            spec.worker: Batcher(
+                spec.worker,
+                _EPOCH,
+                options.batch,
+                block_size=block_size,
+                eos_token_ids=frozenset(config.eos_token_ids),
+                max_model_len=config.max_model_len,
+            )
+            for spec in options.workers()
+        }
+        self._wire: deque[Send] = deque()
+        self._streams = Streams(Journal(0, _EPOCH, block_size=block_size), self.info, self._post)
+        self._stats: Stats | None = None
+        self._driver: asyncio.Task[None] | None = None
+        self._next_tick_s = 0.0
+        self._boot(options.workers())
+
+    # ---- EngineClient
+
+    async def stream(
+        self,
+        request_id: str,
+        prompt_ids: list[int],
+        params: SamplingParams,
+        *,
+        priority: int = 0,
+        cache_salt: str = "",
+        timeout_s: float | None = None,
+    ) -> AsyncIterator[Delta]:
+        deltas = self._streams.stream(
+            request_id,
+            prompt_ids,
+            params,
+            priority=priority,
+            cache_salt=cache_salt,
+            timeout_s=timeout_s,
+        )
+        self._wake()
+        try:
+            async for delta in deltas:
+                yield delta
+        finally:
+            await deltas.aclose()
+
+    def stop(self, request_id: str, choice: int) -> None:
+        self._streams.stop(request_id, choice)
+
+    def stats(self) -> Stats | None:
+        return self._stats
+
+    def health(self) -> Health:
+        failed = self._driver is not None and self._driver.done() and self._streams.num_open > 0
+        return Health(not failed and not self._streams.closing, "the engine stopped")
+
+    async def close(self) -> None:
+        self._streams.closing = True
+        self._streams.fail_all(EngineDeadError("The engine was closed."))
+        if self._driver is not None:
+            await asyncio.wait([self._driver])
+
+    def check_integrity(self) -> None:
+        """Asserts that all three machines agree with themselves."""
+        self._scheduler.check_integrity()
+        for batcher in self._batchers.values():
+            batcher.check_integrity()
+
+    # ---- the wires and the loop
+
+    def _post(self, sends: list[Send]) -> None:
+        self._wire.extend(sends)
+        self._wake()
+
+    def _wake(self) -> None:
+        if self._driver is None or self._driver.done():
+            try:
+                loop = asyncio.get_running_loop()
+            except RuntimeError:
+                return  # not serving yet
+            self._driver = loop.create_task(self._drive())
+
+    async def _drive(self) -> None:
+        """Runs steps while there is anything to do; every step lets other coroutines run."""
+        try:
+            while self._streams.num_open or self._wire or self._busy():
+                self._pump()
+                for batcher in self._batchers.values():
+                    self._step(batcher)
+                self._pump()
+                await asyncio.sleep(0)
+        except BaseException as error:
+            self._streams.fail_all(EngineDeadError(f"The inline engine failed: {error!r}"))
+            raise
+
+    def _busy(self) -> bool:
+        return any(batcher.has_work for batcher in self._batchers.values())
+
+    def _step(self, batcher: Batcher) -> None:
+        plan = batcher.plan()
+        if plan.empty:
+            return
+        batcher.commit(plan, self._runner.run(plan))
+
+    def _pump(self) -> None:
+        """Delivers messages until all are quiet."""
+        now = time.monotonic()
+        if now >= self._next_tick_s:
+            self._next_tick_s = now + _TICK_S
+            self._streams.tick()
+            self._decide([], now)
+        self._collect()
+        while self._wire:
+            inputs: list[Message] = []
+            while self._wire:
+                send = self._wire.popleft()
+                if send.to.kind == "scheduler":
+                    inputs.append(send.message)
+                elif send.to.kind == "worker":
+                    self._batchers[send.to.number].handle(send.message)
+                elif isinstance(send.message, Stats):
+                    self._stats = send.message
+                else:
+                    self._streams.handle(send.message)
+            if inputs:
+                self._decide(inputs, now)
+            self._streams.flush()
+            self._collect()
+
+    def _decide(self, inputs: list[SchedulerInput], now: float) -> None:
+        for command in self._scheduler.step(inputs, now):
+            if isinstance(command, ReadPool):
+                empty = PoolRead(command.pool, [0] * self.info.num_blocks, [])
+                self._decide([empty], now)
+            else:
+                self._wire.append(command)
+
+    def _collect(self) -> None:
+        """Page writes have no reader here: this pool dies with its only scheduler."""
+        for batcher in self._batchers.values():
+            self._wire.extend(c for c in batcher.take() if isinstance(c, Send))
+
+    def _boot(self, workers: list[WorkerSpec]) -> None:
+        inputs: list[SchedulerInput] = [PoolUp(0, self.info.num_blocks, self.info.block_size)]
+        inputs += [WorkerUp(spec.worker, _EPOCH, spec.pool, spec.dial) for spec in workers]
+        inputs.append(ApiUp(0, _EPOCH))
+        self._decide(inputs, time.monotonic())
+        self._wire.append(Send(Address("api", 0, _EPOCH), SchedulerUp(_EPOCH)))
+        self._pump()
