@@ -24,7 +24,7 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True):
     """How to turn logits into tokens, and when to stop.
 
     `max_tokens` None means "up to the model's length". `temperature` 0 is greedy. `top_k` 0 or
-    -1 is off. `logprobs` k returns the chosen token's log-probability and the k best; log-probabilities
+    -1 is off. `logprobs` k returns the chosen token's log-probability and the k best; they
     are those of the model's raw distribution (before temperature, penalties and masks).
     `seed` None is replaced by a random seed when the request is accepted, so that an attempt can
     be repeated bit for bit.
