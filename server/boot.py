@@ -1,0 +1,58 @@
+"""What each process is told when it starts: frozen, JSON, nothing inherited by accident.
+
+Owns the boot records. Invariant: a record travels over a pipe or standard input, never on a command
+line, so that no key shows in a process list.
+"""
+
+from pathlib import Path
+
+import msgspec
+
+from diptych.engine.core.config import EngineOptions
+from diptych.engine.core.types import ApiId, Epoch
+from diptych.server.client import EngineInfo
+
+
+class HostLayout(msgspec.Struct, frozen=True, kw_only=True):
+    """The memory of one host, fixed before anything starts."""
+
+    num_blocks: int
+    block_size: int  # tokens
+    block_bytes: int
+    num_workers: int
+    pool_fd: int
+    page_fd: int
+
+    @property
+    def pool_bytes(self) -> int:
+        return self.num_blocks * self.block_bytes
+
+
+class HostBoot(msgspec.Struct, frozen=True, kw_only=True):
+    """For the processes of the supervisor: scheduler, warm parent, workers."""
+
+    run_dir: str
+    options: EngineOptions
+    layout: HostLayout
+    lifeline_fd: int  # ends when the supervisor ends
+    log_level: str = "INFO"
+
+
+class ApiBoot(msgspec.Struct, frozen=True, kw_only=True):
+    """For an API server, whether a child of the supervisor or the caller of `start_engine`.
+
+    It binds its channels at Address("api", api, api_epoch) in `run_dir`, then calls `announce`;
+    the supervisor answers with SchedulerUp. `settings` is what the command line gave for it.
+    """
+
+    run_dir: str
+    api: ApiId
+    api_epoch: Epoch
+    info: EngineInfo
+    settings: dict[str, object] = {}
+    listen_fd: int | None = None  # an already listening TCP socket, shared by all API servers
+    log_level: str = "INFO"
+
+    @property
+    def path(self) -> Path:
+        return Path(self.run_dir)
