@@ -221,7 +221,8 @@ class Seal(Message, frozen=True):
     """Prefill is over: [0, num_computed) is in the pool, `token` is what was sampled after it.
 
     The sender touches none of the blocks any more. In one memory domain no byte moves.
-    `token` was sampled after position num_computed - 1; `logprobs` as sent to the client.
+    `logprobs` and `prompt_logprobs` are what the sender also sends to the client: the receiver
+    repeats them with the token, so whichever message arrives first is complete.
     """
 
     scheduler_epoch: Epoch
@@ -232,6 +233,7 @@ class Seal(Message, frozen=True):
     num_computed: int
     token: int
     logprobs: TokenLogprobs | None
+    prompt_logprobs: list[TokenLogprobs] | None = None
 
 
 # ---- worker -> scheduler -----------------------------------------------------------------------

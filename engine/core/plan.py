@@ -2,6 +2,8 @@
 
 A `StepPlan` refers to live `Sequence`s and stays in its process. Order is a contract: rows stand in
 the plan with all decodes first, then the prefill chunks, and every list of a result follows it.
+`StepRow` and `Sample` are structs, not dataclasses: one of each is made per row and step (0.05 us
+against 0.5 us).
 """
 
 from dataclasses import dataclass, field
@@ -25,8 +27,7 @@ class TokenLogprobs(msgspec.Struct, frozen=True, array_like=True):
     top: list[tuple[int, float]]
 
 
-@dataclass(slots=True, frozen=True)
-class StepRow:
+class StepRow(msgspec.Struct, frozen=True, gc=False):
     """Compute the tokens [start, start + length) of `seq`; then sample one token if `sample`."""
 
     seq: Sequence
@@ -46,8 +47,7 @@ class StepPlan:
         return not self.rows
 
 
-@dataclass(slots=True, frozen=True)
-class Sample:
+class Sample(msgspec.Struct, frozen=True, gc=False):
     """What one row sampled. `error` set: the row cannot go on (say, NaN logits), others can."""
 
     token: int
