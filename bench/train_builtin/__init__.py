@@ -1,0 +1,1 @@
+"""Training of the built-in model: checkable tasks, tokenizer, model, loop and evaluation."""
