@@ -1,0 +1,262 @@
+// What Python calls: checks the tensors, fills the plain arguments, and runs them on the asked
+// level.
+//
+// No function keeps a tensor. A failed check is a bug of the caller and raises ValueError with the
+// broken condition.
+#include <tvm/ffi/container/tensor.h>
+#include <tvm/ffi/error.h>
+#include <tvm/ffi/function.h>
+#include <tvm/ffi/optional.h>
+#include <tvm/ffi/string.h>
+
+#include "kernels.h"
+#include "pool.h"
+
+namespace diptych::cpu {
+namespace {
+
+using tvm::ffi::Optional;
+using tvm::ffi::String;
+using tvm::ffi::TensorView;
+
+#define CHECK(condition)                                                                       \
+  do {                                                                                         \
+    if (__builtin_expect(!(condition), 0)) TVM_FFI_THROW(ValueError) << "not so: " #condition; \
+  } while (0)
+
+const KernelTable* const kLevels[] = {
+    &kPlain,
+#if defined(__x86_64__)
+    &kAvx2,
+    &kAvx512,
+    &kAvx512Bf16,
+#endif
+};
+constexpr int64_t kNumLevels = sizeof kLevels / sizeof kLevels[0];
+
+bool machine_has(int64_t level) {
+  if (level == 0) return true;
+#if defined(__x86_64__)
+  __builtin_cpu_init();
+  const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
+                    __builtin_cpu_supports("f16c");
+  const bool avx512 = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+                      __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq");
+  if (level == 1) return avx2;
+  if (level == 2) return avx2 && avx512;
+  return avx2 && avx512 && __builtin_cpu_supports("avx512bf16");
+#else
+  return false;
+#endif
+}
+
+const KernelTable& table(int64_t level) {
+  CHECK(level >= 0 && level < kNumLevels);
+  return *kLevels[level];
+}
+
+bool is_type(const TensorView& t, uint8_t code, uint8_t bits) {
+  const DLDataType d = t.dtype();
+  return d.code == code && d.bits == bits && d.lanes == 1;
+}
+
+DType model_dtype(const TensorView& t) {
+  if (is_type(t, kDLFloat, 32)) return DType::kF32;
+  if (is_type(t, kDLBfloat, 16)) return DType::kBF16;
+  CHECK(is_type(t, kDLFloat, 16));
+  return DType::kF16;
+}
+
+// Elements between neighbours along the first dimension; all other dimensions are dense.
+int64_t row_stride(const TensorView& t) {
+  int64_t dense = 1;
+  for (int32_t d = t.ndim() - 1; d > 0; --d) {
+    CHECK(t.size(d) == 1 || t.stride(d) == dense);
+    dense *= t.size(d);
+  }
+  return t.size(0) == 1 ? dense : t.stride(0);
+}
+
+template <class T>
+T* data(const TensorView& t) {
+  return reinterpret_cast<T*>(static_cast<char*>(t.data_ptr()) + t.byte_offset());
+}
+
+float* floats(const TensorView& t, int32_t ndim) {
+  CHECK(is_type(t, kDLFloat, 32) && t.ndim() == ndim && t.device().device_type == kDLCPU);
+  return data<float>(t);
+}
+
+float* dense_floats(const TensorView& t, int32_t ndim) {
+  CHECK(t.IsContiguous());
+  return floats(t, ndim);
+}
+
+const int32_t* ints(const TensorView& t, int64_t size) {
+  CHECK(is_type(t, kDLInt, 32) && t.ndim() == 1 && t.IsContiguous() &&
+        t.device().device_type == kDLCPU);
+  CHECK(t.size(0) == size);
+  return data<const int32_t>(t);
+}
+
+CacheView cache_view(const TensorView& t) {
+  CHECK(t.ndim() == 4 && t.device().device_type == kDLCPU);
+  return {data<char>(t), row_stride(t), t.size(2), t.size(1), t.size(3), model_dtype(t)};
+}
+
+void check_same_cache(const CacheView& k, const CacheView& v) {
+  CHECK(k.block_size == v.block_size && k.heads == v.heads && k.dim == v.dim && k.dtype == v.dtype);
+}
+
+int64_t padded_inputs(DType dtype, int64_t num_in) {
+  return dtype == DType::kBF16 ? (num_in + 1) / 2 * 2 : num_in;
+}
+
+int64_t packed_size(int64_t num_out, int64_t num_in, bool bf16) {
+  return (num_out + kPanel - 1) / kPanel * kPanel *
+         padded_inputs(bf16 ? DType::kBF16 : DType::kF32, num_in);
+}
+
+void pack_linear(int64_t level, TensorView packed, TensorView weight) {
+  CHECK(weight.ndim() == 2 && weight.IsContiguous() && packed.IsContiguous());
+  const DType dtype = model_dtype(weight);
+  const int64_t num_out = weight.size(0), num_in = weight.size(1);
+  CHECK(model_dtype(packed) == dtype &&
+        packed.numel() == packed_size(num_out, num_in, dtype == DType::kBF16));
+  table(level).pack({data<void>(packed), data<void>(weight), num_out, num_in, dtype});
+}
+
+void linear(int64_t level, TensorView out, TensorView x, TensorView packed,
+            Optional<TensorView> bias) {
+  const int64_t rows = x.size(0), num_in = x.size(1), num_out = out.size(1);
+  const DType dtype = model_dtype(packed);
+  float* to = dense_floats(out, 2);
+  const float* from = dense_floats(x, 2);
+  CHECK(out.size(0) == rows &&
+        packed.numel() == packed_size(num_out, num_in, dtype == DType::kBF16));
+  const float* add = nullptr;
+  if (bias.has_value()) {
+    CHECK((*bias).size(0) == num_out);
+    add = dense_floats(*bias, 1);
+  }
+  table(level).linear({to, from, data<void>(packed), add, rows, num_out, num_in, dtype});
+}
+
+void embedding(int64_t level, TensorView out, TensorView weights, TensorView ids) {
+  CHECK(weights.ndim() == 2 && weights.IsContiguous() && out.size(1) == weights.size(1));
+  const int64_t rows = out.size(0);
+  table(level).embedding({dense_floats(out, 2), data<void>(weights), ints(ids, rows), rows,
+                          out.size(1), model_dtype(weights)});
+}
+
+void rms_norm(int64_t level, TensorView out, TensorView x, TensorView weight, double eps) {
+  const int64_t rows = x.size(0), dim = x.size(1);
+  CHECK(out.size(0) == rows && out.size(1) == dim && weight.size(0) == dim);
+  table(level).norm({dense_floats(out, 2), nullptr, dense_floats(x, 2), dense_floats(weight, 1),
+                     rows, dim, static_cast<float>(eps)});
+}
+
+void add_rms_norm(int64_t level, TensorView out, TensorView residual, TensorView x,
+                  TensorView weight, double eps) {
+  const int64_t rows = x.size(0), dim = x.size(1);
+  CHECK(out.size(0) == rows && out.size(1) == dim && weight.size(0) == dim);
+  CHECK(residual.size(0) == rows && residual.size(1) == dim);
+  table(level).norm({dense_floats(out, 2), dense_floats(residual, 2), dense_floats(x, 2),
+                     dense_floats(weight, 1), rows, dim, static_cast<float>(eps)});
+}
+
+void rope(int64_t level, TensorView q, TensorView k, TensorView positions, TensorView cos_sin) {
+  const int64_t rows = q.size(0), dim = q.size(2);
+  CHECK(k.size(0) == rows && k.size(2) == dim && dim % 2 == 0 && cos_sin.size(1) == dim);
+  table(level).rope({floats(q, 3), floats(k, 3), row_stride(q), row_stride(k),
+                     ints(positions, rows), dense_floats(cos_sin, 2), rows, q.size(1), k.size(1),
+                     dim});
+}
+
+void silu_mul(int64_t level, TensorView out, TensorView gate_up) {
+  CHECK(gate_up.size(0) == out.size(0) && gate_up.size(1) == 2 * out.size(1));
+  table(level).silu_mul({dense_floats(out, 2), dense_floats(gate_up, 2), out.size(0), out.size(1)});
+}
+
+void write_kv(int64_t level, TensorView k_cache, TensorView v_cache, TensorView k, TensorView v,
+              TensorView slots) {
+  const CacheView keys = cache_view(k_cache), values = cache_view(v_cache);
+  const int64_t rows = k.size(0);
+  check_same_cache(keys, values);
+  CHECK(k.size(1) == keys.heads && k.size(2) == keys.dim);
+  CHECK(v.size(0) == rows && v.size(1) == keys.heads && v.size(2) == keys.dim);
+  table(level).write_kv({keys, values, floats(k, 3), floats(v, 3), row_stride(k), row_stride(v),
+                         ints(slots, rows), rows});
+}
+
+void attention(int64_t level, TensorView out, TensorView q, TensorView k_cache, TensorView v_cache,
+               TensorView qo_indptr, TensorView kv_indptr, TensorView kv_indices, TensorView kv_len,
+               double scale, int64_t window) {
+  const CacheView keys = cache_view(k_cache), values = cache_view(v_cache);
+  const int64_t seqs = kv_len.size(0), heads = q.size(1), rows = q.size(0);
+  check_same_cache(keys, values);
+  CHECK(q.size(2) == keys.dim && heads % keys.heads == 0);
+  CHECK(out.size(0) == rows && out.size(1) == heads && out.size(2) == keys.dim);
+  AttentionArgs args{dense_floats(out, 3),
+                     floats(q, 3),
+                     row_stride(q),
+                     keys,
+                     values,
+                     ints(qo_indptr, seqs + 1),
+                     ints(kv_indptr, seqs + 1),
+                     ints(kv_indices, kv_indices.size(0)),
+                     ints(kv_len, seqs),
+                     seqs,
+                     heads,
+                     static_cast<float>(scale),
+                     window};
+  CHECK(args.qo_indptr[0] == 0 && args.qo_indptr[seqs] == rows &&
+        args.kv_indptr[seqs] <= kv_indices.size(0));
+  for (int64_t s = 0; s < seqs; ++s) {
+    const int64_t tokens = args.qo_indptr[s + 1] - args.qo_indptr[s],
+                  blocks = args.kv_indptr[s + 1] - args.kv_indptr[s];
+    CHECK(tokens >= 0 && tokens <= args.kv_len[s] && blocks * keys.block_size >= args.kv_len[s]);
+  }
+  table(level).attention(args);
+}
+
+void argmax_logprob(int64_t level, TensorView ids, TensorView logprobs, TensorView logits) {
+  const int64_t rows = logits.size(0), vocab = logits.size(1);
+  CHECK(logprobs.size(0) == rows && vocab > 0);
+  int32_t* chosen = const_cast<int32_t*>(ints(ids, rows));
+  table(level).logits(
+      {dense_floats(logits, 2), rows, vocab, chosen, dense_floats(logprobs, 1), nullptr});
+}
+
+void log_softmax(int64_t level, TensorView out, TensorView logits) {
+  const int64_t rows = logits.size(0), vocab = logits.size(1);
+  CHECK(out.size(0) == rows && out.size(1) == vocab && vocab > 0);
+  table(level).logits(
+      {dense_floats(logits, 2), rows, vocab, nullptr, nullptr, dense_floats(out, 2)});
+}
+
+String level_name(int64_t level) { return table(level).name; }
+
+int64_t num_levels() { return kNumLevels; }
+
+void set_threads(int64_t num_threads) { set_num_threads(static_cast<int>(num_threads)); }
+
+}  // namespace
+}  // namespace diptych::cpu
+
+TVM_FFI_DLL_EXPORT_TYPED_FUNC(num_levels, diptych::cpu::num_levels)
+TVM_FFI_DLL_EXPORT_TYPED_FUNC(level_name, diptych::cpu::level_name)
+TVM_FFI_DLL_EXPORT_TYPED_FUNC(machine_has, diptych::cpu::machine_has)
+TVM_FFI_DLL_EXPORT_TYPED_FUNC(set_num_threads, diptych::cpu::set_threads)
+TVM_FFI_DLL_EXPORT_TYPED_FUNC(packed_size, diptych::cpu::packed_size)
+TVM_FFI_DLL_EXPORT_TYPED_FUNC(pack_linear, diptych::cpu::pack_linear)
+TVM_FFI_DLL_EXPORT_TYPED_FUNC(linear, diptych::cpu::linear)
+TVM_FFI_DLL_EXPORT_TYPED_FUNC(embedding, diptych::cpu::embedding)
+TVM_FFI_DLL_EXPORT_TYPED_FUNC(rms_norm, diptych::cpu::rms_norm)
+TVM_FFI_DLL_EXPORT_TYPED_FUNC(add_rms_norm, diptych::cpu::add_rms_norm)
+TVM_FFI_DLL_EXPORT_TYPED_FUNC(rope, diptych::cpu::rope)
+TVM_FFI_DLL_EXPORT_TYPED_FUNC(silu_mul, diptych::cpu::silu_mul)
+TVM_FFI_DLL_EXPORT_TYPED_FUNC(write_kv, diptych::cpu::write_kv)
+TVM_FFI_DLL_EXPORT_TYPED_FUNC(attention, diptych::cpu::attention)
+TVM_FFI_DLL_EXPORT_TYPED_FUNC(argmax_logprob, diptych::cpu::argmax_logprob)
+TVM_FFI_DLL_EXPORT_TYPED_FUNC(log_softmax, diptych::cpu::log_softmax)

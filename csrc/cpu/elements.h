@@ -1,0 +1,65 @@
+// The three element types of weights and KV, and their conversion from and to fp32 (nearest even),
+// one at a time.
+#pragma once
+
+#include <stdint.h>
+#include <string.h>
+
+namespace diptych::cpu {
+namespace {
+
+inline uint32_t float_bits(float x) {
+  uint32_t u;
+  memcpy(&u, &x, sizeof u);
+  return u;
+}
+inline float bits_float(uint32_t u) {
+  float x;
+  memcpy(&x, &u, sizeof x);
+  return x;
+}
+
+struct F32 {
+  using Raw = float;
+  static float to_float(float x) { return x; }
+  static float from_float(float x) { return x; }
+};
+
+struct BF16 {
+  using Raw = uint16_t;
+  static float to_float(uint16_t x) { return bits_float(static_cast<uint32_t>(x) << 16); }
+  static uint16_t from_float(float x) {
+    const uint32_t u = float_bits(x), rounded = (u + 0x7fff + ((u >> 16) & 1)) >> 16;
+    const bool nan = (u & 0x7fffffffu) > 0x7f800000u;
+    return static_cast<uint16_t>(nan ? (u >> 16) | 0x40 : rounded);
+  }
+};
+
+struct F16 {
+  using Raw = uint16_t;
+  static float to_float(uint16_t h) {
+    const uint32_t sign = static_cast<uint32_t>(h & 0x8000) << 16, magnitude = h & 0x7fff;
+    if (magnitude >= 0x7c00) return bits_float(sign | 0x7f800000u | (magnitude & 0x3ff) << 13);
+    if (magnitude >= 0x400) return bits_float(sign | ((magnitude << 13) + (112u << 23)));
+    const float subnormal = static_cast<float>(magnitude) * 5.9604644775390625e-8f;  // 2^-24, exact
+    return bits_float(sign | float_bits(subnormal));
+  }
+  static uint16_t from_float(float x) {
+    const uint32_t u = float_bits(x), sign = (u >> 16) & 0x8000, magnitude = u & 0x7fffffffu;
+    const uint32_t subnormal =
+        float_bits(bits_float(magnitude) + 0.5f) - 0x3f000000u;  // the FPU rounds at 2^-24
+    const uint32_t normal = (magnitude + 0xfff + ((magnitude >> 13) & 1) - (112u << 23)) >> 13;
+    uint32_t h = magnitude < 0x38800000u ? subnormal : normal;
+    h = magnitude >= 0x477ff000u ? 0x7c00u : h;                               // rounds to infinity
+    h = magnitude > 0x7f800000u ? 0x7e00u | ((magnitude >> 13) & 0x1ff) : h;  // quiet NaN
+    return static_cast<uint16_t>(sign | h);
+  }
+};
+
+template <class E>
+void convert_row(typename E::Raw* __restrict out, const float* __restrict x, int64_t n) {
+  for (int64_t i = 0; i < n; ++i) out[i] = E::from_float(x[i]);
+}
+
+}  // namespace
+}  // namespace diptych::cpu

@@ -1,0 +1,168 @@
+// The register-blocked GEMM tile that linear layers and attention share, templated on the level's
+// Vec.
+//
+// Weights come in panels of 16 columns: fp32 and fp16 as [K][16], bf16 as [K/2][16][2] (an odd K is
+// padded with zeros). Invariant: every output element is one accumulator that starts at zero and
+// takes its K products in order of k, for every tile shape; so its bits do not depend on how many
+// rows or columns are computed beside it.
+#pragma once
+
+#include "kernels.h"
+
+namespace diptych::cpu {
+namespace {
+
+using F = Vec::F;
+constexpr int kVecs = kPanel / Vec::W;  // vectors of one row of a panel
+
+// What a row of activations looks like to the tile, and how many K steps (pairs for bf16) it has.
+template <class E>
+struct Operand {
+  using Act = float;
+  static int64_t steps(int64_t k) { return k; }
+  static constexpr int kActsPerStep = 1;
+  static constexpr int kRawPerStep = kPanel;
+};
+template <>
+struct Operand<BF16> {
+  using Act = float;  // values rounded to bf16
+  static int64_t steps(int64_t k) { return (k + 1) / 2; }
+  static constexpr int kActsPerStep = 2;
+  static constexpr int kRawPerStep = 2 * kPanel;
+};
+struct BF16Pairs {  // BF16 weights against packed pairs of bf16 activations
+  using Raw = uint16_t;
+};
+template <>
+struct Operand<BF16Pairs> {
+  using Act = uint32_t;
+  static int64_t steps(int64_t k) { return (k + 1) / 2; }
+  static constexpr int kActsPerStep = 1;
+  static constexpr int kRawPerStep = 2 * kPanel;
+};
+
+template <class E>
+struct TileArgs {
+  const typename Operand<E>::Act* x;  // [rows, x_stride]
+  int64_t x_stride;
+  const typename E::Raw* w;  // first panel
+  int64_t panel_stride;      // Raw elements
+  int64_t steps;
+  float* out;  // [rows, out_stride]
+  int64_t out_stride;
+  const float* bias;  // of the first column, or null
+  int64_t columns;    // valid columns from the first one on
+};
+
+template <class E, int R, int V>
+inline __attribute__((always_inline)) void tile_step(F (&acc)[R][V], const TileArgs<E>& a,
+                                                     int64_t s) {
+  const typename E::Raw* w = a.w + s * Operand<E>::kRawPerStep;
+  if constexpr (sizeof(typename Operand<E>::Act) == 4 && Operand<E>::kRawPerStep == kPanel) {
+    F wv[V];
+#pragma GCC unroll 16
+    for (int v = 0; v < V; ++v)
+      wv[v] = Vec::load_as<E>(w + (v / kVecs) * a.panel_stride + (v % kVecs) * Vec::W);
+#pragma GCC unroll 16
+    for (int r = 0; r < R; ++r) {
+      const F x = Vec::set1(a.x[r * a.x_stride + s]);
+#pragma GCC unroll 16
+      for (int v = 0; v < V; ++v) acc[r][v] = Vec::fma(x, wv[v], acc[r][v]);
+    }
+  } else {
+#pragma GCC unroll 16
+    for (int v = 0; v < V; ++v) {
+      const uint32_t* pairs = reinterpret_cast<const uint32_t*>(w + (v / kVecs) * a.panel_stride +
+                                                                (v % kVecs) * 2 * Vec::W);
+      if constexpr (Operand<E>::kActsPerStep == 1) {
+#pragma GCC unroll 16
+        for (int r = 0; r < R; ++r)
+          acc[r][v] = Vec::dot_pairs(acc[r][v], a.x[r * a.x_stride + s], pairs);
+      } else {
+        F first, second;
+        Vec::load_pairs(pairs, first, second);
+#pragma GCC unroll 16
+        for (int r = 0; r < R; ++r) {
+          const auto* x = a.x + r * a.x_stride + 2 * s;
+          acc[r][v] = Vec::fma(Vec::set1(x[0]), first, acc[r][v]);
+          acc[r][v] = Vec::fma(Vec::set1(x[1]), second, acc[r][v]);
+        }
+      }
+    }
+  }
+}
+
+// R rows x P panels.
+template <class E, int R, int P>
+void tile(const TileArgs<E>& a) {
+  constexpr int V = P * kVecs;
+  F acc[R][V];
+  for (int r = 0; r < R; ++r) {
+    for (int v = 0; v < V; ++v) acc[r][v] = Vec::set1(0.0f);
+  }
+  for (int64_t s = 0; s < a.steps; ++s) tile_step<E, R, V>(acc, a, s);
+  for (int v = 0; v < V; ++v) {
+    const int64_t left = a.columns - v * Vec::W;
+    if (left <= 0) break;
+    const int n = left < Vec::W ? static_cast<int>(left) : Vec::W;
+    const F bias = a.bias == nullptr ? Vec::set1(0.0f) : Vec::load_n(a.bias + v * Vec::W, n);
+    for (int r = 0; r < R; ++r) {
+      const F y = a.bias == nullptr ? acc[r][v] : acc[r][v] + bias;
+      Vec::store_n(a.out + r * a.out_stride + v * Vec::W, y, n);
+    }
+  }
+}
+
+template <class E, int P>
+void tile_rows(const TileArgs<E>& a, int64_t rows) {
+  switch (rows) {
+    case 1:
+      return tile<E, 1, P>(a);
+    case 2:
+      return tile<E, 2, P>(a);
+    case 3:
+      if constexpr (Vec::kRows >= 3) return tile<E, 3, P>(a);
+      break;
+    case 4:
+      if constexpr (Vec::kRows >= 4) return tile<E, 4, P>(a);
+      break;
+    case 5:
+      if constexpr (Vec::kRows >= 5) return tile<E, 5, P>(a);
+      break;
+    case 6:
+      if constexpr (Vec::kRows >= 6) return tile<E, 6, P>(a);
+      break;
+  }
+  __builtin_unreachable();
+}
+
+// All `rows` rows against `panels` panels; `a` describes the first row and panel.
+template <class E>
+void gemm(TileArgs<E> a, int64_t rows, int64_t panels) {
+  const TileArgs<E> first = a;
+  for (int64_t r = 0; r < rows; r += Vec::kRows) {
+    const int64_t tile_height = rows - r < Vec::kRows ? rows - r : Vec::kRows;
+    int64_t p = 0;
+    while (p < panels) {
+      a.x = first.x + r * a.x_stride;
+      a.w = first.w + p * a.panel_stride;
+      a.out = first.out + r * a.out_stride + p * kPanel;
+      a.bias = first.bias == nullptr ? nullptr : first.bias + p * kPanel;
+      a.columns = first.columns - p * kPanel;
+      const int64_t left = panels - p;
+      if (tile_height == 1 && left >= Vec::kPanelsOne) {
+        tile<E, 1, Vec::kPanelsOne>(a);
+        p += Vec::kPanelsOne;
+      } else if (left >= Vec::kPanels) {
+        tile_rows<E, Vec::kPanels>(a, tile_height);
+        p += Vec::kPanels;
+      } else {
+        tile_rows<E, 1>(a, tile_height);
+        p += 1;
+      }
+    }
+  }
+}
+
+}  // namespace
+}  // namespace diptych::cpu

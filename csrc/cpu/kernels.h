@@ -1,0 +1,120 @@
+// The table of functions that one instruction-set level provides, and the plain data they take.
+//
+// Included by the binding (compiled for the baseline machine) and by every level (compiled with its
+// own -m flags), so it holds declarations and plain data only: an inline function of a header,
+// compiled with AVX-512, could be the copy that the linker keeps for everybody.
+#pragma once
+
+#include <stdint.h>
+
+namespace diptych::cpu {
+
+enum class DType : int32_t { kF32 = 0, kBF16 = 1, kF16 = 2 };
+
+constexpr int kPanel = 16;  // columns of one packed weight panel
+constexpr int kTile = 64;   // keys of one attention tile, aligned to the sequence's first token
+constexpr int kSplit = 8 * kTile;  // keys of one independently computed part of a row's softmax
+constexpr int kVocabChunk = 8192;  // logits of one independently computed part of a row's logsumexp
+
+struct LinearArgs {
+  float* out;         // [rows, num_out]
+  const float* x;     // [rows, num_in]
+  const void* w;      // packed, see linear.h
+  const float* bias;  // [num_out] or null
+  int64_t rows, num_out, num_in;
+  DType dtype;
+};
+
+struct PackArgs {
+  void* packed;
+  const void* weight;  // [num_out, num_in]
+  int64_t num_out, num_in;
+  DType dtype;
+};
+
+struct EmbeddingArgs {
+  float* out;          // [rows, dim]
+  const void* table;   // [vocab, dim]
+  const int32_t* ids;  // [rows]
+  int64_t rows, dim;
+  DType dtype;
+};
+
+struct NormArgs {
+  float* out;           // [rows, dim]
+  float* residual;      // [rows, dim] or null: added to x in place, then normed
+  const float* x;       // [rows, dim]
+  const float* weight;  // [dim]
+  int64_t rows, dim;
+  float eps;
+};
+
+struct RopeArgs {
+  float *q, *k;  // [rows, heads, dim], rows strided
+  int64_t q_stride, k_stride;
+  const int32_t* positions;  // [rows]
+  const float* cos_sin;      // [max positions, dim]
+  int64_t rows, q_heads, k_heads, dim;
+};
+
+struct SiluArgs {
+  float* out;            // [rows, dim]
+  const float* gate_up;  // [rows, 2 * dim]
+  int64_t rows, dim;
+};
+
+// One layer's K or V in the pool: element (block, head, offset, d) is at block * block_stride +
+// (head * block_size + offset) * dim + d.
+struct CacheView {
+  char* data;
+  int64_t block_stride;  // elements
+  int64_t block_size, heads, dim;
+  DType dtype;
+};
+
+struct WriteKvArgs {
+  CacheView k_cache, v_cache;
+  const float *k, *v;  // [rows, heads, dim], rows strided
+  int64_t k_stride, v_stride;
+  const int32_t* slots;  // [rows], -1 skips
+  int64_t rows;
+};
+
+struct AttentionArgs {
+  float* out;      // [rows, q_heads, dim]
+  const float* q;  // [rows, q_heads, dim], rows strided
+  int64_t q_stride;
+  CacheView k_cache, v_cache;
+  const int32_t *qo_indptr, *kv_indptr, *kv_indices, *kv_len;
+  int64_t num_seqs, q_heads;
+  float scale;
+  int64_t window;  // <= 0: none
+};
+
+struct LogitsArgs {
+  const float* logits;  // [rows, vocab]
+  int64_t rows, vocab;
+  int32_t* ids;     // [rows] or null
+  float* logprobs;  // [rows] or null
+  float* out;       // [rows, vocab] or null
+};
+
+struct KernelTable {
+  const char* name;
+  void (*pack)(const PackArgs&);
+  void (*linear)(const LinearArgs&);
+  void (*embedding)(const EmbeddingArgs&);
+  void (*norm)(const NormArgs&);
+  void (*rope)(const RopeArgs&);
+  void (*silu_mul)(const SiluArgs&);
+  void (*write_kv)(const WriteKvArgs&);
+  void (*attention)(const AttentionArgs&);
+  void (*logits)(const LogitsArgs&);
+};
+
+extern const KernelTable kPlain;
+extern const KernelTable kAvx2;
+extern const KernelTable kAvx512;
+extern const KernelTable kAvx512Bf16;
+
+}  // namespace diptych::cpu

@@ -1,0 +1,14 @@
+// Included last by each level's source, after its Vec: instantiates every kernel and fills the
+// level's table.
+#pragma once
+
+#include "attention.h"
+#include "linear.h"
+#include "logits.h"
+#include "rows.h"
+
+#define DIPTYCH_LEVEL_TABLE(variable, name)                                   \
+  namespace diptych::cpu {                                                    \
+  const KernelTable variable = {name, pack,     linear,   embedding, norm,    \
+                                rope, silu_mul, write_kv, attention, logits}; \
+  }

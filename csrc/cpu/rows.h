@@ -1,0 +1,160 @@
+// Everything that works row by row: embedding, norms, RoPE, SiLU, KV writes, logits.
+#pragma once
+
+#include <math.h>
+
+#include "gemm.h"
+#include "pool.h"
+
+namespace diptych::cpu {
+namespace {
+
+constexpr int64_t kInlineValues = 1 << 14;  // smaller problems are not worth waking a thread for
+
+// Runs row(args, r) for all rows, several rows per work item.
+template <class Args, void (*row)(const Args&, int64_t)>
+void run_rows(const Args& args, int64_t rows, int64_t values_per_row) {
+  struct Job {
+    const Args& args;
+    int64_t rows, rows_per_item;
+  };
+  auto item = [](void* context, int64_t index) {
+    const Job& job = *static_cast<const Job*>(context);
+    const int64_t first = index * job.rows_per_item;
+    const int64_t end = first + job.rows_per_item < job.rows ? first + job.rows_per_item : job.rows;
+    for (int64_t r = first; r < end; ++r) row(job.args, r);
+  };
+  const int64_t per_item = kInlineValues / (values_per_row > 0 ? values_per_row : 1) + 1;
+  Job job{args, rows, per_item};
+  run_items((rows + per_item - 1) / per_item, item, &job);
+}
+
+template <class Fn>
+inline void each_vec(int64_t n, Fn fn) {  // fn(offset, lanes)
+  int64_t i = 0;
+  for (; i + Vec::W <= n; i += Vec::W) fn(i, Vec::W);
+  if (i < n) fn(i, static_cast<int>(n - i));
+}
+
+// e^x for each lane; 0 below -86.5, about 1 ulp otherwise; NaN stays NaN.
+inline F exp_vec(F x) {
+  const F limit = Vec::set1(-86.5f),
+          magic = Vec::set1(12582912.0f);  // 1.5 * 2^23: rounds to an integer in the low bits
+  const F clamped = Vec::min(Vec::set1(88.0f), Vec::max(limit, x));
+  const F biased = Vec::fma(clamped, Vec::set1(1.44269504088896341f), magic);
+  const F n = biased - magic;
+  F r = Vec::fma(n, Vec::set1(-0.693359375f), clamped);
+  r = Vec::fma(n, Vec::set1(2.12194440e-4f), r);
+  F p = Vec::set1(1.9875691500e-4f);
+  p = Vec::fma(p, r, Vec::set1(1.3981999507e-3f));
+  p = Vec::fma(p, r, Vec::set1(8.3334519073e-3f));
+  p = Vec::fma(p, r, Vec::set1(4.1665795894e-2f));
+  p = Vec::fma(p, r, Vec::set1(1.6666665459e-1f));
+  p = Vec::fma(p, r, Vec::set1(5.0000001201e-1f));
+  p = Vec::fma(p, r * r, r) + Vec::set1(1.0f);
+  return Vec::zero_below(x, limit, Vec::mul_pow2(p, biased));
+}
+
+inline float exp_one(float x) {
+  float lanes[Vec::W];
+  Vec::store(lanes, exp_vec(Vec::set1(x)));
+  return lanes[0];
+}
+
+template <class E>
+void embedding_row(const EmbeddingArgs& a, int64_t t) {
+  const auto* in = static_cast<const typename E::Raw*>(a.table) + a.ids[t] * a.dim;
+  float* out = a.out + t * a.dim;
+  each_vec(a.dim,
+           [&](int64_t i, int n) { Vec::store_n(out + i, Vec::load_as_n<E>(in + i, n), n); });
+}
+
+void embedding(const EmbeddingArgs& a) {
+  if (a.dtype == DType::kF32) run_rows<EmbeddingArgs, embedding_row<F32>>(a, a.rows, a.dim);
+  if (a.dtype == DType::kBF16) run_rows<EmbeddingArgs, embedding_row<BF16>>(a, a.rows, a.dim);
+  if (a.dtype == DType::kF16) run_rows<EmbeddingArgs, embedding_row<F16>>(a, a.rows, a.dim);
+}
+
+void norm_row(const NormArgs& a, int64_t t) {
+  const float* x = a.x + t * a.dim;
+  if (a.residual != nullptr) {
+    float* residual = a.residual + t * a.dim;
+    each_vec(a.dim, [&](int64_t i, int n) {
+      Vec::store_n(residual + i, Vec::load_n(residual + i, n) + Vec::load_n(x + i, n), n);
+    });
+    x = residual;
+  }
+  F squares = Vec::set1(0.0f);
+  each_vec(a.dim, [&](int64_t i, int n) {
+    const F v = Vec::load_n(x + i, n);
+    squares = Vec::fma(v, v, squares);
+  });
+  const F inverse = Vec::set1(1.0f / sqrtf(Vec::sum(squares) / static_cast<float>(a.dim) + a.eps));
+  float* out = a.out + t * a.dim;
+  each_vec(a.dim, [&](int64_t i, int n) {
+    Vec::store_n(out + i, Vec::load_n(x + i, n) * inverse * Vec::load_n(a.weight + i, n), n);
+  });
+}
+
+void norm(const NormArgs& a) { run_rows<NormArgs, norm_row>(a, a.rows, a.dim); }
+
+void rope_head(float* x, const float* cos, const float* sin, int64_t half) {
+  each_vec(half, [&](int64_t i, int n) {
+    const F low = Vec::load_n(x + i, n), high = Vec::load_n(x + half + i, n);
+    const F c = Vec::load_n(cos + i, n), s = Vec::load_n(sin + i, n);
+    Vec::store_n(x + i, low * c - high * s, n);
+    Vec::store_n(x + half + i, high * c + low * s, n);
+  });
+}
+
+void rope_row(const RopeArgs& a, int64_t t) {
+  const int64_t half = a.dim / 2;
+  const float *cos = a.cos_sin + a.positions[t] * a.dim, *sin = cos + half;
+  for (int64_t h = 0; h < a.q_heads; ++h)
+    rope_head(a.q + t * a.q_stride + h * a.dim, cos, sin, half);
+  for (int64_t h = 0; h < a.k_heads; ++h)
+    rope_head(a.k + t * a.k_stride + h * a.dim, cos, sin, half);
+}
+
+void rope(const RopeArgs& a) {
+  run_rows<RopeArgs, rope_row>(a, a.rows, (a.q_heads + a.k_heads) * a.dim);
+}
+
+void silu_row(const SiluArgs& a, int64_t t) {
+  const float *gate = a.gate_up + t * 2 * a.dim, *up = gate + a.dim;
+  float* out = a.out + t * a.dim;
+  const F one = Vec::set1(1.0f);
+  each_vec(a.dim, [&](int64_t i, int n) {
+    const F g = Vec::load_n(gate + i, n);
+    Vec::store_n(out + i, g / (one + exp_vec(Vec::set1(0.0f) - g)) * Vec::load_n(up + i, n), n);
+  });
+}
+
+void silu_mul(const SiluArgs& a) { run_rows<SiluArgs, silu_row>(a, a.rows, 4 * a.dim); }
+
+template <class E>
+void write_rows(const CacheView& cache, const float* x, int32_t slot) {
+  const int64_t block = slot / cache.block_size, offset = slot % cache.block_size;
+  auto* out = reinterpret_cast<typename E::Raw*>(cache.data) + block * cache.block_stride +
+              offset * cache.dim;
+  for (int64_t h = 0; h < cache.heads; ++h) {
+    convert_row<E>(out + h * cache.block_size * cache.dim, x + h * cache.dim, cache.dim);
+  }
+}
+
+template <class E>
+void write_kv_row(const WriteKvArgs& a, int64_t t) {
+  if (a.slots[t] < 0) return;
+  write_rows<E>(a.k_cache, a.k + t * a.k_stride, a.slots[t]);
+  write_rows<E>(a.v_cache, a.v + t * a.v_stride, a.slots[t]);
+}
+
+void write_kv(const WriteKvArgs& a) {
+  const int64_t values = 2 * a.k_cache.heads * a.k_cache.dim;
+  if (a.k_cache.dtype == DType::kF32) run_rows<WriteKvArgs, write_kv_row<F32>>(a, a.rows, values);
+  if (a.k_cache.dtype == DType::kBF16) run_rows<WriteKvArgs, write_kv_row<BF16>>(a, a.rows, values);
+  if (a.k_cache.dtype == DType::kF16) run_rows<WriteKvArgs, write_kv_row<F16>>(a, a.rows, values);
+}
+
+}  // namespace
+}  // namespace diptych::cpu

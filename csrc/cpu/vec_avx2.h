@@ -1,0 +1,109 @@
+// Vectors of eight floats: AVX2, FMA, F16C.
+#pragma once
+
+#include <immintrin.h>
+#include <stdint.h>
+
+#include "elements.h"
+
+namespace diptych::cpu {
+namespace {
+
+struct Vec {
+  static constexpr int W = 8;           // lanes
+  static constexpr int kRows = 4;       // rows of one GEMM tile
+  static constexpr int kPanels = 1;     // panels of one GEMM tile
+  static constexpr int kPanelsOne = 4;  // the same for a single row
+  static constexpr bool kBf16Dot = false;
+  using F = __m256;
+
+  static F set1(float x) { return _mm256_set1_ps(x); }
+  static F load(const float* p) { return _mm256_loadu_ps(p); }
+  static void store(float* p, F v) { _mm256_storeu_ps(p, v); }
+  static F load_n(const float* p, int n) { return _mm256_maskload_ps(p, lane_mask(n)); }
+  static void store_n(float* p, F v, int n) { _mm256_maskstore_ps(p, lane_mask(n), v); }
+
+  template <class E>
+  static F load_as(const typename E::Raw* p);
+  template <class E>
+  static F load_as_n(const typename E::Raw* p, int n) {
+    typename E::Raw lanes[W] = {};
+    memcpy(lanes, p, n * sizeof lanes[0]);
+    return load_as<E>(lanes);
+  }
+
+  static F fma(F a, F b, F c) { return _mm256_fmadd_ps(a, b, c); }
+  static F max(F a, F b) { return _mm256_max_ps(a, b); }  // b where either is NaN
+  static F min(F a, F b) { return _mm256_min_ps(a, b); }
+  static F mul_pow2(F p, F biased) {
+    const __m256i exponent = _mm256_slli_epi32(_mm256_castps_si256(biased), 23);
+    return _mm256_castsi256_ps(_mm256_add_epi32(_mm256_castps_si256(p), exponent));
+  }
+  static F zero_below(F x, F limit, F r) {
+    return _mm256_andnot_ps(_mm256_cmp_ps(x, limit, _CMP_LT_OQ), r);
+  }
+  static unsigned mask_nan(F v) { return _mm256_movemask_ps(_mm256_cmp_ps(v, v, _CMP_UNORD_Q)); }
+  static unsigned mask_equal(F a, F b) {
+    return _mm256_movemask_ps(_mm256_cmp_ps(a, b, _CMP_EQ_OQ));
+  }
+  static float sum(F v) {
+    const __m128 a = _mm_add_ps(_mm256_castps256_ps128(v), _mm256_extractf128_ps(v, 1));
+    const __m128 b = _mm_add_ps(a, _mm_movehl_ps(a, a));
+    return _mm_cvtss_f32(_mm_add_ss(b, _mm_movehdup_ps(b)));
+  }
+  static float largest(F v) {
+    const __m128 a = _mm_max_ps(_mm256_castps256_ps128(v), _mm256_extractf128_ps(v, 1));
+    const __m128 b = _mm_max_ps(a, _mm_movehl_ps(a, a));
+    return _mm_cvtss_f32(_mm_max_ss(b, _mm_movehdup_ps(b)));
+  }
+
+  // bf16 pairs of W columns -> the first and the second of each pair
+  static void load_pairs(const uint32_t* p, F& first, F& second) {
+    const __m256i v = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));
+    first = _mm256_castsi256_ps(_mm256_slli_epi32(v, 16));
+    second =
+        _mm256_castsi256_ps(_mm256_and_si256(v, _mm256_set1_epi32(static_cast<int>(0xffff0000u))));
+  }
+
+  static F dot_pairs(F sum, uint32_t x, const uint32_t* w);  // not on this level
+  static void transpose(F (&r)[W]) {
+    F t[W];
+    for (int i = 0; i < 4; ++i) {  // pairs of rows
+      t[2 * i] = _mm256_unpacklo_ps(r[2 * i], r[2 * i + 1]);
+      t[2 * i + 1] = _mm256_unpackhi_ps(r[2 * i], r[2 * i + 1]);
+    }
+    for (int i = 0; i < 8; i += 4) {  // fours of rows: column c of each half in r[i + c]
+      r[i + 0] = _mm256_shuffle_ps(t[i], t[i + 2], 0x44);
+      r[i + 1] = _mm256_shuffle_ps(t[i], t[i + 2], 0xee);
+      r[i + 2] = _mm256_shuffle_ps(t[i + 1], t[i + 3], 0x44);
+      r[i + 3] = _mm256_shuffle_ps(t[i + 1], t[i + 3], 0xee);
+    }
+    for (int i = 0; i < 4; ++i) {
+      t[i] = _mm256_permute2f128_ps(r[i], r[i + 4], 0x20);
+      t[i + 4] = _mm256_permute2f128_ps(r[i], r[i + 4], 0x31);
+    }
+    for (int i = 0; i < W; ++i) r[i] = t[i];
+  }
+
+ private:
+  static __m256i lane_mask(int n) {
+    return _mm256_cmpgt_epi32(_mm256_set1_epi32(n), _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7));
+  }
+};
+
+template <>
+inline __m256 Vec::load_as<F32>(const float* p) {
+  return _mm256_loadu_ps(p);
+}
+template <>
+inline __m256 Vec::load_as<BF16>(const uint16_t* p) {
+  const __m256i wide = _mm256_cvtepu16_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
+  return _mm256_castsi256_ps(_mm256_slli_epi32(wide, 16));
+}
+template <>
+inline __m256 Vec::load_as<F16>(const uint16_t* p) {
+  return _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
+}
+
+}  // namespace
+}  // namespace diptych::cpu

@@ -1,0 +1,136 @@
+// Vectors of sixteen floats: AVX-512 F, BW, VL, DQ; with BF16 dot products where the compiler is
+// told so.
+#pragma once
+
+#include <immintrin.h>
+#include <stdint.h>
+
+#include "elements.h"
+
+namespace diptych::cpu {
+namespace {
+
+struct Vec {
+  static constexpr int W = 16;          // lanes
+  static constexpr int kRows = 6;       // rows of one GEMM tile
+  static constexpr int kPanels = 4;     // panels of one GEMM tile
+  static constexpr int kPanelsOne = 4;  // the same for a single row
+#ifdef __AVX512BF16__
+  static constexpr bool kBf16Dot = true;
+#else
+  static constexpr bool kBf16Dot = false;
+#endif
+  using F = __m512;
+
+  static F set1(float x) { return _mm512_set1_ps(x); }
+  static F load(const float* p) { return _mm512_loadu_ps(p); }
+  static void store(float* p, F v) { _mm512_storeu_ps(p, v); }
+  static F load_n(const float* p, int n) { return _mm512_maskz_loadu_ps(lane_mask(n), p); }
+  static void store_n(float* p, F v, int n) { _mm512_mask_storeu_ps(p, lane_mask(n), v); }
+
+  template <class E>
+  static F load_as(const typename E::Raw* p);
+  template <class E>
+  static F load_as_n(const typename E::Raw* p, int n);
+
+  static F fma(F a, F b, F c) { return _mm512_fmadd_ps(a, b, c); }
+  static F max(F a, F b) { return _mm512_max_ps(a, b); }  // b where either is NaN
+  static F min(F a, F b) { return _mm512_min_ps(a, b); }
+  static F mul_pow2(F p, F biased) {
+    const __m512i exponent = _mm512_slli_epi32(_mm512_castps_si512(biased), 23);
+    return _mm512_castsi512_ps(_mm512_add_epi32(_mm512_castps_si512(p), exponent));
+  }
+  static F zero_below(F x, F limit, F r) {
+    return _mm512_maskz_mov_ps(_mm512_cmp_ps_mask(x, limit, _CMP_NLT_UQ), r);
+  }
+  static unsigned mask_nan(F v) { return _mm512_cmp_ps_mask(v, v, _CMP_UNORD_Q); }
+  static unsigned mask_equal(F a, F b) { return _mm512_cmp_ps_mask(a, b, _CMP_EQ_OQ); }
+  static float sum(F v) {
+    const __m256 a = _mm256_add_ps(_mm512_castps512_ps256(v), _mm512_extractf32x8_ps(v, 1));
+    const __m128 b = _mm_add_ps(_mm256_castps256_ps128(a), _mm256_extractf128_ps(a, 1));
+    const __m128 c = _mm_add_ps(b, _mm_movehl_ps(b, b));
+    return _mm_cvtss_f32(_mm_add_ss(c, _mm_movehdup_ps(c)));
+  }
+  static float largest(F v) {
+    const __m256 a = _mm256_max_ps(_mm512_castps512_ps256(v), _mm512_extractf32x8_ps(v, 1));
+    const __m128 b = _mm_max_ps(_mm256_castps256_ps128(a), _mm256_extractf128_ps(a, 1));
+    const __m128 c = _mm_max_ps(b, _mm_movehl_ps(b, b));
+    return _mm_cvtss_f32(_mm_max_ss(c, _mm_movehdup_ps(c)));
+  }
+
+  // bf16 pairs of W columns -> the first and the second of each pair
+  static void load_pairs(const uint32_t* p, F& first, F& second) {
+    const __m512i v = _mm512_loadu_si512(p);
+    first = _mm512_castsi512_ps(_mm512_slli_epi32(v, 16));
+    second =
+        _mm512_castsi512_ps(_mm512_and_si512(v, _mm512_set1_epi32(static_cast<int>(0xffff0000u))));
+  }
+#ifndef __AVX512BF16__
+  static F dot_pairs(F sum, uint32_t x, const uint32_t* w);  // not on this level
+#else
+  static F dot_pairs(F sum, uint32_t x, const uint32_t* w) {
+    return _mm512_dpbf16_ps(sum, (__m512bh)_mm512_set1_epi32(static_cast<int>(x)),
+                            (__m512bh)_mm512_loadu_si512(w));
+  }
+#endif
+
+  static void transpose(F (&r)[W]) {
+    F t[W];
+    for (int i = 0; i < W; i += 2) {  // pairs of rows
+      t[i] = _mm512_unpacklo_ps(r[i], r[i + 1]);
+      t[i + 1] = _mm512_unpackhi_ps(r[i], r[i + 1]);
+    }
+    for (int i = 0; i < W; i += 4) {  // fours of rows: column c of each quarter in r[i + c]
+      r[i + 0] = _mm512_shuffle_ps(t[i], t[i + 2], 0x44);
+      r[i + 1] = _mm512_shuffle_ps(t[i], t[i + 2], 0xee);
+      r[i + 2] = _mm512_shuffle_ps(t[i + 1], t[i + 3], 0x44);
+      r[i + 3] = _mm512_shuffle_ps(t[i + 1], t[i + 3], 0xee);
+    }
+    for (int i = 0; i < 4; ++i) {  // quarters 0 and 2, then 1 and 3, of two fours each
+      t[i] = _mm512_shuffle_f32x4(r[i], r[i + 4], 0x88);
+      t[i + 4] = _mm512_shuffle_f32x4(r[i], r[i + 4], 0xdd);
+      t[i + 8] = _mm512_shuffle_f32x4(r[i + 8], r[i + 12], 0x88);
+      t[i + 12] = _mm512_shuffle_f32x4(r[i + 8], r[i + 12], 0xdd);
+    }
+    for (int i = 0; i < 4; ++i) {
+      r[i] = _mm512_shuffle_f32x4(t[i], t[i + 8], 0x88);
+      r[i + 8] = _mm512_shuffle_f32x4(t[i], t[i + 8], 0xdd);
+      r[i + 4] = _mm512_shuffle_f32x4(t[i + 4], t[i + 12], 0x88);
+      r[i + 12] = _mm512_shuffle_f32x4(t[i + 4], t[i + 12], 0xdd);
+    }
+  }
+
+ private:
+  static __mmask16 lane_mask(int n) { return static_cast<__mmask16>((1u << n) - 1); }
+  static F widen_bf16(__m256i v) {
+    return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(v), 16));
+  }
+};
+
+template <>
+inline __m512 Vec::load_as<F32>(const float* p) {
+  return _mm512_loadu_ps(p);
+}
+template <>
+inline __m512 Vec::load_as<BF16>(const uint16_t* p) {
+  return widen_bf16(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
+}
+template <>
+inline __m512 Vec::load_as<F16>(const uint16_t* p) {
+  return _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
+}
+template <>
+inline __m512 Vec::load_as_n<F32>(const float* p, int n) {
+  return _mm512_maskz_loadu_ps(lane_mask(n), p);
+}
+template <>
+inline __m512 Vec::load_as_n<BF16>(const uint16_t* p, int n) {
+  return widen_bf16(_mm256_maskz_loadu_epi16(lane_mask(n), p));
+}
+template <>
+inline __m512 Vec::load_as_n<F16>(const uint16_t* p, int n) {
+  return _mm512_cvtph_ps(_mm256_maskz_loadu_epi16(lane_mask(n), p));
+}
+
+}  // namespace
+}  // namespace diptych::cpu

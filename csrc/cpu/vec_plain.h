@@ -1,0 +1,84 @@
+// Vectors of four floats in the compiler's own vector extension: any machine. Products and sums are
+// rounded separately.
+#pragma once
+
+#include <math.h>
+#include <stdint.h>
+#include <string.h>
+
+#include "elements.h"
+
+namespace diptych::cpu {
+namespace {
+
+struct Vec {
+  static constexpr int W = 4;           // lanes
+  static constexpr int kRows = 2;       // rows of one GEMM tile
+  static constexpr int kPanels = 1;     // panels of one GEMM tile
+  static constexpr int kPanelsOne = 2;  // the same for a single row
+  static constexpr bool kBf16Dot = false;
+  typedef float F __attribute__((vector_size(16)));
+  typedef uint32_t U __attribute__((vector_size(16)));
+
+  static F set1(float x) { return F{x, x, x, x}; }
+  static F load(const float* p) {
+    F v;
+    memcpy(&v, p, sizeof v);
+    return v;
+  }
+  static void store(float* p, F v) { memcpy(p, &v, sizeof v); }
+  static F load_n(const float* p, int n) {
+    F v{};
+    memcpy(&v, p, n * sizeof(float));
+    return v;
+  }
+  static void store_n(float* p, F v, int n) { memcpy(p, &v, n * sizeof(float)); }
+
+  template <class E>
+  static F load_as(const typename E::Raw* p) {
+    return F{E::to_float(p[0]), E::to_float(p[1]), E::to_float(p[2]), E::to_float(p[3])};
+  }
+  template <class E>
+  static F load_as_n(const typename E::Raw* p, int n) {
+    F v{};
+    for (int i = 0; i < n; ++i) v[i] = E::to_float(p[i]);
+    return v;
+  }
+
+  static F fma(F a, F b, F c) { return a * b + c; }
+  static F max(F a, F b) { return a > b ? a : b; }  // b where either is NaN
+  static F min(F a, F b) { return a < b ? a : b; }
+  static F mul_pow2(F p, F biased) { return (F)((U)p + ((U)biased << 23)); }
+  static F zero_below(F x, F limit, F r) { return x < limit ? F{} : r; }
+  static unsigned mask_nan(F v) { return lanes((U)(v != v)); }
+  static unsigned mask_equal(F a, F b) { return lanes((U)(a == b)); }
+  static float sum(F v) { return (v[0] + v[2]) + (v[1] + v[3]); }
+  static float largest(F v) {
+    const float a = v[0] > v[2] ? v[0] : v[2], b = v[1] > v[3] ? v[1] : v[3];
+    return a > b ? a : b;
+  }
+
+  // bf16 pairs of W columns -> the first and the second of each pair
+  static void load_pairs(const uint32_t* p, F& first, F& second) {
+    U v;
+    memcpy(&v, p, sizeof v);
+    first = (F)(v << 16);
+    second = (F)(v & 0xffff0000u);
+  }
+  static F dot_pairs(F sum, uint32_t x, const uint32_t* w);  // not on this level
+  static void transpose(F (&r)[W]) {
+    for (int i = 0; i < W; ++i) {
+      for (int j = 0; j < i; ++j) {
+        const float t = r[i][j];
+        r[i][j] = r[j][i];
+        r[j][i] = t;
+      }
+    }
+  }
+
+ private:
+  static unsigned lanes(U m) { return (m[0] & 1) | (m[1] & 2) | (m[2] & 4) | (m[3] & 8); }
+};
+
+}  // namespace
+}  // namespace diptych::cpu

@@ -1,0 +1,143 @@
+"""The C++ backend for CPUs (csrc/cpu), bound with apache-tvm-ffi.
+
+Owns nothing but the chosen level; the thread pool belongs to the library, one per process. Tensors go to C++ as they are
+(no copies, strided views included) and are checked there: a wrong shape or dtype raises ValueError. Calls release the GIL.
+"""
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from diptych.kernels import library
+from diptych.kernels.base import PackedLinear
+
+__all__ = ["CppKernels", "available_levels"]
+
+# Raised with every change of the C++ code that may change a bit of a result.
+_NUMERICS_VERSION = 1
+
+_MODEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+def available_levels() -> list[str]:
+    """The levels that this machine can run, the slowest first."""
+    lib = library.load()
+    levels = range(lib.num_levels())
+    return [str(lib.level_name(level)) for level in levels if lib.machine_has(level)]
+
+
+class CppKernels:
+    """`Kernels` in C++. Two objects may use different levels in one process; both share its threads."""
+
+    def __init__(self, level: str | None = None) -> None:
+        """level: one of `available_levels()`; None takes the best."""
+        lib = library.load()
+        self._packed_size: Callable[..., int] = lib.packed_size
+        self._pack_linear: Callable[..., None] = lib.pack_linear
+        self._linear: Callable[..., None] = lib.linear
+        self._embedding: Callable[..., None] = lib.embedding
+        self._rms_norm: Callable[..., None] = lib.rms_norm
+        self._add_rms_norm: Callable[..., None] = lib.add_rms_norm
+        self._rope: Callable[..., None] = lib.rope
+        self._silu_mul: Callable[..., None] = lib.silu_mul
+        self._write_kv: Callable[..., None] = lib.write_kv
+        self._attention: Callable[..., None] = lib.attention
+        self._argmax_logprob: Callable[..., None] = lib.argmax_logprob
+        self._log_softmax: Callable[..., None] = lib.log_softmax
+        self._set_num_threads: Callable[[int], None] = lib.set_num_threads
+        self.set_level(available_levels()[-1] if level is None else level)
+
+    def set_level(self, level: str) -> None:
+        """Use this instruction set in later calls; packed weights stay valid."""
+        levels = available_levels()
+        if level not in levels:
+            raise ValueError(f"kernel level {level!r} is not one of this machine's: {levels}")
+        self._level_name = level
+        self._level = levels.index(level)
+
+    @property
+    def level(self) -> str:
+        return self._level_name
+
+    def fingerprint(self) -> str:
+        return f"cpp-{_NUMERICS_VERSION}-{self._level_name}"
+
+    def set_num_threads(self, num_threads: int) -> None:
+        assert num_threads >= 1
+        self._set_num_threads(num_threads)
+
+    def pack_linear(self, weight: Tensor, bias: Tensor | None) -> PackedLinear:
+        assert weight.dtype in _MODEL_DTYPES
+        num_out, num_in = weight.shape
+        size = self._packed_size(num_out, num_in, weight.dtype == torch.bfloat16)
+        packed = torch.empty(size, dtype=weight.dtype)
+        self._pack_linear(self._level, packed, weight.detach().contiguous())
+        return PackedLinear(
+            data=packed,
+            bias=None if bias is None else bias.detach().to(torch.float32, copy=True).contiguous(),
+            num_out=num_out,
+            num_in=num_in,
+            dtype=weight.dtype,
+        )
+
+    def linear(self, out: Tensor, x: Tensor, w: PackedLinear) -> None:
+        self._linear(self._level, out, x, w.data, w.bias)
+
+    def embedding(self, out: Tensor, table: Tensor, ids: Tensor) -> None:
+        self._embedding(self._level, out, table, ids)
+
+    def rms_norm(self, out: Tensor, x: Tensor, weight: Tensor, eps: float) -> None:
+        self._rms_norm(self._level, out, x, weight, eps)
+
+    def add_rms_norm(
+        self, out: Tensor, residual: Tensor, x: Tensor, weight: Tensor, eps: float
+    ) -> None:
+        self._add_rms_norm(self._level, out, residual, x, weight, eps)
+
+    def rope(self, q: Tensor, k: Tensor, positions: Tensor, cos_sin: Tensor) -> None:
+        self._rope(self._level, q, k, positions, cos_sin)
+
+    def silu_mul(self, out: Tensor, gate_up: Tensor) -> None:
+        self._silu_mul(self._level, out, gate_up)
+
+    def write_kv(
+        self, k_cache: Tensor, v_cache: Tensor, k: Tensor, v: Tensor, slot_mapping: Tensor
+    ) -> None:
+        self._write_kv(self._level, k_cache, v_cache, k, v, slot_mapping)
+
+    def attention(
+        self,
+        out: Tensor,
+        q: Tensor,
+        k_cache: Tensor,
+        v_cache: Tensor,
+        qo_indptr: Tensor,
+        kv_indptr: Tensor,
+        kv_indices: Tensor,
+        kv_len: Tensor,
+        scale: float,
+        window: int,
+    ) -> None:
+        self._attention(
+            self._level,
+            out,
+            q,
+            k_cache,
+            v_cache,
+            qo_indptr,
+            kv_indptr,
+            kv_indices,
+            kv_len,
+            scale,
+            window,
+        )
+
+    def argmax_logprob(self, logits: Tensor) -> tuple[Tensor, Tensor]:
+        ids = torch.empty(logits.shape[0], dtype=torch.int32)
+        logprobs = torch.empty(logits.shape[0], dtype=torch.float32)
+        self._argmax_logprob(self._level, ids, logprobs, logits)
+        return ids, logprobs
+
+    def log_softmax(self, out: Tensor, logits: Tensor) -> None:
+        self._log_softmax(self._level, out, logits)
