@@ -20,7 +20,8 @@ def load(
     level: str | None = None,
     num_threads: int | None = None,
 ) -> Kernels:
-    """A backend. "auto" takes the C++ one where its library is built, else the reference one, with a warning.
+    """A backend. "auto" takes the C++ one where its library is built, else the reference one, with
+    a warning.
 
     level: an instruction set of the C++ backend; None takes the best this machine has.
     num_threads: None leaves the process's setting alone (first use: 1).

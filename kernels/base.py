@@ -1,11 +1,13 @@
 """The contract of a kernel backend: every function the engine calls on tensors.
 
-Owns the `Kernels` protocol and the `PackedLinear` handle; knows no backend. All activations are fp32 and contiguous,
-weights and KV are in the model dtype (fp32, bf16 or fp16), index arrays are int32. Outputs are written in place.
+Owns the `Kernels` protocol and the `PackedLinear` handle; knows no backend. All activations are
+fp32 and contiguous, weights and KV are in the model dtype (fp32, bf16 or fp16), index arrays are
+int32. Outputs are written in place.
 
-Invariant, for every backend: the order of additions behind one output element depends on nothing but the shape of
-its own row: not on the batch, the chunk, the thread count or the physical blocks. So on one `level` a row computed
-alone equals, bit for bit, the same row computed among others, and a decode row equals the same row of a prefill chunk.
+Invariant, for every backend: the order of additions behind one output element depends on nothing
+but the shape of its own row: not on the batch, the chunk, the thread count or the physical blocks.
+So on one `level` a row computed alone equals, bit for bit, the same row computed among others, and
+a decode row equals the same row of a prefill chunk.
 """
 
 from dataclasses import dataclass
@@ -20,8 +22,8 @@ __all__ = ["Kernels", "PackedLinear"]
 class PackedLinear:
     """A linear layer's weights in the order its backend reads them; made by `Kernels.pack_linear`.
 
-    `data` is one contiguous tensor, so it can live in memory that several processes map. Its layout belongs to the
-    backend (equal on all levels of that backend); nobody else reads it.
+    `data` is one contiguous tensor, so it can live in memory that several processes map. Its layout
+    belongs to the backend (equal on all levels of that backend); nobody else reads it.
     """
 
     data: Tensor  # [backend's layout], model dtype
@@ -34,8 +36,9 @@ class PackedLinear:
 class Kernels(Protocol):
     """A backend. Preconditions are asserted: breaking one is a bug of the caller, never of a user.
 
-    Letters: T rows (tokens) of the step, S sequences, N outputs and K inputs of a linear layer, Hq query heads,
-    Hk KV heads (Hq % Hk == 0), D the size of one head or row, F the MLP's inner size, V the vocabulary.
+    Letters: T rows (tokens) of the step, S sequences, N outputs and K inputs of a linear layer, Hq
+    query heads, Hk KV heads (Hq % Hk == 0), D the size of one head or row, F the MLP's inner size,
+    V the vocabulary.
     """
 
     @property
@@ -51,13 +54,17 @@ class Kernels(Protocol):
         ...
 
     def set_num_threads(self, num_threads: int) -> None:
-        """Use this many threads, the caller's included, in later calls; 1 runs everything inline. Changes no bit."""
+        """Use this many threads, the caller's included, in later calls; 1 runs everything inline.
+        Changes no bit.
+        """
         ...
 
     def pack_linear(self, weight: Tensor, bias: Tensor | None) -> PackedLinear:
-        """Reorder `weight` ([N, K], model dtype) and `bias` ([N], any float dtype) for `linear`. Keeps neither.
+        """Reorder `weight` ([N, K], model dtype) and `bias` ([N], any float dtype) for `linear`.
+        Keeps neither.
 
-        To fuse several layers of one input (q, k, v; gate, up), concatenate their weights along N first.
+        To fuse several layers of one input (q, k, v; gate, up), concatenate their weights along N
+        first.
         """
         ...
 
@@ -70,11 +77,14 @@ class Kernels(Protocol):
         ...
 
     def embedding(self, out: Tensor, table: Tensor, ids: Tensor) -> None:
-        """`out[t] = table[ids[t]]`; out: [T, D] fp32, table: [V, D] model dtype, ids: [T] int32 in [0, V)."""
+        """`out[t] = table[ids[t]]`; out: [T, D] fp32, table: [V, D] model dtype, ids: [T] int32 in
+        [0, V).
+        """
         ...
 
     def rms_norm(self, out: Tensor, x: Tensor, weight: Tensor, eps: float) -> None:
-        """`out = x / sqrt(mean(x^2) + eps) * weight` per row; out, x: [T, D] fp32 (may be one tensor), weight: [D] fp32.
+        """`out = x / sqrt(mean(x^2) + eps) * weight` per row; out, x: [T, D] fp32 (may be one
+        tensor), weight: [D] fp32.
 
         For the norm of each head view q as [T * Hq, D].
         """
@@ -83,19 +93,24 @@ class Kernels(Protocol):
     def add_rms_norm(
         self, out: Tensor, residual: Tensor, x: Tensor, weight: Tensor, eps: float
     ) -> None:
-        """`residual += x` in place, then `out = rms_norm(residual)`; all [T, D] fp32, weight: [D] fp32. out may be x."""
+        """`residual += x` in place, then `out = rms_norm(residual)`; all [T, D] fp32, weight: [D]
+        fp32. out may be x.
+        """
         ...
 
     def rope(self, q: Tensor, k: Tensor, positions: Tensor, cos_sin: Tensor) -> None:
         """Rotate q and k in place, first half of a head against its second half.
 
-        q: [T, Hq, D] fp32, k: [T, Hk, D] fp32, both may be column slices of one qkv tensor: their last two dimensions are
-        dense, the rows are strided. positions: [T] int32 in [0, P). cos_sin: [P, D] fp32, a row is cos[D/2], sin[D/2].
+        q: [T, Hq, D] fp32, k: [T, Hk, D] fp32, both may be column slices of one qkv tensor: their
+        last two dimensions are dense, the rows are strided. positions: [T] int32 in [0, P).
+        cos_sin: [P, D] fp32, a row is cos[D/2], sin[D/2].
         """
         ...
 
     def silu_mul(self, out: Tensor, gate_up: Tensor) -> None:
-        """`out = silu(gate) * up`; out: [T, F] fp32, gate_up: [T, 2F] fp32, a row is gate[F], up[F]."""
+        """`out = silu(gate) * up`; out: [T, F] fp32, gate_up: [T, 2F] fp32, a row is gate[F],
+        up[F].
+        """
         ...
 
     def write_kv(
@@ -103,9 +118,9 @@ class Kernels(Protocol):
     ) -> None:
         """Round k and v (nearest even) into their slots.
 
-        k_cache, v_cache: [num_blocks, Hk, block_size, D] model dtype, strided over blocks, dense inside a block (one layer's
-        views of the pool). k, v: [T, Hk, D] fp32, rows may be strided. slot_mapping: [T] int32, block * block_size + offset;
-        -1 skips the row; no slot twice.
+        k_cache, v_cache: [num_blocks, Hk, block_size, D] model dtype, strided over blocks, dense
+        inside a block (one layer's views of the pool). k, v: [T, Hk, D] fp32, rows may be strided.
+        slot_mapping: [T] int32, block * block_size + offset; -1 skips the row; no slot twice.
         """
         ...
 
@@ -124,26 +139,32 @@ class Kernels(Protocol):
     ) -> None:
         """Causal attention over the paged pool, prefill chunks and decode rows in one call.
 
-        out: [T, Hq, D] fp32 contiguous; q: [T, Hq, D] fp32, rows may be strided; k_cache, v_cache as in `write_kv`.
-        qo_indptr: [S+1] int32, rows of sequence s are [qo_indptr[s], qo_indptr[s+1]): its last positions of kv_len[s].
-        kv_indptr: [S+1] int32 into kv_indices: [nnz] int32, the blocks of s in order (at least ceil(kv_len / block_size)).
-        kv_len: [S] int32, tokens of s in the pool, this step's included (their KV is already written).
+        out: [T, Hq, D] fp32 contiguous; q: [T, Hq, D] fp32, rows may be strided; k_cache, v_cache
+        as in `write_kv`.
+        qo_indptr: [S+1] int32, rows of sequence s are [qo_indptr[s], qo_indptr[s+1]): its last
+        positions of kv_len[s].
+        kv_indptr: [S+1] int32 into kv_indices: [nnz] int32, the blocks of s in order (at least
+        ceil(kv_len / block_size)).
+        kv_len: [S] int32, tokens of s in the pool, this step's included (their KV is already
+        written).
         window > 0: a query at position p sees keys [p - window + 1, p]; window <= 0: all of [0, p].
         A slot that no query may see is never read into a result, whatever it holds.
         """
         ...
 
     def argmax_logprob(self, logits: Tensor) -> tuple[Tensor, Tensor]:
-        """The greedy choice of each row of logits ([R, V] fp32): ids [R] int32 and their logprobs [R] fp32.
+        """The greedy choice of each row of logits ([R, V] fp32): ids [R] int32 and their logprobs
+        [R] fp32.
 
-        The first maximum wins; logprob = max - logsumexp. A row with a NaN or without a finite maximum has id -1, NaN.
+        The first maximum wins; logprob = max - logsumexp. A row with a NaN or without a finite
+        maximum has id -1, NaN.
         """
         ...
 
     def log_softmax(self, out: Tensor, logits: Tensor) -> None:
         """`out = logits - logsumexp(logits)` per row; both [R, V] fp32. -inf stays -inf.
 
-        A row with a NaN or without a finite maximum becomes NaN throughout. The value at the argmax equals
-        `argmax_logprob`'s bit for bit.
+        A row with a NaN or without a finite maximum becomes NaN throughout. The value at the argmax
+        equals `argmax_logprob`'s bit for bit.
         """
         ...

@@ -1,7 +1,8 @@
 """The C++ backend for CPUs (csrc/cpu), bound with apache-tvm-ffi.
 
-Owns nothing but the chosen level; the thread pool belongs to the library, one per process. Tensors go to C++ as they are
-(no copies, strided views included) and are checked there: a wrong shape or dtype raises ValueError. Calls release the GIL.
+Owns nothing but the chosen level; the thread pool belongs to the library, one per process. Tensors
+go to C++ as they are (no copies, strided views included) and are checked there: a wrong shape or
+dtype raises ValueError. Calls release the GIL.
 """
 
 from collections.abc import Callable
@@ -28,7 +29,9 @@ def available_levels() -> list[str]:
 
 
 class CppKernels:
-    """`Kernels` in C++. Two objects may use different levels in one process; both share its threads."""
+    """`Kernels` in C++. Two objects may use different levels in one process; both share its
+    threads.
+    """
 
     def __init__(self, level: str | None = None) -> None:
         """level: one of `available_levels()`; None takes the best."""

@@ -1,7 +1,8 @@
 """Finds and loads the C++ library (`_C.so`), once per process.
 
-It lies beside this file in a source checkout that was built, and in `diptych/kernels` of the installed distribution
-otherwise (an editable install has its sources in one place and its library in the other).
+It lies beside this file in a source checkout that was built, and in `diptych/kernels` of the
+installed distribution otherwise (an editable install has its sources in one place and its library
+in the other).
 """
 
 import functools

@@ -1,7 +1,8 @@
 """The slow, obvious backend in torch: the oracle of every other one.
 
-Each output row is computed on its own, in fp64, from inputs rounded as the contract says, then rounded once to fp32; so it is
-independent of the batch by construction. Meant for tests and for machines without the C++ library; never for speed.
+Each output row is computed on its own, in fp64, from inputs rounded as the contract says, then
+rounded once to fp32; so it is independent of the batch by construction. Meant for tests and for
+machines without the C++ library; never for speed.
 """
 
 import math
@@ -130,7 +131,9 @@ class ReferenceKernels:
 
 
 def _gather(cache: Tensor, table: Tensor, length: int) -> Tensor:
-    """The first `length` tokens of a sequence, [Hk, length, D] fp64, from cache [num_blocks, Hk, block_size, D]."""
+    """The first `length` tokens of a sequence, [Hk, length, D] fp64, from cache [num_blocks, Hk,
+    block_size, D].
+    """
     picked = cache[table].double()  # [blocks, Hk, block_size, D]
     num_blocks, heads, block_size, dim = picked.shape
     return picked.transpose(0, 1).reshape(heads, num_blocks * block_size, dim)[:, :length]
