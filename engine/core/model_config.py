@@ -295,8 +295,8 @@ def _verify_sizes(fields: JsonFields, config: ModelConfig) -> None:
             f"num_attention_heads ({config.num_q_heads}) must be a multiple of"
             f" num_key_value_heads ({config.num_kv_heads})"
         )
-    if config.head_dim % 2:
-        raise fields.bad(f"head_dim must be even, got {config.head_dim}")
+    if config.head_dim % 2 or config.head_dim < 4:
+        raise fields.bad(f"head_dim must be even and at least 4, got {config.head_dim}")
     if config.hidden_size % config.num_q_heads and not fields.has("head_dim"):
         raise fields.bad(
             f"hidden_size ({config.hidden_size}) must be a multiple of num_attention_heads"

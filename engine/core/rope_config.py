@@ -50,6 +50,8 @@ def parse_rope(config: JsonFields, max_position: int) -> RopeConfig:
     if fields is None:
         return RopeConfig(theta=theta)
     theta = fields.number("rope_theta", theta)
+    if theta <= 1.0:
+        raise config.bad(f"rope_theta must be above 1, got {theta:g}")
     if fields.number("partial_rotary_factor", 1.0) != 1.0:
         raise config.bad("partial_rotary_factor other than 1 is not supported")
     if fields.has("mrope_section"):
