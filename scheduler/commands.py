@@ -12,16 +12,22 @@ from diptych.engine.core.messages import (
     Accepted,
     ApiDown,
     ApiUp,
+    Assign,
     Closed,
     Failed,
+    Grant,
+    Join,
     Joined,
     Lost,
     PoolUp,
     Progress,
     Rejected,
+    Revoke,
     SchedulerDown,
     SchedulerUp,
+    Seal,
     Send,
+    SetDial,
     Stats,
     Submit,
     TokenBatch,
@@ -111,4 +117,5 @@ JournalInput = (
     Accepted | Rejected | Lost | Failed | TokenBatch | Stats | SchedulerUp | SchedulerDown
 )
 JournalCommand = Send | Delivered | Refused | Ended
+BatcherInput = Join | Assign | Grant | Revoke | SetDial | Seal
 BatcherCommand = Send | ClearBlock | CommitBlock

@@ -5,7 +5,7 @@
 strings and OpenAI shapes live above it.
 """
 
-from collections.abc import AsyncIterator
+from collections.abc import AsyncGenerator
 from typing import Protocol
 
 import msgspec
@@ -62,7 +62,7 @@ class EngineClient(Protocol):
         priority: int = 0,
         cache_salt: str = "",
         timeout_s: float | None = None,
-    ) -> AsyncIterator[Delta]:
+    ) -> AsyncGenerator[Delta, None]:
         """Submits and yields until every choice finished.
 
         Raises before the first item: OverloadedError, InvalidRequestError, EngineDeadError; later

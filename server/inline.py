@@ -8,14 +8,14 @@ missing. A step blocks the event loop for its duration.
 import asyncio
 import time
 from collections import deque
-from collections.abc import AsyncIterator
+from collections.abc import AsyncGenerator
+from typing import cast
 
 from diptych.engine.core.config import EngineOptions, WorkerSpec
 from diptych.engine.core.errors import EngineDeadError
 from diptych.engine.core.messages import (
     Address,
     ApiUp,
-    Message,
     PoolUp,
     SchedulerUp,
     Send,
@@ -26,7 +26,13 @@ from diptych.engine.core.params import SamplingParams
 from diptych.engine.pool import KVPool
 from diptych.engine.runner import Runner, load_model, make_runner
 from diptych.scheduler.batcher import Batcher
-from diptych.scheduler.commands import PoolRead, ReadPool, SchedulerInput
+from diptych.scheduler.commands import (
+    BatcherInput,
+    JournalInput,
+    PoolRead,
+    ReadPool,
+    SchedulerInput,
+)
 from diptych.scheduler.journal import Journal
 from diptych.scheduler.scheduler import Scheduler
 from diptych.server.client import Delta, EngineInfo, Health
@@ -87,7 +93,7 @@ class InlineClient:
         priority: int = 0,
         cache_salt: str = "",
         timeout_s: float | None = None,
-    ) -> AsyncIterator[Delta]:
+    ) -> AsyncGenerator[Delta, None]:
         deltas = self._streams.stream(
             request_id,
             prompt_ids,
@@ -170,17 +176,17 @@ class InlineClient:
             self._decide([], now)
         self._collect()
         while self._wire:
-            inputs: list[Message] = []
+            inputs: list[SchedulerInput] = []
             while self._wire:
                 send = self._wire.popleft()
                 if send.to.kind == "scheduler":
-                    inputs.append(send.message)
+                    inputs.append(cast(SchedulerInput, send.message))
                 elif send.to.kind == "worker":
-                    self._batchers[send.to.number].handle(send.message)
+                    self._batchers[send.to.number].handle(cast(BatcherInput, send.message))
                 elif isinstance(send.message, Stats):
                     self._stats = send.message
                 else:
-                    self._streams.handle(send.message)
+                    self._streams.handle(cast(JournalInput, send.message))
             if inputs:
                 self._decide(inputs, now)
             self._streams.flush()

@@ -5,7 +5,7 @@ Plain data for users of `Engine`; nothing here travels between processes.
 
 from dataclasses import dataclass, field
 
-from diptych.engine.core.plan import TokenLogprobs
+from diptych.server.text.generation import PositionLogprobs
 
 
 @dataclass(slots=True)
@@ -17,12 +17,14 @@ class CompletionOutput:
     token_ids: list[int] = field(default_factory=list)
     finish_reason: str | None = None  # "stop" | "length" | "abort" | "error"
     stop_reason: int | str | None = None  # the stop token id or stop string that matched
-    logprobs: list[TokenLogprobs] | None = None
+    logprobs: list[PositionLogprobs] | None = None
 
     @property
     def cumulative_logprob(self) -> float | None:
         """Sum of the chosen tokens' log-probabilities, None without `logprobs`."""
-        return None if self.logprobs is None else sum(entry.logprob for entry in self.logprobs)
+        return (
+            None if self.logprobs is None else sum(entry.chosen.logprob for entry in self.logprobs)
+        )
 
 
 @dataclass(slots=True)
@@ -33,7 +35,7 @@ class RequestOutput:
     prompt: str | None
     prompt_token_ids: list[int]
     outputs: list[CompletionOutput]
-    prompt_logprobs: list[TokenLogprobs] | None = None
+    prompt_logprobs: list[PositionLogprobs] | None = None
     num_cached_tokens: int = 0  # prompt tokens found in the prefix cache
 
     @property

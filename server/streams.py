@@ -10,7 +10,7 @@ import itertools
 import os
 import time
 from collections import deque
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncGenerator, Callable
 from dataclasses import dataclass, field
 
 from msgspec.structs import replace
@@ -69,7 +69,7 @@ class Streams:
         priority: int = 0,
         cache_salt: str = "",
         timeout_s: float | None = None,
-    ) -> AsyncIterator[Delta]:
+    ) -> AsyncGenerator[Delta, None]:
         """See `EngineClient.stream`."""
         if self.closing:
             raise EngineDeadError("The engine is shutting down.")

@@ -1,0 +1,99 @@
+"""The flags that describe an engine, shared by every command that starts one.
+
+Owns the mapping from flags to `EngineOptions`. Names are vLLM's where the meaning is the same.
+"""
+
+import argparse
+import os
+import re
+from typing import Final
+
+from diptych.engine.core.config import (
+    BatchOptions,
+    CacheOptions,
+    EngineOptions,
+    ModelOptions,
+    SchedulerOptions,
+)
+from diptych.engine.core.errors import ConfigError
+
+_UNITS: Final = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
+
+
+def parse_bytes(text: str) -> int:
+    """ "512M", "4GiB", "1e9": bytes. Raises argparse.ArgumentTypeError."""
+    match = re.fullmatch(r"([0-9.]+(?:e[0-9]+)?)\s*([KMGT]?)(?:i?B)?", text.strip(), re.IGNORECASE)
+    if match is None:
+        raise argparse.ArgumentTypeError(f"not a size: {text!r} (say 512M or 4G)")
+    return int(float(match[1]) * _UNITS[match[2].upper()])
+
+
+def add_engine_arguments(parser: argparse.ArgumentParser) -> None:
+    model = parser.add_argument_group("model").add_argument
+    model("--dtype", choices=["auto", "float32", "bfloat16", "float16"], default="auto")
+    model("--max-model-len", type=int, help="tokens of prompt and answer (default: the model's)")
+    model("--load-format", choices=["auto", "dummy"], default="auto", help="dummy: random weights")
+
+    workers = parser.add_argument_group("workers").add_argument
+    workers("--prefill", type=int, metavar="N", help="prefill workers (default: 1)")
+    workers("--decode", type=int, metavar="N", help="decode workers (default: 1)")
+    workers("--mixed", type=int, metavar="N", help="workers that do both, instead or beside")
+    workers("--threads", type=int, help="threads of one worker (default: cores / workers)")
+    workers("--kernels", choices=["auto", "cpp", "reference"], default="auto")
+    workers("--kernel-level", help="plain, avx2, avx512 or avx512_bf16 (default: the best)")
+
+    memory = parser.add_argument_group("KV memory").add_argument
+    memory("--block-size", type=int, default=16, help="tokens of a block (default: %(default)s)")
+    memory("--kv-cache-memory-bytes", type=parse_bytes, default=1 << 30, metavar="SIZE")
+    memory("--num-gpu-blocks-override", type=int, metavar="N", help="blocks of the pool, exactly")
+    memory(
+        "--enable-prefix-caching",
+        action=argparse.BooleanOptionalAction,
+        default=True,
+        help="reuse the KV of shared prefixes (default: on)",
+    )
+
+    scheduling = parser.add_argument_group("scheduling").add_argument
+    scheduling("--max-num-seqs", type=int, default=256, help="sequences on one worker")
+    scheduling("--max-num-batched-tokens", type=int, default=512, help="tokens of one step")
+    scheduling("--long-prefill-token-threshold", type=int, metavar="N", help="cap of one chunk")
+    scheduling("--max-num-queued-reqs", type=int, default=1024, help="waiting before 429")
+    scheduling("--hang-timeout", type=float, default=3.0, help="seconds until a hang is fenced")
+
+
+def engine_options(args: argparse.Namespace, model_path: str) -> EngineOptions:
+    """Raises ConfigError for combinations that cannot work."""
+    split = args.prefill is None and args.decode is None and not args.mixed
+    if min(args.max_num_seqs, args.max_num_batched_tokens, args.max_num_queued_reqs) < 1:
+        raise ConfigError("limits of sequences, tokens and queued requests must be at least 1")
+    options = EngineOptions(
+        model=ModelOptions(
+            path=model_path,
+            dtype=args.dtype,
+            max_model_len=args.max_model_len,
+            load_format=args.load_format,
+            kernels=args.kernels,
+            kernel_level=args.kernel_level or os.environ.get("DIPTYCH_KERNEL_LEVEL"),
+        ),
+        cache=CacheOptions(
+            block_size=args.block_size,
+            num_blocks=args.num_gpu_blocks_override,
+            memory_bytes=args.kv_cache_memory_bytes,
+            enable_prefix_caching=args.enable_prefix_caching,
+        ),
+        scheduler=SchedulerOptions(
+            max_num_seqs=args.max_num_seqs, max_waiting=args.max_num_queued_reqs
+        ),
+        batch=BatchOptions(
+            max_num_batched_tokens=args.max_num_batched_tokens,
+            max_chunk_tokens=args.long_prefill_token_threshold,
+            max_num_seqs=args.max_num_seqs,
+        ),
+        prefill=1 if split else args.prefill or 0,
+        decode=1 if split else args.decode or 0,
+        mixed=args.mixed or 0,
+        threads=args.threads,
+        hang_s=args.hang_timeout,
+    )
+    options.verify()
+    return options
