@@ -2,7 +2,7 @@
 
 Owns nothing but the chosen level; the thread pool belongs to the library, one per process. Tensors
 go to C++ as they are (no copies, strided views included) and are checked there: a wrong shape or
-dtype raises ValueError. Calls release the GIL.
+dtype raises AssertionError. Calls release the GIL.
 """
 
 from collections.abc import Callable
@@ -10,6 +10,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from diptych.engine.core.errors import ConfigError
 from diptych.kernels import library
 from diptych.kernels.base import PackedLinear
 
@@ -55,7 +56,7 @@ class CppKernels:
         """Use this instruction set in later calls; packed weights stay valid."""
         levels = available_levels()
         if level not in levels:
-            raise ValueError(f"kernel level {level!r} is not one of this machine's: {levels}")
+            raise ConfigError(f"kernel level {level!r} is not one of this machine's: {levels}")
         self._level_name = level
         self._level = levels.index(level)
 

@@ -11,6 +11,8 @@ from pathlib import Path
 
 import tvm_ffi
 
+from diptych.engine.core.errors import ConfigError
+
 __all__ = ["HOW_TO_BUILD", "find", "load"]
 
 HOW_TO_BUILD = (
@@ -37,5 +39,5 @@ def load() -> tvm_ffi.Module:
     """The loaded library; the same object in every call."""
     path = find()
     if path is None:
-        raise ImportError(HOW_TO_BUILD)
+        raise ConfigError(HOW_TO_BUILD)
     return tvm_ffi.load_module(path)

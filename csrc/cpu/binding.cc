@@ -19,9 +19,9 @@ using tvm::ffi::Optional;
 using tvm::ffi::String;
 using tvm::ffi::TensorView;
 
-#define CHECK(condition)                                                                       \
-  do {                                                                                         \
-    if (__builtin_expect(!(condition), 0)) TVM_FFI_THROW(ValueError) << "not so: " #condition; \
+#define CHECK(condition)                                                                           \
+  do {                                                                                             \
+    if (__builtin_expect(!(condition), 0)) TVM_FFI_THROW(AssertionError) << "not so: " #condition; \
   } while (0)
 
 const KernelTable* const kLevels[] = {
@@ -99,13 +99,21 @@ const int32_t* ints(const TensorView& t, int64_t size) {
   return data<const int32_t>(t);
 }
 
+// Every index in [low, end). A wrong one would read or write foreign memory.
+void check_range(const int32_t* indices, int64_t size, int64_t low, int64_t end) {
+  bool inside = true;
+  for (int64_t i = 0; i < size; ++i) inside &= indices[i] >= low && indices[i] < end;
+  CHECK(inside);
+}
+
 CacheView cache_view(const TensorView& t) {
   CHECK(t.ndim() == 4 && t.device().device_type == kDLCPU);
   return {data<char>(t), row_stride(t), t.size(2), t.size(1), t.size(3), model_dtype(t)};
 }
 
-void check_same_cache(const CacheView& k, const CacheView& v) {
-  CHECK(k.block_size == v.block_size && k.heads == v.heads && k.dim == v.dim && k.dtype == v.dtype);
+void check_same_cache(const TensorView& k, const TensorView& v) {
+  for (int32_t d = 0; d < 4; ++d) CHECK(k.size(d) == v.size(d));
+  CHECK(model_dtype(k) == model_dtype(v));
 }
 
 int64_t padded_inputs(DType dtype, int64_t num_in) {
@@ -145,8 +153,10 @@ void linear(int64_t level, TensorView out, TensorView x, TensorView packed,
 void embedding(int64_t level, TensorView out, TensorView weights, TensorView ids) {
   CHECK(weights.ndim() == 2 && weights.IsContiguous() && out.size(1) == weights.size(1));
   const int64_t rows = out.size(0);
-  table(level).embedding({dense_floats(out, 2), data<void>(weights), ints(ids, rows), rows,
-                          out.size(1), model_dtype(weights)});
+  const int32_t* tokens = ints(ids, rows);
+  check_range(tokens, rows, 0, weights.size(0));
+  table(level).embedding(
+      {dense_floats(out, 2), data<void>(weights), tokens, rows, out.size(1), model_dtype(weights)});
 }
 
 void rms_norm(int64_t level, TensorView out, TensorView x, TensorView weight, double eps) {
@@ -168,9 +178,10 @@ void add_rms_norm(int64_t level, TensorView out, TensorView residual, TensorView
 void rope(int64_t level, TensorView q, TensorView k, TensorView positions, TensorView cos_sin) {
   const int64_t rows = q.size(0), dim = q.size(2);
   CHECK(k.size(0) == rows && k.size(2) == dim && dim % 2 == 0 && cos_sin.size(1) == dim);
-  table(level).rope({floats(q, 3), floats(k, 3), row_stride(q), row_stride(k),
-                     ints(positions, rows), dense_floats(cos_sin, 2), rows, q.size(1), k.size(1),
-                     dim});
+  const int32_t* at = ints(positions, rows);
+  check_range(at, rows, 0, cos_sin.size(0));
+  table(level).rope({floats(q, 3), floats(k, 3), row_stride(q), row_stride(k), at,
+                     dense_floats(cos_sin, 2), rows, q.size(1), k.size(1), dim});
 }
 
 void silu_mul(int64_t level, TensorView out, TensorView gate_up) {
@@ -182,11 +193,13 @@ void write_kv(int64_t level, TensorView k_cache, TensorView v_cache, TensorView 
               TensorView slots) {
   const CacheView keys = cache_view(k_cache), values = cache_view(v_cache);
   const int64_t rows = k.size(0);
-  check_same_cache(keys, values);
+  check_same_cache(k_cache, v_cache);
   CHECK(k.size(1) == keys.heads && k.size(2) == keys.dim);
   CHECK(v.size(0) == rows && v.size(1) == keys.heads && v.size(2) == keys.dim);
-  table(level).write_kv({keys, values, floats(k, 3), floats(v, 3), row_stride(k), row_stride(v),
-                         ints(slots, rows), rows});
+  const int32_t* to = ints(slots, rows);
+  check_range(to, rows, -1, k_cache.size(0) * keys.block_size);
+  table(level).write_kv(
+      {keys, values, floats(k, 3), floats(v, 3), row_stride(k), row_stride(v), to, rows});
 }
 
 void attention(int64_t level, TensorView out, TensorView q, TensorView k_cache, TensorView v_cache,
@@ -194,7 +207,7 @@ void attention(int64_t level, TensorView out, TensorView q, TensorView k_cache, 
                double scale, int64_t window) {
   const CacheView keys = cache_view(k_cache), values = cache_view(v_cache);
   const int64_t seqs = kv_len.size(0), heads = q.size(1), rows = q.size(0);
-  check_same_cache(keys, values);
+  check_same_cache(k_cache, v_cache);
   CHECK(q.size(2) == keys.dim && heads % keys.heads == 0);
   CHECK(out.size(0) == rows && out.size(1) == heads && out.size(2) == keys.dim);
   AttentionArgs args{dense_floats(out, 3),
@@ -210,8 +223,10 @@ void attention(int64_t level, TensorView out, TensorView q, TensorView k_cache, 
                      heads,
                      static_cast<float>(scale),
                      window};
-  CHECK(args.qo_indptr[0] == 0 && args.qo_indptr[seqs] == rows &&
-        args.kv_indptr[seqs] <= kv_indices.size(0));
+  const int64_t first = args.kv_indptr[0], end = args.kv_indptr[seqs];
+  CHECK(args.qo_indptr[0] == 0 && args.qo_indptr[seqs] == rows);
+  CHECK(first >= 0 && first <= end && end <= kv_indices.size(0));
+  check_range(args.kv_indices + first, end - first, 0, k_cache.size(0));
   for (int64_t s = 0; s < seqs; ++s) {
     const int64_t tokens = args.qo_indptr[s + 1] - args.qo_indptr[s],
                   blocks = args.kv_indptr[s + 1] - args.kv_indptr[s];
