@@ -1,0 +1,1 @@
+"""Text above token ids: tokenizer, chat template, detokenizer, stop strings, generation."""
