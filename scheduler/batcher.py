@@ -1,0 +1,371 @@
+"""The worker's machine: which sequences it holds and what runs in each of its steps. Pure.
+
+Owns the `Sequence`s of one worker. A shell calls `handle` for each message, then `plan`, carries
+out `take` (page writes come before the step that writes those blocks), runs the plan, calls
+`commit` and carries out `take` again. Invariant: between `plan` and `commit` no sequence of the
+plan changes; what arrives meanwhile takes effect after the commit.
+"""
+
+from diptych.engine.core.config import BatchOptions
+from diptych.engine.core.messages import (
+    Address,
+    Assign,
+    Grant,
+    Join,
+    Joined,
+    Revoke,
+    Seal,
+    Send,
+    SetDial,
+    TokenBatch,
+    Tokens,
+)
+from diptych.engine.core.plan import FinishInfo, Sample, StepPlan, StepResult, StepRow
+from diptych.engine.core.types import Epoch, FinishReason, Role, WorkerId
+from diptych.scheduler.commands import BatcherCommand, ClearBlock, CommitBlock
+from diptych.scheduler.lineup import Lineup
+from diptych.scheduler.report import Report
+from diptych.scheduler.running import Outbox, Phase, Running, running_from
+from diptych.scheduler.seals import Seals
+
+BatcherInput = Join | Assign | Grant | Revoke | SetDial | Seal
+
+
+class Batcher:
+    """Continuous batching with chunked prefill; docs/ARCHITECTURE.md has the contract."""
+
+    def __init__(
+        self,
+        worker: WorkerId,
+        worker_epoch: Epoch,
+        options: BatchOptions,
+        *,
+        block_size: int,
+        eos_token_ids: frozenset[int],
+        max_model_len: int,
+    ) -> None:
+        self._worker = worker
+        self._worker_epoch = worker_epoch
+        self._options = options
+        self._block_size = block_size
+        self._eos = eos_token_ids
+        self._max_model_len = max_model_len
+        self._epoch: Epoch | None = None  # of the scheduler that is served
+        self._dial = 0
+        self._lineup = Lineup(block_size)
+        self._seals = Seals()
+        self._report = Report()
+        self._commands: list[BatcherCommand] = []
+        self._in_flight: tuple[StepPlan, list[Running]] | None = None  # rows, same order
+        self._deferred: list[BatcherInput] = []  # arrived during the step
+        self._odd = 0  # parity of the steps: takes turns where a step has room for one row only
+
+    @property
+    def has_work(self) -> bool:
+        """Whether a step might compute something now."""
+        return bool(self._lineup.decodes or self._lineup.prefills)
+
+    @property
+    def num_sequences(self) -> int:
+        return len(self._lineup)
+
+    # ---- messages ------------------------------------------------------------------------------
+
+    def handle(self, message: BatcherInput) -> None:
+        """Take note of a message. One of another epoch or incarnation changes nothing."""
+        if self._in_flight is not None:
+            self._deferred.append(message)
+        elif isinstance(message, Join):
+            self._join(message)
+        elif isinstance(message, Seal):
+            self._take_seal(message)
+        elif message.worker_epoch == self._worker_epoch and message.scheduler_epoch == self._epoch:
+            if isinstance(message, Assign):
+                self._assign(message)
+            elif isinstance(message, Grant):
+                self._grant(message)
+            elif isinstance(message, Revoke):
+                self._revoke(message)
+            else:
+                self._dial = message.dial
+
+    def _join(self, join: Join) -> None:
+        if join.worker_epoch != self._worker_epoch:
+            return
+        if self._epoch is not None and join.scheduler_epoch < self._epoch:
+            return
+        if join.scheduler_epoch != self._epoch:
+            self._lineup.clear()
+            self._seals.forget_before(join.scheduler_epoch)
+            self._report = Report()
+            self._epoch = join.scheduler_epoch
+        self._dial = join.dial
+        joined = Joined(join.scheduler_epoch, self._worker, self._worker_epoch)
+        self._commands.append(Send(_scheduler(join.scheduler_epoch), joined))
+
+    def _assign(self, assign: Assign) -> None:
+        outbox = self._lineup.outbox(assign.api, assign.api_epoch)
+        run = running_from(assign, outbox, self._eos, self._max_model_len, self._block_size)
+        self._lineup.add(run)
+        if run.phase is Phase.PREFILL:
+            self._clear_from(run, run.seq.num_computed // self._block_size)
+            return
+        seal = self._seals.claim(run.ref)
+        if seal is not None:
+            self._take_seal(seal)
+
+    def _take_seal(self, seal: Seal) -> None:
+        """The peer's blocks and first token become this worker's."""
+        if seal.peer_epoch != self._worker_epoch:
+            return
+        if self._epoch is None or seal.scheduler_epoch < self._epoch:
+            return
+        run = self._lineup.get(seal.ref)
+        if run is None:
+            self._seals.hold(seal)
+            return
+        if run.phase is not Phase.AWAITING_SEAL or run.peer != (seal.worker, seal.worker_epoch):
+            return
+        assert seal.num_computed == len(run.tokens), "the seal ends the whole prefill"
+        run.seq.num_computed = seal.num_computed
+        run.seq.num_committed = seal.num_computed // self._block_size  # reported by the peer
+        run.tokens.append(seal.token)
+        run.seal = seal
+        self._clear_from(run, run.seq.num_committed)
+        self._lineup.to_decode(run)
+
+    def _grant(self, grant: Grant) -> None:
+        run = self._lineup.get(grant.ref)
+        if run is None:
+            return  # it ended while the grant was under way
+        seq = run.seq
+        assert grant.first == len(seq.block_table), "grants are contiguous and in order"
+        seq.block_table.extend(grant.blocks)
+        seq.generations.extend(grant.generations)
+        if run.phase is not Phase.AWAITING_SEAL:
+            self._clear_from(run, grant.first)
+        self._lineup.feed(run)
+
+    def _revoke(self, revoke: Revoke) -> None:
+        run = self._lineup.get(revoke.ref)
+        if run is not None:
+            if run.phase is Phase.AWAITING_SEAL:
+                self._seals.void(run.ref)
+            self._lineup.remove(run)
+        self._report.released.append(revoke.ref)
+
+    def _clear_from(self, run: Running, first: int) -> None:
+        """Void the page entries of the blocks from table index `first` on: they will be written."""
+        seq = run.seq
+        for block, generation in zip(seq.block_table[first:], seq.generations[first:], strict=True):
+            self._commands.append(ClearBlock(block, generation))
+
+    # ---- a step --------------------------------------------------------------------------------
+
+    def plan(self) -> StepPlan:
+        """What to run now: all decodes, then prefill chunks within the budget. May be empty."""
+        assert self._in_flight is None, "one step at a time"
+        lineup, options = self._lineup, self._options
+        for run in lineup.settle():
+            self._report.starved.append(run.ref)
+        budget, seats, reserve = options.max_num_batched_tokens, options.max_num_seqs, 0
+        if lineup.prefills:
+            # Waiting prompts always get a block's worth of the budget and one row of the step;
+            # where a step has room for one only, they and the decodes take turns.
+            reserve = min(self._block_size, budget // 2) or self._odd
+            seats = seats - 1 or 1 - self._odd
+        decodes = lineup.next_decodes(min(budget - reserve, seats))
+        rows = [StepRow(run.seq, len(run.tokens) - 1, 1, True) for run in decodes]
+        num_decodes = num_tokens = len(rows)
+        runs = decodes.copy()
+        if lineup.prefills:
+            left = budget - num_decodes
+            if num_decodes:
+                left = min(left, max(reserve, left * self._dial // 100))
+            num_tokens += self._plan_prefills(rows, runs, left)
+        plan = StepPlan(rows, num_tokens, num_decodes)
+        if rows:
+            self._in_flight = plan, runs
+        return plan
+
+    def _plan_prefills(self, rows: list[StepRow], runs: list[Running], budget: int) -> int:
+        """Append chunks of the waiting prompts, in their order; returns the tokens planned."""
+        options, block_size, left = self._options, self._block_size, budget
+        for run in self._lineup.prefills.copy():
+            if left <= 0 or len(rows) >= options.max_num_seqs:
+                break
+            start, end = run.seq.num_computed, len(run.tokens)
+            room = run.room(block_size)
+            if room <= 0:
+                self._lineup.starve(run)
+                self._report.starved.append(run.ref)
+                continue
+            length = min(end - start, left, room, options.max_chunk_tokens or left)
+            if start + length < end:
+                # A chunk that does not finish its prompt ends with a block where it can: the
+                # block is committed at once.
+                length = max(length - (start + length) % block_size, 0) or length
+            rows.append(StepRow(run.seq, start, length, start + length == end))
+            runs.append(run)
+            left -= length
+        return budget - left
+
+    def commit(self, plan: StepPlan, result: StepResult) -> None:
+        """The step is over: take in what it computed and sampled."""
+        if plan.empty:
+            return
+        assert self._in_flight is not None
+        assert self._in_flight[0] is plan
+        runs = self._in_flight[1]
+        assert len(result.samples) == len(runs)
+        self._in_flight = None
+        self._odd = 1 - self._odd
+        num_decodes = plan.num_decodes
+        self._report.add_step(result.compute_s, plan.num_tokens - num_decodes, num_decodes)
+        self._commit_decodes(runs[:num_decodes], result.samples)
+        for i in range(num_decodes, len(runs)):
+            self._commit_chunk(runs[i], plan.rows[i], result, i)
+        self._flush_tokens()
+        deferred, self._deferred = self._deferred, []
+        for message in deferred:
+            self.handle(message)
+
+    def _commit_decodes(self, runs: list[Running], samples: list[Sample | None]) -> None:
+        """One token each. This loop is the cost of an uneventful step."""
+        outbox: Outbox | None = None
+        items: list[Tokens] = []
+        for run, sample in zip(runs, samples, strict=False):
+            assert sample is not None
+            token = sample.token
+            tokens = run.tokens
+            tokens.append(token)
+            length = len(tokens)
+            run.seq.num_computed = length - 1
+            if length >= run.event or token in run.stops or sample.error is not None:
+                self._eventful(run, sample)
+                continue
+            if run.outbox is not outbox:
+                outbox = run.outbox
+                items = outbox.items
+            logprobs = None if sample.logprobs is None else [sample.logprobs]
+            first = length - run.num_prompt - 1
+            items.append(Tokens(run.ref, first, [token], logprobs, None, run.num_cached, None))
+
+    def _eventful(self, run: Running, sample: Sample) -> None:
+        """A decode's token that fills a block, ends the sequence, or is the first after a seal."""
+        self._commit_blocks(run)
+        ids, entries = [sample.token], [sample.logprobs]
+        if sample.error is not None:
+            run.tokens.pop()
+            ids, entries = [], []
+        first = len(run.tokens) - run.num_prompt - len(ids)
+        prompt_logprobs = None
+        seal, run.seal = run.seal, None
+        if seal is not None:
+            first -= 1
+            ids.insert(0, seal.token)
+            entries.insert(0, seal.logprobs)
+            prompt_logprobs = seal.prompt_logprobs
+        finish = self._finish(run, sample)
+        logprobs = [entry for entry in entries if entry is not None] or None
+        run.outbox.items.append(
+            Tokens(run.ref, first, ids, logprobs, finish, run.num_cached, prompt_logprobs)
+        )
+        if finish is None:
+            run.event = run.next_event(self._block_size)
+            self._lineup.at_block_end(run)
+
+    def _commit_chunk(self, run: Running, row: StepRow, result: StepResult, index: int) -> None:
+        """A chunk of a prompt; its last one also brings the first token."""
+        run.seq.num_computed += row.length
+        self._commit_blocks(run)
+        if run.seq.want_prompt_logprobs:
+            run.seq.prompt_logprobs.extend(result.prompt_logprobs.get(index, ()))
+        if not row.sample:
+            return
+        sample = result.samples[index]
+        assert sample is not None, "the last chunk samples"
+        ids: list[int] = []
+        if sample.error is None:
+            ids.append(sample.token)
+            run.tokens.append(sample.token)
+        first = len(run.tokens) - run.num_prompt - len(ids)
+        logprobs = None if sample.logprobs is None else [sample.logprobs]
+        prompt_logprobs = run.prompt_logprobs()
+        finish = self._finish(run, sample)
+        run.outbox.items.append(
+            Tokens(run.ref, first, ids, logprobs, finish, run.num_cached, prompt_logprobs)
+        )
+        if finish is not None:
+            return
+        if run.seq.role is Role.LOCAL:
+            self._lineup.to_decode(run)
+            return
+        self._seal(run, sample)
+
+    def _seal(self, run: Running, sample: Sample) -> None:
+        """Hand the sequence to its peer."""
+        assert run.peer is not None
+        assert self._epoch is not None
+        peer, peer_epoch = run.peer
+        seal = Seal(
+            scheduler_epoch=self._epoch,
+            worker=self._worker,
+            worker_epoch=self._worker_epoch,
+            peer_epoch=peer_epoch,
+            ref=run.ref,
+            num_computed=run.seq.num_computed,
+            token=sample.token,
+            logprobs=sample.logprobs,
+            prompt_logprobs=run.prompt_logprobs(),
+        )
+        self._commands.append(Send(Address("worker", peer, peer_epoch), seal))
+        self._report.sealed.append(run.ref)
+        self._lineup.remove(run)
+
+    def _commit_blocks(self, run: Running) -> None:
+        for block in run.commit_full(self._block_size):
+            self._commands.append(
+                CommitBlock(block.block, block.generation, block.hash, block.parent)
+            )
+            self._report.committed.append(block)
+
+    def _finish(self, run: Running, sample: Sample) -> FinishInfo | None:
+        """Whether the sequence is over; if so it is forgotten here."""
+        if sample.error is not None:
+            finish: FinishInfo | None = FinishInfo(FinishReason.ERROR, None, sample.error)
+        else:
+            finish = run.finish(self._eos)
+        if finish is not None:
+            self._report.finished.append(run.ref)
+            self._lineup.remove(run)
+        return finish
+
+    def _flush_tokens(self) -> None:
+        assert self._epoch is not None
+        for outbox in self._lineup.outboxes():
+            if outbox.items:
+                batch = TokenBatch(self._epoch, self._worker, self._worker_epoch, outbox.items)
+                self._commands.append(Send(outbox.to, batch))
+                outbox.items = []
+        self._lineup.drop_idle_outboxes()
+
+    # ---- output --------------------------------------------------------------------------------
+
+    def take(self) -> list[BatcherCommand]:
+        """What the shell has to do now, in this order."""
+        if self._epoch is not None and self._report.due:
+            progress = self._report.take(self._epoch, self._worker, self._worker_epoch)
+            self._commands.append(Send(_scheduler(self._epoch), progress))
+        commands, self._commands = self._commands, []
+        return commands
+
+    def check_integrity(self) -> None:
+        """Assert what must hold between calls. For tests and idle workers."""
+        assert self._in_flight is not None or not self._deferred
+        if self._in_flight is None:
+            self._lineup.check_integrity()
+
+
+def _scheduler(epoch: Epoch) -> Address:
+    return Address("scheduler", 0, epoch)

@@ -1,0 +1,63 @@
+"""What a batcher has to tell the scheduler since its last `Progress`.
+
+Owns the sums and lists of one report. Invariant: a report is due as soon as something changed, else
+after `QUIET_STEPS_MAX` steps; sums are never lost between reports of one scheduler epoch.
+"""
+
+from typing import Final
+
+from diptych.engine.core.messages import CommittedBlock, Progress
+from diptych.engine.core.request import SeqRef
+from diptych.engine.core.types import Epoch, WorkerId
+
+QUIET_STEPS_MAX: Final = 64
+"""Uneventful steps between two reports."""
+
+
+class Report:
+    """The next `Progress` while it grows."""
+
+    def __init__(self) -> None:
+        self._clear()
+
+    def _clear(self) -> None:
+        self.committed: list[CommittedBlock] = []
+        self.sealed: list[SeqRef] = []
+        self.finished: list[SeqRef] = []
+        self.released: list[SeqRef] = []
+        self.starved: list[SeqRef] = []
+        self._steps = 0
+        self._compute_s = 0.0
+        self._prefill_tokens = 0
+        self._decode_tokens = 0
+
+    def add_step(self, compute_s: float, prefill_tokens: int, decode_tokens: int) -> None:
+        self._steps += 1
+        self._compute_s += compute_s
+        self._prefill_tokens += prefill_tokens
+        self._decode_tokens += decode_tokens
+
+    @property
+    def due(self) -> bool:
+        return self._steps >= QUIET_STEPS_MAX or bool(
+            self.committed or self.finished or self.sealed or self.released or self.starved
+        )
+
+    def take(self, scheduler: Epoch, worker: WorkerId, worker_epoch: Epoch) -> Progress:
+        """The report; the next one starts empty."""
+        progress = Progress(
+            scheduler_epoch=scheduler,
+            worker=worker,
+            worker_epoch=worker_epoch,
+            steps=self._steps,
+            compute_s=self._compute_s,
+            prefill_tokens=self._prefill_tokens,
+            decode_tokens=self._decode_tokens,
+            committed=self.committed,
+            sealed=self.sealed,
+            finished=self.finished,
+            released=self.released,
+            starved=self.starved,
+        )
+        self._clear()
+        return progress

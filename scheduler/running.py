@@ -1,0 +1,162 @@
+"""One sequence on one worker, seen by the batcher: its phase, its limits and where its tokens go.
+
+Owns what is derived from a `Sequence` so that an uneventful decode step looks at two numbers only.
+Invariant: while `len(tokens) < event` a new token that is not in `stops` changes nothing but
+`tokens` and `num_computed`.
+"""
+
+from dataclasses import dataclass, field
+from enum import Enum
+
+from diptych.engine.core.hashing import extend_chain
+from diptych.engine.core.messages import Address, Assign, CommittedBlock, Seal, Tokens
+from diptych.engine.core.plan import FinishInfo, TokenLogprobs
+from diptych.engine.core.request import SeqRef, Sequence
+from diptych.engine.core.types import (
+    BlockHash,
+    Epoch,
+    FinishReason,
+    Role,
+    WorkerId,
+    pack_ids,
+    unpack_ids,
+)
+
+
+class Phase(Enum):
+    """Where a sequence stands in its batcher."""
+
+    AWAITING_SEAL = "awaiting seal"  # its blocks belong to the peer
+    PREFILL = "prefill"  # some of its prompt is to be computed
+    DECODE = "decode"  # one token per step
+    STARVED = "starved"  # needs a block; a grant brings it back
+    ENDED = "ended"  # finished, sealed or given back
+
+
+@dataclass(slots=True, eq=False)
+class Outbox:
+    """The tokens of one step for one API server."""
+
+    to: Address
+    num_users: int = 0  # sequences that send here
+    items: list[Tokens] = field(default_factory=list)
+
+
+@dataclass(slots=True, eq=False)
+class Running:
+    """A `Sequence` and what its batcher knows of it."""
+
+    seq: Sequence
+    tokens: list[int]  # seq.tokens itself
+    ref: SeqRef
+    num_prompt: int
+    num_cached: int
+    order: tuple[int, int, int]  # of prefills: priority, rank, choice
+    stops: frozenset[int]
+    min_len: int  # tokens below which no stop token ends the sequence
+    limit: int  # tokens at which the sequence ends by length
+    phase: Phase
+    peer: tuple[WorkerId, Epoch] | None
+    outbox: Outbox
+    event: int = 0  # len(tokens) at which a decode step is not uneventful; 0 before decode
+    seal: Seal | None = None  # received, its token not yet repeated to the client
+
+    def next_event(self, block_size: int) -> int:
+        """len(tokens) when the next block is full, or at the limit: `num_computed` is one less."""
+        full = ((len(self.tokens) - 1) // block_size + 1) * block_size + 1
+        return min(full, self.limit)
+
+    def room(self, block_size: int) -> int:
+        """Tokens that fit in the blocks granted so far, beyond those computed."""
+        return len(self.seq.block_table) * block_size - self.seq.num_computed
+
+    def finish(self, eos: frozenset[int]) -> FinishInfo | None:
+        """Whether the last token ended the sequence."""
+        token = self.tokens[-1]
+        if token in self.stops and len(self.tokens) >= self.min_len:
+            is_eos = token in eos and not self.seq.request.params.ignore_eos
+            return FinishInfo(FinishReason.STOP, None if is_eos else token)
+        if len(self.tokens) >= self.limit:
+            return FinishInfo(FinishReason.LENGTH)
+        return None
+
+    def commit_full(self, block_size: int) -> list[CommittedBlock]:
+        """Blocks that became full since the last call, with their place in the hash chain."""
+        seq = self.seq
+        committed: list[CommittedBlock] = []
+        while (seq.num_committed + 1) * block_size <= seq.num_computed:
+            index = seq.num_committed
+            seq.num_committed += 1
+            committed.append(
+                CommittedBlock(
+                    self.ref,
+                    index,
+                    seq.block_table[index],
+                    seq.generations[index],
+                    self._hash(index, block_size),
+                    self._hash(index - 1, block_size),
+                )
+            )
+        return committed
+
+    def _hash(self, index: int, block_size: int) -> BlockHash:
+        hashes, root = self.seq.hashes, self.seq.request.root
+        if index < 0:
+            return root
+        if index >= len(hashes):
+            known = len(hashes)
+            ids = pack_ids(self.tokens[known * block_size : (index + 1) * block_size])
+            hashes.extend(extend_chain(hashes[-1] if hashes else root, ids, block_size))
+        return hashes[index]
+
+    def prompt_logprobs(self) -> list[TokenLogprobs] | None:
+        """To go with the first token, if they were asked for."""
+        if not self.seq.want_prompt_logprobs:
+            return None
+        entries = [entry for entry in self.seq.prompt_logprobs if isinstance(entry, TokenLogprobs)]
+        return entries[: self.num_prompt - 1]
+
+
+def running_from(
+    assign: Assign, outbox: Outbox, eos: frozenset[int], max_model_len: int, block_size: int
+) -> Running:
+    """The batcher's row for an assignment; nothing of the pool is touched."""
+    request, params = assign.request, assign.request.params
+    tokens = unpack_ids(request.prompt_ids) + unpack_ids(assign.emitted)
+    assert 0 <= assign.num_computed < len(tokens), "the last token is always computed"
+    assert len(assign.block_table) == len(assign.generations)
+    seq = Sequence(
+        ref=assign.ref,
+        request=request,
+        role=assign.role,
+        tokens=tokens,
+        num_computed=assign.num_computed,
+        block_table=list(assign.block_table),
+        generations=list(assign.generations),
+        hashes=list(assign.hashes),
+        num_committed=assign.num_computed // block_size,
+        num_cached=min(assign.num_computed, request.num_prompt),
+        want_prompt_logprobs=assign.want_prompt_logprobs,
+    )
+    stops = frozenset() if params.ignore_eos else eos
+    if params.stop_token_ids:
+        stops = stops.union(params.stop_token_ids)
+    limit = max_model_len
+    if params.max_tokens is not None:
+        limit = min(limit, request.num_prompt + params.max_tokens)
+    decode = assign.role is Role.DECODE
+    assert not (decode or assign.role is Role.PREFILL) or assign.peer is not None
+    return Running(
+        seq=seq,
+        tokens=tokens,
+        ref=assign.ref,
+        num_prompt=request.num_prompt,
+        num_cached=seq.num_cached,
+        order=(request.priority, request.rank, assign.ref.choice),
+        stops=stops,
+        min_len=request.num_prompt + params.min_tokens,
+        limit=limit,
+        phase=Phase.AWAITING_SEAL if decode else Phase.PREFILL,
+        peer=assign.peer,
+        outbox=outbox,
+    )
