@@ -20,9 +20,11 @@ from diptych.engine.core.messages import (
     SchedulerUp,
     Send,
     Stats,
+    WorkerDown,
     WorkerUp,
 )
 from diptych.engine.core.params import SamplingParams
+from diptych.engine.core.types import DownCause, Epoch, WorkerId
 from diptych.engine.pool import KVPool
 from diptych.engine.runner import Runner, load_model, make_runner
 from diptych.scheduler.batcher import Batcher
@@ -47,6 +49,7 @@ class InlineClient:
 
     def __init__(self, options: EngineOptions) -> None:
         options.verify()
+        self._options = options
         model = load_model(options.model)
         config = model.config
         block_size = options.cache.block_size
@@ -64,16 +67,9 @@ class InlineClient:
             fingerprint=self._runner.fingerprint,
         )
         self._scheduler = Scheduler(_EPOCH, options.scheduler, options.cache)
+        self._epochs = {spec.worker: _EPOCH for spec in options.workers()}
         self._batchers = {
-            spec.worker: Batcher(
-                spec.worker,
-                _EPOCH,
-                options.batch,
-                block_size=block_size,
-                eos_token_ids=frozenset(config.eos_token_ids),
-                max_model_len=config.max_model_len,
-            )
-            for spec in options.workers()
+            spec.worker: self._make_batcher(spec.worker, _EPOCH) for spec in options.workers()
         }
         self._wire: deque[Send] = deque()
         self._streams = Streams(Journal(0, _EPOCH, block_size=block_size), self.info, self._post)
@@ -130,6 +126,17 @@ class InlineClient:
         self._scheduler.check_integrity()
         for batcher in self._batchers.values():
             batcher.check_integrity()
+
+    def fail_worker(self, worker: WorkerId) -> None:
+        """As if the worker's process had died and another had come; for tests of recovery."""
+        spec = next(spec for spec in self._options.workers() if spec.worker == worker)
+        epoch = self._epochs[worker]
+        self._epochs[worker] = epoch + 1
+        self._batchers[worker] = self._make_batcher(worker, epoch + 1)
+        down = WorkerDown(worker, epoch, DownCause.KILLED)
+        up = WorkerUp(worker, epoch + 1, spec.pool, spec.dial)
+        self._decide([down, up], time.monotonic())
+        self._wake()
 
     # ---- the wires and the loop
 
@@ -204,6 +211,16 @@ class InlineClient:
         """Page writes have no reader here: this pool dies with its only scheduler."""
         for batcher in self._batchers.values():
             self._wire.extend(c for c in batcher.take() if isinstance(c, Send))
+
+    def _make_batcher(self, worker: WorkerId, epoch: Epoch) -> Batcher:
+        return Batcher(
+            worker,
+            epoch,
+            self._options.batch,
+            block_size=self.info.block_size,
+            eos_token_ids=frozenset(self.info.eos_token_ids),
+            max_model_len=self.info.max_model_len,
+        )
 
     def _boot(self, workers: list[WorkerSpec]) -> None:
         inputs: list[SchedulerInput] = [PoolUp(0, self.info.num_blocks, self.info.block_size)]

@@ -6,6 +6,7 @@ the forward pass computes what `LlamaForCausalLM` computes with the exported wei
 """
 
 import json
+import math
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -56,7 +57,7 @@ def init_weights(shape: ModelShape, seed: int) -> Weights:
 
     def matrix(out: int, inp: int) -> Tensor:
         normal = torch.randn(n, out, inp, generator=gen)
-        return normal * float(inp) ** -0.5  # [L, out, in]
+        return normal / math.sqrt(inp)  # [L, out, in]
 
     q_dim, kv_dim = s.num_q_heads * s.head_dim, s.num_kv_heads * s.head_dim
     weights = {

@@ -57,17 +57,17 @@ def is_held_out(fact: str) -> bool:
 
 
 def any_word(rng: random.Random) -> str:
-    """A lower-case word of 2 to about 10 letters, from either side of the split."""
+    """A lower-case word of 2 to 12 letters, from either side of the split."""
     kind = rng.random()
     if kind < 0.45:
         return rng.choice(COMMON)
     if kind < 0.8:
-        syllables = rng.choice((1, 2, 2, 3))
+        syllables = rng.choice((1, 2, 2, 3, 3, 4))
         return "".join(
             rng.choice(_ONSETS) + rng.choice(_VOWELS) + (rng.choice(_CODAS) if i else "")
             for i in range(syllables)
-        )[:10]
-    return "".join(rng.choice("abcdefghijklmnopqrstuvwxyz") for _ in range(rng.randint(3, 9)))
+        )[:12]
+    return "".join(rng.choice("abcdefghijklmnopqrstuvwxyz") for _ in range(rng.randint(3, 10)))
 
 
 def word(rng: random.Random, *, held_out: bool) -> str:
