@@ -10,7 +10,9 @@ import argparse
 import asyncio
 import itertools
 import json
+import os
 import random
+import signal
 import sys
 import tempfile
 import time
@@ -19,6 +21,7 @@ from pathlib import Path
 from typing import Final, Literal
 
 from bench.models import write_model
+from bench.procs import engine_processes
 from diptych.engine.core.config import BatchOptions, CacheOptions, EngineOptions, ModelOptions
 from diptych.engine.core.params import SamplingParams
 from diptych.engine.core.plan import TokenLogprobs
@@ -197,7 +200,8 @@ class MatrixEngine:
             self.client.fail_worker(worker)
         else:
             assert self.hosted.launched is not None
-            self.hosted.launched.kill_worker(worker)
+            pid = engine_processes(self.hosted.launched.supervisor_pid)[f"worker{worker}"]
+            os.kill(pid, signal.SIGKILL)
 
     async def _hog(self, serial: int, index: int) -> None:
         """More urgent, and together with its twin as large as the pool."""
