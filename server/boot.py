@@ -56,3 +56,24 @@ class ApiBoot(msgspec.Struct, frozen=True, kw_only=True):
     @property
     def path(self) -> Path:
         return Path(self.run_dir)
+
+
+class SupervisorBoot(msgspec.Struct, frozen=True, kw_only=True):
+    """For a supervisor. Without `api_target` its starter, over `control_fd`, is API server 0."""
+
+    options: EngineOptions
+    api_target: str | None = None  # "package.module:function"
+    num_apis: int = 1
+    settings: dict[str, object] = {}
+    listen_fd: int | None = None
+    control_fd: int | None = None  # news go out, its end means stop
+    grace_s: float = 30.0
+    log_level: str = "INFO"
+
+
+class ApiProcessBoot(msgspec.Struct, frozen=True, kw_only=True):
+    """For an API server process of the supervisor, on its standard input."""
+
+    target: str
+    lifeline_fd: int
+    api: ApiBoot

@@ -1,0 +1,37 @@
+"""The root of an API server process: orders in, the front door's function called, exit status out.
+
+Owns nothing. Invariant: it does not outlive its supervisor; its connections end with it.
+"""
+
+import importlib
+import logging
+import sys
+from collections.abc import Callable
+
+import msgspec
+
+from diptych.server.boot import ApiBoot, ApiProcessBoot
+from diptych.server.lifeline import EXIT_FAULT, die_by_thread
+from diptych.server.logs import configure_logs
+
+
+def load_target(target: str) -> Callable[[ApiBoot], None]:
+    """ "package.module:function" -> the function."""
+    module, _, name = target.partition(":")
+    function: Callable[[ApiBoot], None] = getattr(importlib.import_module(module), name)
+    return function
+
+
+def main() -> None:
+    boot = msgspec.json.decode(sys.stdin.buffer.read(), type=ApiProcessBoot)
+    configure_logs(f"api{boot.api.api}.{boot.api.api_epoch}", boot.api.log_level)
+    die_by_thread(boot.lifeline_fd, lambda: None)
+    try:
+        load_target(boot.target)(boot.api)
+    except Exception:
+        logging.getLogger("diptych").exception("the API server ends by an uncaught exception")
+        sys.exit(EXIT_FAULT)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,102 @@
+"""The supervisor's own children: the scheduler, forked, and the API servers, executed.
+
+Owns their fences. Invariant: a child holds no descriptor of the supervisor but those it needs; in
+particular never the write end of the lifeline.
+"""
+
+import logging
+import os
+import signal
+import subprocess
+import sys
+import warnings
+
+from diptych.engine.core.messages import Address
+from diptych.server.boot import ApiProcessBoot, HostBoot
+from diptych.server.fence import Fence
+from diptych.server.launcher import ProcessExited
+from diptych.server.lifeline import EXIT_FAULT, cause_of, describe_exit
+from diptych.server.scheduler_process import run_scheduler
+from diptych.server.spawn import close_other_fds, spawn
+
+_log = logging.getLogger("diptych")
+
+
+class Children:
+    """Used from one thread; no method but `close` blocks."""
+
+    def __init__(self, boot: HostBoot) -> None:
+        self._boot = boot
+        self._fences: dict[Address, Fence] = {}
+        self._spawned: dict[int, subprocess.Popen[bytes]] = {}  # pid -> its handle
+
+    def start_scheduler(self, address: Address) -> int:
+        """Forked, because all it needs is imported here: it serves again after milliseconds."""
+        sys.stderr.flush()
+        with warnings.catch_warnings():
+            # The only threads here are those of the message sockets, which the child never touches.
+            warnings.simplefilter("ignore", DeprecationWarning)
+            pid = os.fork()
+        if pid == 0:
+            self._become_scheduler(address)
+        self._watch(address, pid)
+        return pid
+
+    def start_api(self, address: Address, boot: ApiProcessBoot) -> int:
+        fds = [boot.lifeline_fd]
+        if boot.api.listen_fd is not None:
+            fds.append(boot.api.listen_fd)
+        process = spawn("diptych.server.api_process", boot, fds)
+        self._spawned[process.pid] = process
+        self._watch(address, process.pid)
+        return process.pid
+
+    def kill(self, address: Address) -> None:
+        fence = self._fences.get(address)
+        if fence is not None:
+            fence.kill()
+
+    def fds(self) -> list[int]:
+        return [fence.pidfd for fence in self._fences.values() if not fence.exited]
+
+    def reaped(self, pid: int, wait_status: int) -> None:
+        process = self._spawned.pop(pid, None)
+        if process is not None:
+            process.returncode = wait_status
+        for fence in self._fences.values():
+            if fence.pid == pid:
+                fence.wait_status = wait_status
+
+    def events(self, now: float) -> list[ProcessExited]:
+        events: list[ProcessExited] = []
+        for address, fence in list(self._fences.items()):
+            if fence.gone(now) and fence.wait_status is not None:
+                status = fence.wait_status
+                events.append(ProcessExited(address, cause_of(status), describe_exit(status)))
+                del self._fences[address]
+                fence.close()
+        return events
+
+    def close(self) -> None:
+        for fence in self._fences.values():
+            fence.kill()
+
+    def _watch(self, address: Address, pid: int) -> None:
+        self._fences[address] = Fence(pid, os.pidfd_open(pid))
+
+    def _become_scheduler(self, address: Address) -> None:
+        """Never returns: the supervisor's stack ends here."""
+        status = EXIT_FAULT
+        try:
+            signal.set_wakeup_fd(-1)
+            for number in (signal.SIGCHLD, signal.SIGTERM, signal.SIGINT):
+                signal.signal(number, signal.SIG_DFL)
+            os.setsid()
+            close_other_fds({self._boot.layout.page_fd, self._boot.lifeline_fd})
+            run_scheduler(self._boot, address.epoch)
+            status = 0
+        except BaseException:
+            _log.exception("the scheduler ends by an uncaught exception")
+        finally:
+            sys.stderr.flush()
+            os._exit(status)

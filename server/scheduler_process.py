@@ -1,0 +1,126 @@
+"""The scheduler process: the shell around the pure `Scheduler`.
+
+Owns the scheduler's channels, its clock and its pulse. Invariant: all messages that wait are one
+step's inputs; commands are carried out in order; a page is read only when the scheduler asks.
+"""
+
+import logging
+import time
+from pathlib import Path
+from typing import Final, TypeGuard
+
+from diptych.engine.core.messages import (
+    Abort,
+    Address,
+    AnyMessage,
+    ApiDown,
+    ApiUp,
+    Closed,
+    Drain,
+    Joined,
+    PoolUp,
+    Progress,
+    Send,
+    Submit,
+    WorkerDown,
+    WorkerUp,
+)
+from diptych.engine.core.types import Epoch
+from diptych.scheduler.commands import PageEntry, PoolRead, ReadPool, SchedulerInput
+from diptych.scheduler.scheduler import Scheduler
+from diptych.server.boot import HostBoot
+from diptych.server.lifeline import die_by_thread
+from diptych.server.logs import configure_logs
+from diptych.server.run_dir import remove_run_dir
+from diptych.transfer.channels import Channels, process_name
+from diptych.transfer.control_page import ControlPage, page_bytes
+from diptych.transfer.shared_memory import SharedMemory
+
+TICK_S: Final = 0.1
+_INPUTS: Final = (
+    Submit,
+    Abort,
+    Closed,
+    Joined,
+    Progress,
+    WorkerUp,
+    WorkerDown,
+    PoolUp,
+    ApiUp,
+    ApiDown,
+)
+
+_log = logging.getLogger("diptych")
+
+
+class SchedulerProcess:
+    """The loop of one scheduler incarnation. `run` returns when it is told to end."""
+
+    def __init__(
+        self, channels: Channels, scheduler: Scheduler, page: ControlPage, slot: int
+    ) -> None:
+        self._channels = channels
+        self._scheduler = scheduler
+        self._page = page
+        self._slot = slot
+        self._ended = False
+
+    def run(self) -> None:
+        self._channels.announce()
+        while not self._ended:
+            self._turn(self._inputs(TICK_S))
+            self._page.beat(self._slot)
+
+    def _inputs(self, timeout_s: float) -> list[SchedulerInput]:
+        return [message for message in self._channels.receive(timeout_s) if self._is_input(message)]
+
+    def _turn(self, inputs: list[SchedulerInput]) -> None:
+        while True:
+            commands = self._scheduler.step(inputs, time.monotonic())
+            inputs = []
+            for command in commands:
+                if isinstance(command, Send):
+                    self._channels.send(command)
+                else:
+                    inputs.append(self._read(command))
+            if not inputs:
+                return
+
+    def _read(self, command: ReadPool) -> PoolRead:
+        started_s = time.monotonic()
+        generations, entries = self._page.read_all()
+        rows = [PageEntry(entry.block, entry.hash, entry.parent) for entry in entries]
+        elapsed_ms = (time.monotonic() - started_s) * 1e3
+        _log.info(
+            "pool %d: %d of %d blocks hold a known prefix (read in %.1f ms)",
+            command.pool,
+            len(rows),
+            len(generations),
+            elapsed_ms,
+        )
+        return PoolRead(command.pool, generations, rows)
+
+    def _is_input(self, message: AnyMessage) -> TypeGuard[SchedulerInput]:
+        if isinstance(message, _INPUTS):
+            return True
+        if isinstance(message, Drain):
+            self._ended = True
+        else:
+            _log.error("dropped a %s, which no scheduler takes", type(message).__name__)
+        return False
+
+
+def run_scheduler(boot: HostBoot, epoch: Epoch) -> None:
+    """The life of a forked scheduler; it outlives the supervisor only to remove the run dir."""
+    me = Address("scheduler", 0, epoch)
+    configure_logs(f"{process_name(me)}.{epoch}", boot.log_level)
+    run_dir = Path(boot.run_dir)
+    die_by_thread(boot.lifeline_fd, lambda: remove_run_dir(run_dir))
+    layout = boot.layout
+    num_pulses = layout.num_workers + 1
+    memory = SharedMemory(layout.page_fd, page_bytes(layout.num_blocks, num_pulses))
+    page = ControlPage(memory.view, layout.num_blocks, num_pulses)
+    scheduler = Scheduler(epoch, boot.options.scheduler, boot.options.cache)
+    channels = Channels(run_dir, me)
+    SchedulerProcess(channels, scheduler, page, layout.num_workers).run()
+    channels.close()

@@ -1,0 +1,48 @@
+"""Starting a Python process of ours: what it may inherit, and how it is told what to do.
+
+Owns nothing. Invariant: a child has its own session (signals of the terminal reach the supervisor
+only) and no descriptor but those named; its orders come on standard input.
+"""
+
+import os
+import subprocess
+import sys
+from collections.abc import Sequence
+from contextlib import suppress
+from pathlib import Path
+
+import msgspec
+
+import diptych
+
+
+def spawn(module: str, boot: msgspec.Struct, fds: Sequence[int]) -> subprocess.Popen[bytes]:
+    """`python -m module` with `boot` as JSON on its standard input."""
+    process = subprocess.Popen(
+        [sys.executable, "-P", "-m", module],
+        stdin=subprocess.PIPE,
+        pass_fds=fds,
+        start_new_session=True,
+        env=python_environment(),
+    )
+    assert process.stdin is not None
+    with suppress(BrokenPipeError):  # it died already, which its exit status tells
+        process.stdin.write(msgspec.json.encode(boot))
+        process.stdin.close()
+    return process
+
+
+def python_environment() -> dict[str, str]:
+    """This environment, with this package importable by the children whatever their folder."""
+    root = str(Path(diptych.__file__).resolve().parent.parent)
+    paths = [root, *filter(None, os.environ.get("PYTHONPATH", "").split(os.pathsep))]
+    return {**os.environ, "PYTHONPATH": os.pathsep.join(dict.fromkeys(paths))}
+
+
+def close_other_fds(keep: set[int]) -> None:
+    """After a fork: lets go of everything that was the parent's."""
+    for name in os.listdir("/proc/self/fd"):
+        fd = int(name)
+        if fd > 2 and fd not in keep:
+            with suppress(OSError):  # the descriptor of the listing itself is gone
+                os.close(fd)

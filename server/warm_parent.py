@@ -1,0 +1,151 @@
+"""The warm parent: torch imported, weights loaded and packed once, workers forked from it.
+
+Owns the packed weights, whose pages all workers share, and the exit statuses of its forks.
+Invariant: it stays single-threaded, so that a fork is safe; it holds no request and no decision, so
+that its death costs nothing but the time of loading again.
+"""
+
+import gc
+import logging
+import os
+import select
+import signal
+import socket
+import sys
+from contextlib import suppress
+from typing import NoReturn
+
+import msgspec
+
+from diptych.engine.core.errors import ConfigError, DiptychError
+from diptych.engine.runner import LoadedModel, load_model
+from diptych.server.boot import HostBoot
+from diptych.server.client import EngineInfo
+from diptych.server.lifeline import EXIT_FAULT, die_by_kernel
+from diptych.server.logs import configure_logs
+from diptych.server.warm_wire import (
+    PACKET_BYTES_MAX,
+    Forked,
+    ForkWorker,
+    Loaded,
+    LoadFailed,
+    Packet,
+    Reaped,
+    WarmBoot,
+)
+from diptych.server.worker import run_worker
+
+_log = logging.getLogger("diptych")
+
+
+class WarmParent:
+    """Serves fork orders until its socket or its supervisor ends."""
+
+    def __init__(self, boot: HostBoot, wire: socket.socket) -> None:
+        self._boot = boot
+        self._wire = wire
+        self._signal_read, self._signal_write = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
+
+    def serve(self) -> int:
+        try:
+            model = load_model(self._boot.options.model)
+            self._send(Loaded(engine_info(self._boot, model)))
+        except DiptychError as error:
+            self._send(LoadFailed(type(error).__name__, error.message))
+            return 1
+        gc.collect()
+        gc.freeze()  # what is loaded is never garbage: the forks' collectors leave its pages alone
+        signal.signal(signal.SIGCHLD, lambda *_: None)
+        signal.set_wakeup_fd(self._signal_write)
+        poll = select.poll()
+        poll.register(self._wire, select.POLLIN)
+        poll.register(self._signal_read, select.POLLIN)
+        while True:
+            ready = {fd for fd, _ in poll.poll()}
+            if self._signal_read in ready:
+                os.read(self._signal_read, 4096)
+                self._reap()
+            if self._wire.fileno() in ready:
+                packet = self._wire.recv(PACKET_BYTES_MAX)
+                if not packet:
+                    return 0
+                order = msgspec.msgpack.decode(packet, type=ForkWorker)
+                self._fork(model, order)
+
+    def _fork(self, model: LoadedModel, order: ForkWorker) -> None:
+        """The worker goes on only when the supervisor is sure to learn of it."""
+        go_read, go_write = os.pipe2(os.O_CLOEXEC)
+        pid = os.fork()
+        if pid == 0:
+            os.close(go_write)
+            self._become_worker(model, order, go_read)
+        os.close(go_read)
+        pidfd = os.pidfd_open(pid)
+        self._send(Forked(order.worker, order.epoch, pid), pidfd)
+        os.close(pidfd)
+        with suppress(BrokenPipeError):
+            os.write(go_write, b"g")
+        os.close(go_write)
+
+    def _become_worker(self, model: LoadedModel, order: ForkWorker, go_read: int) -> NoReturn:
+        status = EXIT_FAULT
+        try:
+            signal.set_wakeup_fd(-1)
+            signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+            os.setsid()
+            self._wire.close()
+            os.close(self._signal_read)
+            os.close(self._signal_write)
+            if os.read(go_read, 1):
+                os.close(go_read)
+                run_worker(self._boot, model, order.worker, order.epoch)
+            status = 0
+        except BaseException:
+            _log.exception("worker %d ends by an uncaught exception", order.worker)
+        finally:
+            sys.stderr.flush()
+            os._exit(status)
+
+    def _reap(self) -> None:
+        with suppress(ChildProcessError):
+            while True:
+                pid, status = os.waitpid(-1, os.WNOHANG)
+                if pid == 0:
+                    return
+                self._send(Reaped(pid, status))
+
+    def _send(self, packet: Packet, *fds: int) -> None:
+        socket.send_fds(self._wire, [msgspec.msgpack.encode(packet)], fds)
+
+
+def engine_info(boot: HostBoot, model: LoadedModel) -> EngineInfo:
+    config, layout = model.config, boot.layout
+    if config.block_bytes(layout.block_size) != layout.block_bytes:
+        raise ConfigError("the model's files changed while the server was starting")
+    return EngineInfo(
+        model_path=boot.options.model.path,
+        dtype=config.dtype,
+        vocab_size=config.vocab_size,
+        max_model_len=config.max_model_len,
+        eos_token_ids=sorted(config.eos_token_ids),
+        block_size=layout.block_size,
+        num_blocks=layout.num_blocks,
+        fingerprint=model.fingerprint,
+    )
+
+
+def main() -> None:
+    boot = msgspec.json.decode(sys.stdin.buffer.read(), type=WarmBoot)
+    configure_logs("warm", boot.host.log_level)
+    die_by_kernel(boot.host.lifeline_fd)
+    wire = socket.socket(fileno=boot.socket_fd)
+    try:
+        status = WarmParent(boot.host, wire).serve()
+    except BaseException:
+        _log.exception("the warm parent ends by an uncaught exception")
+        status = EXIT_FAULT
+    sys.exit(status)
+
+
+if __name__ == "__main__":
+    main()
