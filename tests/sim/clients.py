@@ -1,0 +1,189 @@
+"""The clients: what each one asked, has seen, and must see.
+
+Owns the truth about outcomes. Invariants: each token index reaches a client once, in order, and
+equals the oracle; an accepted request ends exactly once, within its deadline, and only a poison
+request fails.
+"""
+
+from dataclasses import dataclass, field
+from typing import Final
+
+from diptych.engine.core.errors import (
+    DiptychError,
+    InvalidRequestError,
+    OverloadedError,
+    PoisonRequestError,
+    RequestTimeoutError,
+)
+from diptych.engine.core.hashing import hash_root
+from diptych.engine.core.messages import Tokens
+from diptych.engine.core.params import SamplingParams
+from diptych.engine.core.request import Request
+from diptych.engine.core.types import FinishReason, pack_ids
+from tests.sim.model import Answer, Oracle, RequestSpec
+from tests.sim.world import check
+
+DEADLINE_SLACK_S: Final = 0.2
+
+
+def make_request(spec: RequestSpec, now: float) -> Request:
+    params = SamplingParams(
+        n=spec.n,
+        seed=spec.seed,
+        max_tokens=spec.max_tokens,
+        min_tokens=spec.min_tokens,
+        ignore_eos=spec.ignore_eos,
+        stop_token_ids=spec.stop_ids,
+        logprobs=0 if spec.logprobs else None,
+        prompt_logprobs=0 if spec.prompt_logprobs else None,
+    )
+    return Request(
+        id=f"{spec.api}-{spec.index}-x",
+        prompt_ids=pack_ids(spec.prompt),
+        params=params,
+        rank=int(now * 1e9) * 1000 + spec.index,
+        priority=spec.priority,
+        root=hash_root("sim", bytes([spec.salt]) if spec.salt else b""),
+    )
+
+
+@dataclass(slots=True)
+class Client:
+    """One request as its client sees it. `over`: how it ended, None while it is open."""
+
+    spec: RequestSpec
+    request: Request
+    opened: float
+    answers: list[Answer]
+    seen: list[list[int]]
+    accepted: bool = False
+    finished: set[int] = field(default_factory=set)
+    stopped: set[int] = field(default_factory=set)
+    over: str | None = None
+
+    @property
+    def num_seen(self) -> int:
+        return sum(len(ids) for ids in self.seen)
+
+    def end(self, how: str, now: float) -> None:
+        check(self.over is None, "{} ends twice: {} after {}", self.request.id, how, self.over)
+        self.over = how
+        if self.spec.timeout_s is not None:
+            latest = self.opened + self.spec.timeout_s + DEADLINE_SLACK_S
+            check(now <= latest, "{} ends at {}, after its deadline", self.request.id, now)
+
+    def deliver(self, tokens: Tokens) -> None:
+        """Checks one delivery against the oracle."""
+        name, choice = self.request.id, tokens.ref.choice
+        check(self.over is None, "{} gets tokens after its end ({})", name, self.over)
+        check(choice not in self.finished, "{}/{} gets tokens after its finish", name, choice)
+        check(choice not in self.stopped, "{}/{} gets tokens after its stop", name, choice)
+        seen, answer = self.seen[choice], self.answers[choice]
+        check(
+            tokens.first_index == len(seen),
+            "{}/{}: index {} where {} is due",
+            name,
+            choice,
+            tokens.first_index,
+            len(seen),
+        )
+        first = not seen
+        seen.extend(tokens.ids)
+        check(
+            seen == answer.tokens[: len(seen)],
+            "{}/{}: wrong token in {} at {}",
+            name,
+            choice,
+            tokens.ids,
+            tokens.first_index,
+        )
+        self.accepted = True
+        self._logprobs(tokens, answer, first)
+        if tokens.finish is not None:
+            check(
+                len(seen) == len(answer.tokens),
+                "{}/{} finishes after {} of {}",
+                name,
+                choice,
+                len(seen),
+                len(answer.tokens),
+            )
+            same = tokens.finish.reason == answer.finish.reason
+            if answer.finish.reason is not FinishReason.ERROR:
+                same = same and tokens.finish.stop_reason == answer.finish.stop_reason
+            check(
+                same, "{}/{}: finish {} where {} is due", name, choice, tokens.finish, answer.finish
+            )
+            self.finished.add(choice)
+        else:
+            check(
+                len(seen) < len(answer.tokens) or answer.finish.reason is FinishReason.ERROR,
+                "{}/{} does not finish at its last token",
+                name,
+                choice,
+            )
+
+    def _logprobs(self, tokens: Tokens, answer: Answer, first: bool) -> None:
+        name = self.request.id
+        if self.spec.logprobs and tokens.ids:
+            start = tokens.first_index
+            due = answer.logprobs[start : start + len(tokens.ids)]
+            check(tokens.logprobs == due, "{}: wrong logprobs at {}", name, start)
+        if self.spec.prompt_logprobs and first and tokens.ids and tokens.ref.choice == 0:
+            check(
+                tokens.prompt_logprobs == answer.prompt_logprobs,
+                "{}: wrong prompt logprobs: {}",
+                name,
+                tokens.prompt_logprobs,
+            )
+        check(tokens.prompt_logprobs is None or first, "{}: prompt logprobs twice", name)
+
+    def refuse(self, error: DiptychError, now: float) -> None:
+        name = self.request.id
+        if isinstance(error, OverloadedError):
+            check(not self.accepted, "{} is refused after it was accepted: {}", name, error)
+            check(error.retry_after_s > 0, "{}: retry after {}", name, error.retry_after_s)
+        elif isinstance(error, RequestTimeoutError):
+            timeout = self.spec.timeout_s
+            check(timeout is not None, "{} times out without a deadline", name)
+            check(timeout is None or now >= self.opened + timeout, "{} times out early", name)
+        elif isinstance(error, PoisonRequestError):
+            check(self.spec.poison_at is not None, "{} fails although it is innocent", name)
+        elif isinstance(error, InvalidRequestError):
+            check(not self.accepted, "{} is invalid after it was accepted", name)
+        else:
+            check(False, "{} is refused with {!r}", name, error)
+        self.end(type(error).__name__, now)
+
+    def ended(self, now: float) -> None:
+        due = set(range(self.spec.n))
+        check(
+            self.finished | self.stopped == due,
+            "{} ends with choices {} of {}",
+            self.request.id,
+            sorted(self.finished | self.stopped),
+            self.spec.n,
+        )
+        self.end("complete", now)
+
+
+class Clients:
+    """All clients of a run."""
+
+    def __init__(self, oracle: Oracle) -> None:
+        self.oracle = oracle
+        self.by_id: dict[str, Client] = {}
+        self.num_skipped = 0
+
+    def open(self, spec: RequestSpec, now: float) -> Client:
+        request = make_request(spec, now)
+        answers = [self.oracle.answer(spec, choice) for choice in range(spec.n)]
+        for answer in answers:
+            self.oracle.register(request.root, answer, spec.prompt + answer.tokens)
+        client = Client(spec, request, now, answers, [[] for _ in range(spec.n)])
+        self.by_id[request.id] = client
+        return client
+
+    @property
+    def num_open(self) -> int:
+        return sum(client.over is None for client in self.by_id.values())

@@ -1,0 +1,201 @@
+"""The simulated scheduler process and API server: shells around the real machines.
+
+Own one incarnation's machine each. Every command is carried out one by one; the process may die
+before and after each.
+"""
+
+from collections.abc import Callable
+
+from diptych.engine.core.config import CacheOptions
+from diptych.engine.core.errors import OverloadedError
+from diptych.engine.core.messages import Accepted, Address, Lost, Message, Rejected, Send, Stats, Submit
+from diptych.engine.core.types import LossCause, RequestId
+from diptych.scheduler.commands import Delivered, Ended, Refused
+from diptych.scheduler.journal import Journal
+from diptych.scheduler.scheduler import Scheduler
+from tests.sim.clients import Client, Clients
+from tests.sim.model import RequestSpec
+from tests.sim.watch import Watch
+from tests.sim.world import Process, World, check
+
+
+class SchedulerProcess(Process):
+    """One incarnation of the scheduler."""
+
+    def __init__(
+        self, world: World, address: Address, watch: Watch, quiet: Callable[[int, int], bool]
+    ) -> None:
+        super().__init__(world, address, "s")
+        scenario = world.scenario
+        cache = CacheOptions(
+            block_size=scenario.block_size, enable_prefix_caching=scenario.prefix_caching
+        )
+        self.machine = Scheduler(address.epoch, scenario.scheduler, cache)
+        self.watch = watch
+        self.quiet = quiet  # (pool, epoch) -> does no worker hold anything of an older epoch
+        self.inbox: list[Message] = []
+        self.wakes = False
+        self.preemptions: dict[tuple[RequestId, int], int] = {}
+        self.num_recovering = 0  # rows that are queued whatever the cap
+        watch.new_scheduler(address.epoch)
+        world.at(world.timing.tick_s, self._tick, self)
+
+    def receive(self, message: Message) -> None:
+        self.inbox.append(message)
+        self._wake_up()
+
+    def _wake_up(self) -> None:
+        if not self.wakes:
+            self.wakes = True
+            self.world.at(self.world.rng.random() * 0.0003, self._wake, self)
+
+    def _wake(self) -> None:
+        self.wakes = False
+        inbox, self.inbox = self.inbox, []
+        self._step(inbox)
+
+    def _tick(self) -> None:
+        self._step([])
+        self.world.at(self.world.timing.tick_s, self._tick, self)
+
+    def _step(self, inputs: list[Message]) -> None:
+        self.op("step")
+        commands = self.machine.step(inputs, self.world.now)  # type: ignore[arg-type]
+        epoch = self.address.epoch
+        for message in inputs:
+            if isinstance(message, Submit) and message.recovering:
+                self.num_recovering += len(message.choices)
+            self.watch.scheduler_hears(epoch, message)
+        self.op("stepped")
+        self.machine.check_integrity()
+        for command in commands:
+            if isinstance(command, Send):
+                self.watch.scheduler_sends(command.to, command.message)
+                self._check_send(command.message)
+                self.send(command.to, command.message)
+            else:
+                check(
+                    self.quiet(command.pool, epoch),
+                    "pool {} is read while a worker holds it",
+                    command.pool,
+                )
+                self.watch.pool_read(command.pool)
+                self.inbox.append(self.watch.memories[command.pool].read())  # type: ignore[arg-type]
+                self._wake_up()
+
+    def _check_send(self, message: Message) -> None:
+        if isinstance(message, Lost) and message.cause is LossCause.PREEMPTED:
+            key = (message.ref.request, message.ref.choice)
+            self.preemptions[key] = count = self.preemptions.get(key, 0) + 1
+            most = self.world.scenario.scheduler.preemptions_max
+            check(count <= most, "{} is preempted {} times", message.ref, count)
+        if isinstance(message, Stats):
+            most = self.world.scenario.scheduler.max_waiting + self.num_recovering
+            check(message.waiting <= most, "{} rows wait, the cap is {}", message.waiting, most)
+        if isinstance(message, Rejected) and message.retry_after_s is not None:
+            most_s = self.world.scenario.scheduler.retry_after_max_s
+            check(0 < message.retry_after_s <= most_s, "retry after {}", message.retry_after_s)
+
+
+class ApiProcess(Process):
+    """One incarnation of an API server, with its clients."""
+
+    def __init__(self, world: World, address: Address, clients: Clients) -> None:
+        super().__init__(world, address, f"a{address.number}")
+        scenario = world.scenario
+        self.clients = clients
+        self.mine: dict[RequestId, Client] = {}
+        self.recovering: set[RequestId] = set()  # submitted again, no answer yet
+        self.machine = Journal(
+            address.number,
+            address.epoch,
+            block_size=scenario.block_size,
+            max_open=scenario.max_open,
+            window=scenario.window,
+        )
+        world.at(world.timing.api_tick_s, self._tick, self)
+
+    def died(self) -> None:
+        for client in self.mine.values():
+            if client.over is None:
+                client.over = "api died"
+
+    def open(self, spec: RequestSpec) -> None:
+        """A client's request arrives."""
+        now = self.world.now
+        client = self.clients.open(spec, now)
+        self.mine[client.request.id] = client
+        self.op("handle")
+        try:
+            self.machine.open(client.request, now, spec.timeout_s)
+        except OverloadedError as error:
+            client.refuse(error, now)
+        check(
+            sum(c.over is None for c in self.mine.values()) <= self.world.scenario.max_open,
+            "journal {} is over its cap",
+            self.address.number,
+        )
+        self._flush()
+        if spec.close_after_s is not None:
+            self.world.at(spec.close_after_s, lambda: self._close(client), self)
+
+    def receive(self, message: Message) -> None:
+        self.op("handle")
+        if isinstance(message, Accepted) and message.request in self.mine:
+            self.mine[message.request].accepted |= self._current(message.scheduler_epoch)
+        self.machine.handle(message, self.world.now)  # type: ignore[arg-type]
+        self._flush()
+
+    def _current(self, epoch: int) -> bool:
+        return epoch == getattr(self.machine, "_epoch", epoch)
+
+    def _tick(self) -> None:
+        self.op("handle")
+        self.machine.tick(self.world.now)
+        self._flush()
+        self.world.at(self.world.timing.api_tick_s, self._tick, self)
+
+    def _close(self, client: Client) -> None:
+        if client.over is None:
+            self.op("handle")
+            client.over = "disconnected"
+            self.machine.close(client.request.id)
+            self._flush()
+
+    def _flush(self) -> None:
+        now = self.world.now
+        commands = self.machine.take()
+        while commands:
+            for command in commands:
+                if isinstance(command, Send):
+                    self.send(command.to, command.message)
+                    continue
+                client = self.mine[command.request]
+                if isinstance(command, Delivered):
+                    self._deliver(client, command)
+                elif isinstance(command, Ended):
+                    client.ended(now)
+                else:
+                    assert isinstance(command, Refused)
+                    client.refuse(command.error, now)
+            commands = self.machine.take()
+        self.machine.check_integrity()
+
+    def _deliver(self, client: Client, command: Delivered) -> None:
+        spec = client.spec
+        if client.over == "disconnected":
+            return  # was on its way to a client that has gone
+        client.deliver(command.tokens)
+        choice = command.tokens.ref.choice
+        stop = spec.stops.get(choice)
+        if stop is not None and len(client.seen[choice]) >= stop and choice not in client.finished:
+            client.stopped.add(choice)
+            self.machine.stop(command.request, choice)
+        if spec.close_after_tokens is not None and client.num_seen >= spec.close_after_tokens:
+            self._close_now(client)
+
+    def _close_now(self, client: Client) -> None:
+        if client.over is None:
+            client.over = "disconnected"
+            self.machine.close(client.request.id)
+

@@ -1,0 +1,132 @@
+"""Bugs in the worker's machine: batcher, line-up, seals, reports."""
+
+from contextlib import ExitStack
+
+from diptych.engine.core.messages import Join, Seal
+from diptych.engine.core.plan import StepPlan
+from diptych.engine.core.request import Sequence
+from diptych.scheduler.batcher import Batcher, BatcherInput
+from diptych.scheduler.commands import CommitBlock
+from diptych.scheduler.lineup import Lineup
+from diptych.scheduler.running import Running
+from diptych.scheduler.seals import Seals
+
+from tests.sim.mutants.registry import edit, mutant, replace
+
+
+@mutant()
+def commit_before_step(stack: ExitStack) -> None:
+    """Blocks are committed on the page when their step is planned, not when it is over."""
+    original = Batcher.plan
+
+    def plan(self: Batcher) -> StepPlan:
+        planned = original(self)
+        for row in planned.rows:
+            run = self._lineup.get(row.seq.ref)
+            assert run is not None
+            for index in range(row.start // 16, (row.start + row.length) // 16):
+                if (index + 1) * self._block_size <= len(run.tokens):
+                    name = run._hash(index, self._block_size)
+                    block, generation = run.seq.block_table[index], run.seq.generations[index]
+                    self._commands.append(CommitBlock(block, generation, name, b"\0" * 32))
+        return planned
+
+    replace(stack, Batcher, "plan", plan)
+
+
+@mutant()
+def page_entry_not_cleared(stack: ExitStack) -> None:
+    """The page keeps the old entry of a block that is about to be written."""
+    replace(stack, Batcher, "_clear_from", lambda self, run, first: None)
+
+
+@mutant()
+def report_before_page(stack: ExitStack) -> None:
+    """Sends overtake the page writes that went before them."""
+
+    def take(self: Batcher) -> list[object]:
+        commands = original(self)
+        return sorted(commands, key=lambda command: isinstance(command, CommitBlock))
+
+    original = Batcher.take
+    replace(stack, Batcher, "take", take)
+
+
+@mutant("mid_step", "disconnect")
+def released_during_step(stack: ExitStack) -> None:
+    """What arrives during a step takes effect at once."""
+    edit(stack, Batcher, "handle", "if self._in_flight is not None:", "if False:")
+
+
+@mutant("scheduler_crash")
+def batcher_takes_old_epoch(stack: ExitStack) -> None:
+    """A message of an older scheduler changes a worker."""
+
+    def handle(self: Batcher, message: BatcherInput) -> None:
+        if not isinstance(message, Join | Seal) and self._epoch is not None:
+            message = type(message)(
+                **{
+                    name: getattr(message, name) if name != "scheduler_epoch" else self._epoch
+                    for name in message.__struct_fields__
+                }
+            )
+        original(self, message)
+
+    original = Batcher.handle
+    replace(stack, Batcher, "handle", handle)
+
+
+@mutant("scheduler_crash")
+def join_keeps_sequences(stack: ExitStack) -> None:
+    """A worker that joins a new scheduler goes on with what the old one gave it."""
+    edit(stack, Batcher, "_join", "self._lineup.clear()", "pass")
+
+
+@mutant("clog")
+def early_seal_dropped(stack: ExitStack) -> None:
+    """A seal that overtakes its assignment is forgotten."""
+    replace(stack, Seals, "hold", lambda self, seal: None)
+
+
+@mutant()
+def decode_repeats_wrong_index(stack: ExitStack) -> None:
+    """The decode side repeats token 0 at the index of the next one."""
+    edit(stack, Batcher, "_eventful", "        first -= 1\n", "")
+
+
+@mutant("worker_crash")
+def position_forgets_attempts(stack: ExitStack) -> None:
+    """The random number's position counts the tokens of this attempt only."""
+
+    def num_emitted(self: Sequence) -> int:
+        return len(self.tokens) - self.request.num_prompt - min(self.ref.attempt, 1)
+
+    replace(stack, Sequence, "num_emitted", property(num_emitted))
+
+
+@mutant("tiny_pool")
+def writes_without_room(stack: ExitStack) -> None:
+    """A decode goes on although its table is full."""
+
+    def room(self: Running, block_size: int) -> int:
+        return 1
+
+    replace(stack, Running, "room", room)
+
+
+@mutant("disconnect")
+def revoke_not_answered(stack: ExitStack) -> None:
+    """A sequence that is unknown here is not given back."""
+    edit(stack, Batcher, "_revoke", "self._report.released.append", "run is None or self._report.released.append")
+
+
+@mutant("tiny_pool")
+def starved_not_fed(stack: ExitStack) -> None:
+    """A sequence that sat out a step never comes back."""
+    replace(stack, Lineup, "feed", lambda self, run: None)
+
+
+@mutant("prefix")
+def wrong_parent_hash(stack: ExitStack) -> None:
+    """The hash chain of a generated block starts over."""
+    edit(stack, Running, "_hash", "hashes[-1] if hashes else root", "root")

@@ -1,0 +1,281 @@
+"""Scenarios: a seed becomes a configuration, a workload and faults.
+
+Invariant: `generate` is a pure function of its arguments, and every part that a failure can be
+shrunk by (requests, faults) is a list whose entries stand alone.
+"""
+
+from dataclasses import dataclass, replace
+from random import Random
+from typing import Final
+
+from diptych.engine.core.config import BatchOptions, SchedulerOptions
+from tests.sim.model import STOP, Oracle, RequestSpec
+
+FEATURES: Final = (
+    "tiny_pool",
+    "small_caps",
+    "worker_crash",
+    "scheduler_crash",
+    "api_crash",
+    "hang",
+    "poison",
+    "disconnect",
+    "stop",
+    "deadline",
+    "burst",
+    "priority",
+    "choices",
+    "prefix",
+    "prompt_logprobs",
+    "nan",
+    "clog",
+    "mid_step",
+    "two_pools",
+    "no_cache",
+)
+
+LABELS: Final = (
+    "any",
+    "any",
+    "any",
+    "handle",
+    "plan",
+    "planned",
+    "write",
+    "commit",
+    "committed",
+    "clear",
+    "page_hash",
+    "page_commit",
+    "send",
+    "step",
+    "stepped",
+)
+
+
+@dataclass(slots=True, frozen=True)
+class WorkerSetup:
+    worker: int
+    pool: int
+    dial: int
+
+
+@dataclass(slots=True, frozen=True)
+class Timing:
+    """Virtual seconds."""
+
+    delay_s: float = 0.0005  # typical network delay
+    spike_chance: float = 0.01
+    spike_s: float = 0.05
+    step_s: float = 0.01
+    token_s: float = 0.0002
+    detect_s: float = 0.1
+    restart_s: float = 0.2
+    hang_s: float = 0.5
+    tick_s: float = 0.25
+    api_tick_s: float = 0.05
+
+
+@dataclass(slots=True, frozen=True)
+class Fault:
+    """`slot` dies (or hangs) at its `nth` operation with this label."""
+
+    kind: str  # crash | hang
+    slot: str  # w0, s, a0
+    label: str
+    nth: int
+
+
+@dataclass(slots=True, frozen=True)
+class Scenario:
+    seed: int
+    features: tuple[str, ...]
+    num_blocks: int
+    block_size: int
+    pools: int
+    apis: int
+    workers: tuple[WorkerSetup, ...]
+    scheduler: SchedulerOptions
+    batch: BatchOptions
+    prefix_caching: bool
+    max_model_len: int
+    max_open: int
+    window: int
+    timing: Timing
+    requests: tuple[RequestSpec, ...]
+    faults: tuple[Fault, ...]
+
+    def keep(self, requests: set[int] | None, faults: set[int] | None) -> "Scenario":
+        """The scenario with only these requests (by index) and faults (by place)."""
+        specs = tuple(r for r in self.requests if requests is None or r.index in requests)
+        kept = tuple(f for i, f in enumerate(self.faults) if faults is None or i in faults)
+        return replace(self, requests=specs, faults=kept)
+
+
+def generate(seed: int, features: frozenset[str] | None = None) -> Scenario:
+    """The scenario of a seed; `features` given: exactly these, instead of a random subset."""
+    rng = Random(f"scenario-{seed}")
+    chance = rng.choice((0.15, 0.3, 0.5))
+    drawn = tuple(f for f in FEATURES if rng.random() < chance)
+    chosen = drawn if features is None else tuple(f for f in FEATURES if f in features)
+    has = frozenset(chosen)
+    block_size = 32 if rng.random() < 0.1 else 16
+    num_blocks = rng.randint(6, 16) if "tiny_pool" in has else rng.randint(24, 96)
+    pools = 2 if "two_pools" in has else 1
+    apis = rng.choice((1, 1, 2))
+    max_model_len = min(160, (num_blocks - 1) * block_size)
+    scheduler, batch = _options(rng, has)
+    scenario = Scenario(
+        seed=seed,
+        features=chosen,
+        num_blocks=num_blocks,
+        block_size=block_size,
+        pools=pools,
+        apis=apis,
+        workers=_workers(rng, pools),
+        scheduler=scheduler,
+        batch=batch,
+        prefix_caching="no_cache" not in has,
+        max_model_len=max_model_len,
+        max_open=rng.randint(2, 6) if "small_caps" in has else 4096,
+        window=rng.choice((1, 2, 8, 64)),
+        timing=_timing(rng, has),
+        requests=(),
+        faults=_faults(rng, has, apis),
+    )
+    return replace(scenario, requests=_requests(rng, has, scenario))
+
+
+def _workers(rng: Random, pools: int) -> tuple[WorkerSetup, ...]:
+    workers: list[WorkerSetup] = []
+    for pool in range(pools):
+        shape = rng.choice(
+            (
+                (100, 0),
+                (100, 0),
+                (100, 0, 0),
+                (100, 100, 0),
+                (50,),
+                (50, 50),
+                (100, 50),
+                (100, 0, 50),
+            )
+        )
+        workers += [WorkerSetup(len(workers) + i, pool, dial) for i, dial in enumerate(shape)]
+    return tuple(workers)
+
+
+def _options(rng: Random, has: frozenset[str]) -> tuple[SchedulerOptions, BatchOptions]:
+    small = "small_caps" in has
+    scheduler = SchedulerOptions(
+        max_num_seqs=rng.randint(1, 3) if small else rng.choice((4, 8, 256)),
+        max_waiting=rng.randint(2, 5) if small else 1024,
+        max_waiting_tokens=rng.randint(150, 400) if small else 4_194_304,
+        headroom_blocks=rng.randint(1, 3),
+        preemptions_max=rng.randint(0, 3),
+        local_prefill_tokens=rng.choice((0, 8, 32, 64)),
+    )
+    batch = BatchOptions(
+        max_num_batched_tokens=rng.choice((8, 16, 24, 64, 256)),
+        max_chunk_tokens=rng.choice((None, None, 7, 16, 32)),
+        max_num_seqs=scheduler.max_num_seqs,
+    )
+    return scheduler, batch
+
+
+def _timing(rng: Random, has: frozenset[str]) -> Timing:
+    clog = "clog" in has
+    return Timing(
+        delay_s=rng.choice((0.0001, 0.0005, 0.003)),
+        spike_chance=0.1 if clog else 0.01,
+        spike_s=rng.choice((0.2, 1.0)) if clog else 0.03,
+        step_s=rng.choice((0.002, 0.01, 0.03)),
+        detect_s=rng.choice((0.01, 0.1, 0.4)),
+        restart_s=rng.choice((0.01, 0.2, 1.0)),
+    )
+
+
+def _faults(rng: Random, has: frozenset[str], apis: int) -> tuple[Fault, ...]:
+    faults: list[Fault] = []
+
+    def crash(slot: str) -> None:
+        label = rng.choice(LABELS)
+        most = 1500 if label == "any" else 300
+        nth = int(most ** rng.random())
+        faults.append(Fault("crash", slot, label, nth))
+
+    if "worker_crash" in has:
+        for _ in range(rng.randint(1, 5)):
+            crash(f"w{rng.randint(0, 2)}")
+    if "scheduler_crash" in has:
+        for _ in range(rng.randint(1, 3)):
+            crash("s")
+    if "api_crash" in has:
+        crash(f"a{rng.randrange(apis)}")
+    if "hang" in has:
+        for _ in range(rng.randint(1, 2)):
+            faults.append(Fault("hang", f"w{rng.randint(0, 2)}", "stepping", rng.randint(1, 40)))
+    return tuple(faults)
+
+
+def _requests(rng: Random, has: frozenset[str], s: Scenario) -> tuple[RequestSpec, ...]:
+    oracle = Oracle(s.block_size, s.max_model_len)
+    documents = [_tokens(rng, rng.randint(16, 100)) for _ in range(3)]
+    gap = 0.0 if "burst" in has else rng.choice((0.01, 0.05, 0.2))
+    specs: list[RequestSpec] = []
+    at = 0.0
+    for index in range(rng.randint(4, 26)):
+        at += rng.expovariate(1.0 / gap) if gap else rng.choice((0.0, 0.0, 0.0, 0.3))
+        prompt = _tokens(rng, int(rng.choice((1, 15, 16, 17, 33, 70, 110)) * rng.uniform(0.5, 1)))
+        if "prefix" in has and rng.random() < 0.8:
+            document = rng.choice(documents)
+            cut = rng.choice((len(document), 16, 32, 48))
+            prompt = document[:cut] + prompt[: rng.choice((0, 1, 5, 40))]
+            if specs and rng.random() < 0.4:  # a next turn: an earlier answer stands in the prompt
+                earlier = rng.choice(specs)
+                prompt = earlier.prompt + oracle.answer(earlier, 0).tokens + prompt[:5]
+        spec = _request(rng, has, s, index, at, prompt or [FIRST])
+        specs.append(spec)
+    return tuple(specs)
+
+
+FIRST: Final = 11
+
+
+def _tokens(rng: Random, count: int) -> list[int]:
+    return [rng.randint(10, 1 << 29) for _ in range(max(1, count))]
+
+
+def _request(
+    rng: Random, has: frozenset[str], s: Scenario, index: int, at: float, prompt: list[int]
+) -> RequestSpec:
+    max_tokens = rng.choice((1, 2, 5, 15, 16, 17, 40))
+    prompt = prompt[: s.max_model_len - 1]
+    if rng.random() < 0.9:
+        max_tokens = max(1, min(max_tokens, s.max_model_len - len(prompt)))
+    n = rng.randint(2, 4) if "choices" in has and rng.random() < 0.4 else 1
+    ends = rng.random()
+    return RequestSpec(
+        index=index,
+        api=rng.randrange(s.apis),
+        at=at,
+        prompt=prompt,
+        seed=rng.getrandbits(40),
+        max_tokens=max_tokens,
+        n=n,
+        min_tokens=rng.choice((0, 0, 0, min(4, max_tokens))),
+        ignore_eos=rng.random() < 0.3,
+        stop_ids=[STOP] if rng.random() < 0.3 else [],
+        logprobs=rng.random() < 0.2,
+        prompt_logprobs="prompt_logprobs" in has and rng.random() < 0.5,
+        priority=rng.randint(-1, 2) if "priority" in has else 0,
+        salt=rng.randint(0, 1) if rng.random() < 0.1 else 0,
+        timeout_s=rng.choice((0.05, 0.3, 1.5))
+        if "deadline" in has and rng.random() < 0.5
+        else None,
+        close_after_tokens=rng.randint(1, 10) if "disconnect" in has and ends < 0.25 else None,
+        close_after_s=rng.random() ** 2 if "disconnect" in has and 0.25 < ends < 0.5 else None,
+        stops={rng.randrange(n): rng.randint(1, 12)} if "stop" in has and ends > 0.5 else {},
+        poison_at=rng.randint(0, len(prompt) + 8) if "poison" in has and ends > 0.9 else None,
+        nan_at=rng.randint(0, 8) if "nan" in has and 0.8 < ends < 0.9 else None,
+    )

@@ -1,0 +1,146 @@
+"""One run of one scenario, from the first process to rest.
+
+Invariant: after the last fault and arrival everything comes to rest within bounded virtual time,
+and then nothing is left over anywhere.
+"""
+
+from dataclasses import dataclass
+from typing import Final
+
+from diptych.engine.core.messages import Stats
+from diptych.engine.core.types import PoolId
+from tests.sim.clients import Clients
+from tests.sim.memory import Memory
+from tests.sim.model import Oracle, RequestSpec
+from tests.sim.scenario import Scenario
+from tests.sim.supervisor import Supervisor
+from tests.sim.watch import Watch
+from tests.sim.world import Violation, World, check
+
+REST_S: Final = 120.0
+"""Virtual seconds after the last disturbance within which every request must have ended."""
+SETTLE_S: Final = 3.0
+"""Virtual seconds after the last end within which everything must be given back."""
+EVENTS_MAX: Final = 200_000
+
+
+@dataclass(slots=True)
+class Outcome:
+    """What one run did. `violation` None: all invariants held."""
+
+    scenario: Scenario
+    num_events: int
+    violation: str | None
+    kind: str  # of the violation, without this run's values
+    trace: list[tuple[float, str, object]]
+    ends: dict[str, int]
+
+
+class Simulation:
+    """See the module docstring."""
+
+    def __init__(self, scenario: Scenario) -> None:
+        self.scenario = scenario
+        self.world = World(scenario)
+        self.oracle = Oracle(scenario.block_size, scenario.max_model_len)
+        self.clients = Clients(self.oracle)
+        self.memories: dict[PoolId, Memory] = {
+            pool: Memory(pool, scenario.num_blocks, scenario.block_size)
+            for pool in range(scenario.pools)
+        }
+        pool_of = {setup.worker: setup.pool for setup in scenario.workers}
+        self.watch = Watch(
+            self.memories, pool_of, self.oracle, scenario.scheduler.max_num_seqs
+        )
+        self.supervisor = Supervisor(self.world, self.memories, self.watch, self.clients)
+
+    def run(self) -> Outcome:
+        """Runs to rest, or to the first violation."""
+        violation: str | None = None
+        kind = ""
+        try:
+            self._run()
+        except Violation as error:
+            violation, kind = str(error), error.kind
+        except Exception as error:  # an assertion or error of the product is a finding too
+            kind = f"{type(error).__name__}{_where(error)}"
+            violation = f"{kind}: {error}"
+        ends: dict[str, int] = {}
+        for client in self.clients.by_id.values():
+            ends[str(client.over)] = ends.get(str(client.over), 0) + 1
+        return Outcome(
+            self.scenario, self.world.num_events, violation, kind, list(self.world.trace), ends
+        )
+
+    def _run(self) -> None:
+        world = self.world
+        self.supervisor.start()
+        last = 0.0
+        for spec in self.scenario.requests:
+            last = max(last, spec.at)
+            world.at(spec.at, lambda spec=spec: self._arrive(spec))  # type: ignore[misc]
+        while True:
+            world.run_one()
+            check(world.num_events < EVENTS_MAX, "more than {} events", EVENTS_MAX)
+            if world.now > last and not self.clients.num_open and self.supervisor.whole:
+                break
+            overdue = max(last, world.last_fault) + REST_S
+            if world.now > overdue:
+                waiting = [c.request.id for c in self.clients.by_id.values() if c.over is None]
+                check(False, "no progress: {} never end", waiting)
+        self._settle()
+
+    def _arrive(self, spec: RequestSpec) -> None:
+        process = self.supervisor.apis.get(spec.api)
+        if process is None or not process.alive:
+            self.clients.num_skipped += 1  # connection refused
+            return
+        self.world.at(0.0, lambda: process.open(spec), process)
+
+    def _settle(self) -> None:
+        """Everything has ended: all must be given back, and the machines must be empty."""
+        world = self.world
+        end = world.now + SETTLE_S
+        while world.now < end:
+            world.run_one()
+        if world.last_fault + SETTLE_S > world.now or not self.supervisor.whole:
+            return self._again()
+        for key, hold in self.watch.holds.items():
+            check(False, "{} still holds {} at rest", key, hold.table)
+        for process in self.supervisor.workers.values():
+            check(process.batcher.num_sequences == 0, "{} has sequences at rest", process.slot)
+            check(process.plan is None, "{} is in a step at rest", process.slot)
+        stats = self._stats()
+        check(stats is not None, "no statistics at rest")
+        if stats is not None:
+            left = (stats.running, stats.waiting, stats.blocks_used)
+            check(left == (0, 0, 0), "left at rest: running, waiting, blocks {}", left)
+            check(stats.ready, "the scheduler is not ready at rest")
+
+    def _again(self) -> None:
+        """A fault came while settling: wait once more for the whole."""
+        limit = self.world.now + REST_S
+        while not self.supervisor.whole:
+            self.world.run_one()
+            check(self.world.now < limit, "the processes never come back")
+        self._settle()
+
+    def _stats(self) -> Stats | None:
+        for _, _, value in reversed(self.world.trace):
+            if isinstance(value, Stats):
+                return value
+        return None
+
+
+def _where(error: BaseException) -> str:
+    """File and line of the innermost frame."""
+    frame = error.__traceback__
+    while frame is not None and frame.tb_next is not None:
+        frame = frame.tb_next
+    if frame is None:
+        return ""
+    return f" ({frame.tb_frame.f_code.co_filename.rsplit('/', 1)[-1]}:{frame.tb_lineno})"
+
+
+def simulate(scenario: Scenario) -> Outcome:
+    return Simulation(scenario).run()

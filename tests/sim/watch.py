@@ -1,0 +1,251 @@
+"""Who may touch which block: an ownership model of the simulator's own.
+
+It never asks the scheduler's ledger. A sequence of a worker holds blocks from the moment an
+`Assign` or `Grant` leaves the scheduler until the scheduler has processed its finished, sealed or
+released, a `Joined` of a newer epoch, or the `WorkerDown` of a fenced worker. Invariants: a block
+is written by its one holder at its generation, never after it was committed; it is given away only
+when nobody else holds it and its generation was raised; a shared block's content is right.
+"""
+
+from dataclasses import dataclass, field
+
+from diptych.engine.core.messages import (
+    Address,
+    Assign,
+    Grant,
+    Joined,
+    Message,
+    Progress,
+    WorkerDown,
+)
+from diptych.engine.core.request import SeqRef, Sequence
+from diptych.engine.core.types import BlockId, Epoch, Generation, PoolId, Role, WorkerId, unpack_ids
+from tests.sim.memory import Memory
+from tests.sim.model import Oracle
+from tests.sim.world import check
+
+HoldKey = tuple[WorkerId, Epoch, SeqRef]
+
+
+@dataclass(slots=True)
+class Hold:
+    """The blocks that one sequence of one worker may touch."""
+
+    pool: PoolId
+    epoch: Epoch  # of the scheduler that gave them
+    role: Role
+    peer: WorkerId | None
+    table: list[BlockId]
+    generations: list[Generation]
+    num_shared: int  # the first blocks: read only
+
+
+@dataclass(slots=True)
+class Block:
+    generation: Generation = 0
+    committed: bool = False
+    holders: set[HoldKey] = field(default_factory=set)
+
+
+def progress_key(progress: Progress, ref: SeqRef) -> HoldKey:
+    return (progress.worker, progress.worker_epoch, ref)
+
+
+class Watch:
+    """See the module docstring."""
+
+    def __init__(
+        self,
+        memories: dict[PoolId, Memory],
+        pool_of: dict[WorkerId, PoolId],
+        oracle: Oracle,
+        sequences_max: int,
+    ) -> None:
+        self.memories = memories
+        self.pool_of = pool_of
+        self.oracle = oracle
+        self.sequences_max = sequences_max
+        self.blocks = {
+            pool: [Block() for _ in range(memory.num_blocks)] for pool, memory in memories.items()
+        }
+        self.holds: dict[HoldKey, Hold] = {}
+        self.epoch: Epoch = 0  # of the scheduler that runs
+        self.readable: set[PoolId] = set()
+        self.gone: set[tuple[WorkerId, Epoch]] = set()  # fenced
+
+    # ---- what the scheduler says ---------------------------------------------------------------
+
+    def new_scheduler(self, epoch: Epoch) -> None:
+        self.epoch = epoch
+        self.readable = set()
+        for key in [key for key in self.holds if key[:2] in self.gone]:
+            self._drop(key)  # it will never hear of this worker
+
+    def pool_read(self, pool: PoolId) -> None:
+        """A new scheduler has read the page: what it assigns next follows from that."""
+        self.readable.add(pool)
+        memory = self.memories[pool]
+        for i, block in enumerate(self.blocks[pool]):
+            block.generation = memory.generation(i)
+            block.committed = memory.is_valid(i)
+            check(not block.holders, "pool {} is read while {} hold a block", pool, block.holders)
+
+    def scheduler_sends(self, to: Address, message: Message) -> None:
+        if isinstance(message, Assign):
+            self._assign(to, message)
+        elif isinstance(message, Grant):
+            self._grant(to, message)
+
+    def _assign(self, to: Address, message: Assign) -> None:
+        worker, ref = to.number, message.ref
+        pool = self.pool_of[worker]
+        check(pool in self.readable, "{} is assigned before pool {} was read", ref, pool)
+        size = self.memories[pool].block_size
+        tokens = unpack_ids(message.request.prompt_ids) + unpack_ids(message.emitted)
+        computed = message.num_computed
+        check(computed % size == 0, "{}: hit of {} tokens is no whole block", ref, computed)
+        check(computed < len(tokens), "{}: hit covers the last token", ref)
+        check(len(message.block_table) * size >= len(tokens), "{}: table too short", ref)
+        check(len(set(message.block_table)) == len(message.block_table), "{}: block twice", ref)
+        check(not (message.want_prompt_logprobs and computed), "{}: hit hides logprobs", ref)
+        key = (worker, to.epoch, ref)
+        on_worker = sum(other[:2] == key[:2] for other in self.holds)
+        check(on_worker < self.sequences_max, "worker {} gets {} sequences", worker, on_worker + 1)
+        check(key not in self.holds, "{} is assigned twice", key)
+        peer = message.peer[0] if message.peer is not None else None
+        hold = self.holds[key] = Hold(
+            pool, message.scheduler_epoch, message.role, peer, [], [], computed // size
+        )
+        for i, (block, generation) in enumerate(
+            zip(message.block_table, message.generations, strict=True)
+        ):
+            if i < hold.num_shared:
+                self._share(ref, pool, block, generation, message.hashes[i])
+            else:
+                self._give(key, hold, block, generation)
+            hold.table.append(block)
+            hold.generations.append(generation)
+            self.blocks[pool][block].holders.add(key)
+
+    def _share(
+        self, ref: SeqRef, pool: PoolId, block: BlockId, generation: Generation, block_hash: bytes
+    ) -> None:
+        state = self.blocks[pool][block]
+        check(state.committed, "{}: hit in block {}, which nobody committed", ref, block)
+        check(state.generation == generation, "{}: hit in an old life of block {}", ref, block)
+        content = self.memories[pool].cells[block]
+        check(
+            content == self.oracle.blocks.get(block_hash),
+            "{}: block {} holds something else",
+            ref,
+            block,
+        )
+
+    def _give(self, key: HoldKey, hold: Hold, block: BlockId, generation: Generation) -> None:
+        """The block becomes private to the sequence `key`, or to it and its peer."""
+        state, ref = self.blocks[hold.pool][block], key[2]
+        for other in state.holders:
+            same = other[2] == key[2] and other[0] == hold.peer
+            check(same, "block {} goes to {} while {} holds it", block, key, other)
+        if state.holders:
+            check(state.generation == generation, "{}: peers differ in block {}", ref, block)
+        else:
+            check(
+                generation > state.generation,
+                "{}: generation of block {} was not raised",
+                ref,
+                block,
+            )
+        state.generation = generation
+        state.committed = False
+
+    def _grant(self, to: Address, message: Grant) -> None:
+        key = (to.number, to.epoch, message.ref)
+        hold = self.holds.get(key)
+        if hold is None:
+            check(False, "{} is granted blocks but was not assigned", key)
+            return
+        check(
+            message.first == len(hold.table),
+            "{}: grant at {} of {}",
+            key,
+            message.first,
+            len(hold.table),
+        )
+        for block, generation in zip(message.blocks, message.generations, strict=True):
+            self._give(key, hold, block, generation)
+            hold.table.append(block)
+            hold.generations.append(generation)
+            self.blocks[hold.pool][block].holders.add(key)
+
+    # ---- what the scheduler has heard ----------------------------------------------------------
+
+    def _has(self, key: HoldKey) -> bool:
+        return key in self.holds and self.holds[key].epoch == self.epoch
+
+    def scheduler_hears(self, epoch: Epoch, message: Message) -> None:
+        if isinstance(message, Progress) and message.scheduler_epoch == epoch:
+            for row in message.committed:
+                state = self.blocks[self.pool_of[message.worker]][row.block]
+                if state.generation == row.generation and self._has(progress_key(message, row.ref)):
+                    state.committed = True
+            for ref in (*message.finished, *message.sealed, *message.released):
+                self._drop(progress_key(message, ref))
+        elif isinstance(message, Joined) and message.scheduler_epoch == epoch:
+            self._drop_all(message.worker, message.worker_epoch, before=epoch)
+        elif isinstance(message, WorkerDown):
+            self._drop_all(message.worker, message.worker_epoch, before=None)
+
+    def fenced(self, worker: WorkerId, worker_epoch: Epoch) -> None:
+        """A worker is gone: what older schedulers gave it, no newer one will hear of."""
+        self.gone.add((worker, worker_epoch))
+        self._drop_all(worker, worker_epoch, before=self.epoch)
+
+    def _drop(self, key: HoldKey) -> None:
+        hold = self.holds.pop(key, None)
+        if hold is not None:
+            for block in hold.table:
+                self.blocks[hold.pool][block].holders.discard(key)
+
+    def _drop_all(self, worker: WorkerId, worker_epoch: Epoch, before: Epoch | None) -> None:
+        for key in list(self.holds):
+            hold = self.holds[key]
+            if key[:2] == (worker, worker_epoch) and (before is None or hold.epoch < before):
+                self._drop(key)
+
+    # ---- what the workers do -------------------------------------------------------------------
+
+    def touch(
+        self, worker: WorkerId, worker_epoch: Epoch, seq: Sequence, start: int, end: int
+    ) -> None:
+        """A step computes [start, end) of `seq`: it reads [0, end) and writes [start, end)."""
+        key = (worker, worker_epoch, seq.ref)
+        hold = self.holds.get(key)
+        if hold is None:
+            check(False, "{} computes without holding anything", key)
+            return
+        memory = self.memories[hold.pool]
+        size = memory.block_size
+        check(seq.block_table == hold.table[: len(seq.block_table)], "{}: wrong table", key)
+        check(end <= len(seq.block_table) * size, "{}: writes past its table", key)
+        for i in range(-(-end // size)):
+            block = seq.block_table[i]
+            state, on_page = self.blocks[hold.pool][block], memory.generation(block)
+            generation = seq.generations[i]
+            check(
+                generation == state.generation == on_page,
+                "{}: block {} has generation {}, owner {}, page {}",
+                key,
+                block,
+                generation,
+                state.generation,
+                on_page,
+            )
+            if i >= start // size:
+                check(i >= hold.num_shared, "{}: writes shared block {}", key, block)
+                check(
+                    not state.committed and memory.committed(block) != generation,
+                    "{}: writes committed block {}",
+                    key,
+                    block,
+                )

@@ -1,0 +1,196 @@
+"""Virtual time, the network and the life of processes.
+
+Owns the event heap, every link between two incarnations and every random number of a run. A link
+is FIFO, as ZeroMQ over ipc is; a message to a dead incarnation is lost, and a kill may lose what
+the dead one had sent last. Invariant: nothing here reads a clock or a global random state.
+"""
+
+import heapq
+from collections import deque
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from random import Random
+from typing import Final
+
+import msgspec
+
+from diptych.engine.core.messages import Address, AnyMessage, Message
+from diptych.engine.core.types import DownCause
+from tests.sim.scenario import Scenario
+
+_ENCODER: Final = msgspec.msgpack.Encoder()
+_DECODER: Final = msgspec.msgpack.Decoder(AnyMessage)
+TRACE_KEPT: Final = 400
+
+
+class Violation(AssertionError):
+    """An invariant does not hold; `kind` is its text without this run's values."""
+
+    def __init__(self, kind: str, text: str) -> None:
+        super().__init__(text)
+        self.kind = kind
+
+
+class Crashed(Exception):
+    """A fault of the scenario ends the running process here."""
+
+
+def check(condition: object, text: str, *values: object) -> None:
+    if not condition:
+        raise Violation(text, text.format(*values))
+
+
+@dataclass(slots=True)
+class Process:
+    """One incarnation. Its shell reacts in `receive`; `op` marks every place where it may die."""
+
+    world: "World"
+    address: Address
+    slot: str
+    alive: bool = True
+    stuck: bool = False  # hung: does nothing, but is not gone
+    cause: DownCause = DownCause.KILLED
+
+    def receive(self, message: Message) -> None:
+        raise NotImplementedError
+
+    def died(self) -> None:
+        """Called once, at death."""
+
+    def op(self, label: str) -> None:
+        """One place where this process may be killed."""
+        world = self.world
+        if world.fault_slots and self.slot in world.fault_slots:
+            world.count(self.slot, label)
+
+    def send(self, to: Address, message: Message) -> None:
+        self.op("send")
+        self.world.transmit(self.address, to, message)
+
+
+@dataclass(slots=True)
+class Link:
+    rng: Random
+    last: float = 0.0
+    queue: deque[bytes] = field(default_factory=deque)
+
+
+class World:
+    """See the module docstring."""
+
+    def __init__(self, scenario: Scenario) -> None:
+        self.scenario = scenario
+        self.timing = scenario.timing
+        self.rng = Random(f"world-{scenario.seed}")
+        self.now = 0.0
+        self.num_events = 0
+        self.processes: dict[Address, Process] = {}
+        self.links: dict[tuple[Address, Address], Link] = {}
+        self.in_flight = 0
+        self.trace: deque[tuple[float, str, object]] = deque(maxlen=TRACE_KEPT)
+        self.on_death: Callable[[Process], None] = lambda process: None
+        self.on_hang: Callable[[Process], None] = lambda process: None
+        self.last_fault = 0.0
+        self.fault_slots = {fault.slot for fault in scenario.faults}
+        self._faults: dict[tuple[str, str], set[int]] = {}
+        for fault in scenario.faults:
+            self._faults.setdefault((fault.slot, fault.label), set()).add(fault.nth)
+        self._counts: dict[tuple[str, str], int] = {}
+        self._heap: list[tuple[float, int, Process | None, Callable[[], None]]] = []
+        self._serial = 0
+
+    # ---- time ----------------------------------------------------------------------------------
+
+    def at(self, delay: float, action: Callable[[], None], process: Process | None = None) -> None:
+        """Runs `action` after `delay`, unless `process` is dead by then."""
+        self._serial += 1
+        heapq.heappush(self._heap, (self.now + delay, self._serial, process, action))
+
+    def run_one(self) -> None:
+        """The next event; a `Crashed` inside ends the process that the event belongs to."""
+        self.now, _, process, action = heapq.heappop(self._heap)
+        self.num_events += 1
+        if process is None:
+            action()
+            return
+        if not process.alive or process.stuck:
+            return
+        try:
+            action()
+        except Crashed:
+            self.kill(process)
+
+    def note(self, what: str, value: object = None) -> None:
+        self.trace.append((self.now, what, value))
+
+    # ---- life ----------------------------------------------------------------------------------
+
+    def kill(self, process: Process) -> None:
+        if not process.alive:
+            return
+        self.note(f"{process.slot}.{process.address.epoch} dies ({process.cause})")
+        self.last_fault = self.now
+        process.alive = False
+        for (source, _), link in self.links.items():
+            if source == process.address and link.queue and self.rng.random() < 0.5:
+                for _ in range(self.rng.randint(0, len(link.queue))):
+                    link.queue.pop()  # still in its own send buffer
+                    self.in_flight -= 1
+        process.died()
+        self.on_death(process)
+
+    def count(self, slot: str, label: str) -> None:
+        """Counts one operation; raises where the scenario wants a death."""
+        crash = False
+        for name in (label, "any"):
+            key = (slot, name)
+            if key in self._faults:
+                self._counts[key] = count = self._counts.get(key, 0) + 1
+                crash = crash or count in self._faults[key]
+        if crash and label != "stepping":
+            raise Crashed
+
+    def hangs(self, slot: str) -> bool:
+        """Whether the scenario wants the step that begins now to hang."""
+        key = (slot, "stepping")
+        if key not in self._faults:
+            return False
+        self._counts[key] = count = self._counts.get(key, 0) + 1
+        return count in self._faults[key]
+
+    # ---- network -------------------------------------------------------------------------------
+
+    def transmit(self, source: Address, to: Address, message: Message) -> None:
+        """Puts a message on the wire as bytes, so that nothing is shared by reference."""
+        self.note(
+            f"{source.kind}{source.number}.{source.epoch} -> {to.kind}{to.number}.{to.epoch}",
+            message,
+        )
+        key = (source, to)
+        link = self.links.get(key)
+        if link is None:
+            link = self.links[key] = Link(Random(f"{self.scenario.seed}-{source}-{to}"))
+        timing = self.timing
+        delay = link.rng.random() * 2.0 * timing.delay_s
+        if link.rng.random() < timing.spike_chance:
+            delay += link.rng.random() * timing.spike_s
+        link.last = max(link.last, self.now + delay)
+        link.queue.append(_ENCODER.encode(message))
+        self.in_flight += 1
+        self.at(link.last - self.now, lambda: self._deliver(link, to))
+
+    def _deliver(self, link: Link, to: Address) -> None:
+        if not link.queue:
+            return  # lost with its sender
+        data = link.queue.popleft()
+        self.in_flight -= 1
+        process = self.processes.get(to)
+        if process is None or not process.alive:
+            return
+        message = _DECODER.decode(data)
+        if process.stuck:
+            return
+        try:
+            process.receive(message)
+        except Crashed:
+            self.kill(process)
