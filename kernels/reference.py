@@ -106,11 +106,10 @@ class ReferenceKernels:
             for t in range(rows[s], rows[s + 1]):
                 end = length - (rows[s + 1] - t) + 1  # keys this row sees: [start, end)
                 start = max(0, end - window) if window > 0 else 0
-                for head in range(q.shape[1]):
-                    seen = keys[head // group, start:end]  # [seen, D]
-                    scores = torch.mv(seen, q[t, head].double()) * scale
-                    weights = torch.softmax(scores, dim=0)
-                    out[t, head] = torch.mv(values[head // group, start:end].T, weights)
+                query = q[t].double().unflatten(0, (-1, group))  # [Hk, group, D]
+                scores = query @ keys[:, start:end].transpose(1, 2) * scale
+                weights = torch.softmax(scores, dim=-1)  # [Hk, group, seen]
+                out[t] = (weights @ values[:, start:end]).flatten(0, 1)
 
     def argmax_logprob(self, logits: Tensor) -> tuple[Tensor, Tensor]:
         ids = torch.empty(logits.shape[0], dtype=torch.int32)

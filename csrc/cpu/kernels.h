@@ -14,7 +14,7 @@ enum class DType : int32_t { kF32 = 0, kBF16 = 1, kF16 = 2 };
 constexpr int kPanel = 16;  // columns of one packed weight panel
 constexpr int kTile = 64;   // keys of one attention tile, aligned to the sequence's first token
 constexpr int kSplit = 8 * kTile;  // keys of one independently computed part of a row's softmax
-constexpr int kVocabChunk = 8192;  // logits of one independently computed part of a row's logsumexp
+constexpr int kVocabChunk = 2048;  // logits of one independently computed part of a row's logsumexp
 
 struct LinearArgs {
   float* out;         // [rows, num_out]

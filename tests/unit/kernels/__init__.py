@@ -1,0 +1,1 @@
+"""The kernel backends against the reference, and against themselves bit for bit."""

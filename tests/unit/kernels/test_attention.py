@@ -1,0 +1,146 @@
+"""Attention over the paged pool: equal to the reference, and the same bits in any batch."""
+
+import dataclasses
+import random
+
+import pytest
+import torch
+
+from diptych.kernels.cpp import CppKernels
+from diptych.kernels.reference import ReferenceKernels
+from tests.support.paged import Heads, Sequence, build_pool, int32, random_sequences, run_attention
+
+F32, BF16, F16 = torch.float32, torch.bfloat16, torch.float16
+
+CASES = [
+    Heads(4, 4, 64),
+    Heads(3, 1, 32, BF16),
+    Heads(8, 2, 64, BF16),
+    Heads(8, 1, 128, F16),
+    Heads(6, 2, 40, BF16, window=37),
+    Heads(2, 2, 8, F16, block_size=1, window=1),
+    Heads(5, 1, 256, F32, block_size=5),
+    Heads(2, 1, 7, BF16, block_size=3, window=64),
+]
+
+
+def _sizes(seed: int) -> list[tuple[int, int]]:
+    rng = random.Random(seed)
+    sizes = []
+    for _ in range(5):
+        kv_len = rng.choice([1, 2, 15, 16, 17, 63, 64, 65, 100, 130])
+        tokens = rng.choice([1, kv_len, rng.randint(1, kv_len)])
+        sizes.append((tokens, kv_len))
+    return [*sizes, (0, 20)]
+
+
+@pytest.mark.parametrize("heads", CASES, ids=str)
+def test_equals_the_reference(cpp: CppKernels, reference: ReferenceKernels, heads: Heads) -> None:
+    seed = CASES.index(heads)
+    sequences = random_sequences(heads, _sizes(seed), torch.Generator().manual_seed(seed))
+    results = run_attention(cpp, heads, sequences, torch.Generator().manual_seed(1))
+    expected = run_attention(reference, heads, sequences, torch.Generator().manual_seed(2))
+    for out, right in zip(results, expected, strict=True):
+        torch.testing.assert_close(out, right, rtol=0, atol=5e-6)
+
+
+def test_long_contexts_equal_the_reference(cpp: CppKernels, reference: ReferenceKernels) -> None:
+    heads = Heads(4, 2, 32, BF16)
+    sequences = random_sequences(heads, [(3, 1500), (1, 513)], torch.Generator().manual_seed(3))
+    expected = run_attention(reference, heads, sequences, torch.Generator().manual_seed(0))
+    for threads in (1, 3):
+        cpp.set_num_threads(threads)
+        results = run_attention(cpp, heads, sequences, torch.Generator().manual_seed(0))
+        for out, right in zip(results, expected, strict=True):
+            torch.testing.assert_close(out, right, rtol=0, atol=5e-6)
+
+
+def _in_chunks(
+    cpp: CppKernels, heads: Heads, sequence: Sequence, size: int, others: list[Sequence]
+) -> torch.Tensor:
+    """All rows of `sequence`, `size` at a time, each call with `others` before and after it."""
+    generator = torch.Generator().manual_seed(size)  # other blocks for every size
+    rows, total = [], sequence.q.shape[0]
+    for start in range(0, total, size):
+        chunk = sequence.rows(start, min(start + size, total))
+        batch = [*others, chunk, *others]
+        rows.append(run_attention(cpp, heads, batch, generator)[len(others)])
+    return torch.cat(rows)
+
+
+@pytest.mark.parametrize(
+    "heads",
+    [Heads(4, 4, 64, BF16), Heads(6, 2, 40, F32, window=50), Heads(8, 1, 64, F16)],
+    ids=str,
+)
+def test_chunks_neighbours_and_blocks_change_no_bit(cpp: CppKernels, heads: Heads) -> None:
+    generator = torch.Generator().manual_seed(11)
+    [sequence, *others] = random_sequences(heads, [(150, 150), (1, 70), (9, 33)], generator)
+    whole = _in_chunks(cpp, heads, sequence, 150, [])
+    for size in (1, 16, 64, 77):
+        assert torch.equal(_in_chunks(cpp, heads, sequence, size, []), whole), size
+    assert torch.equal(_in_chunks(cpp, heads, sequence, 64, others), whole)
+    block_size_5 = dataclasses.replace(heads, block_size=5)
+    assert torch.equal(_in_chunks(cpp, block_size_5, sequence, 50, others), whole)
+
+
+@pytest.mark.parametrize("window", [0, 600])
+def test_threads_and_splits_change_no_bit(cpp: CppKernels, window: int) -> None:
+    """With several threads a few long rows are cut along their keys, with one they are not."""
+    heads = Heads(4, 2, 64, BF16, window=window)
+    generator = torch.Generator().manual_seed(5)
+    [sequence] = random_sequences(heads, [(70, 1700)], generator)
+    whole = run_attention(cpp, heads, [sequence], generator)[0]
+    for threads in (2, 3):
+        cpp.set_num_threads(threads)
+        again = run_attention(cpp, heads, [sequence], generator)[0]
+        decode = run_attention(cpp, heads, [sequence.rows(40, 41)], generator)[0]
+        last = run_attention(cpp, heads, [sequence.rows(69, 70)], generator)[0]
+        assert torch.equal(again, whole)
+        assert torch.equal(decode, whole[40:41])
+        assert torch.equal(last, whole[69:])
+
+
+def test_a_later_nan_does_not_reach_an_earlier_row(cpp: CppKernels) -> None:
+    heads = Heads(2, 1, 32)
+    [clean] = random_sequences(heads, [(40, 40)], torch.Generator().manual_seed(6))
+    spoiled = dataclasses.replace(clean, k=clean.k.clone(), v=clean.v.clone())
+    spoiled.k[30] = float("nan")
+    spoiled.v[30] = float("inf")
+    before, after = (
+        run_attention(cpp, heads, [s], torch.Generator().manual_seed(0))[0]
+        for s in (clean, spoiled)
+    )
+    assert torch.equal(after[:30], before[:30])
+    assert after[30:].isnan().all()
+
+
+def test_rows_of_q_may_be_strided(cpp: CppKernels) -> None:
+    heads = Heads(4, 2, 16)
+    generator = torch.Generator().manual_seed(7)
+    [sequence] = random_sequences(heads, [(20, 20)], generator)
+    pool = build_pool(cpp, heads, [sequence], generator)
+    qkv = torch.randn(20, 8 * 16, generator=generator)
+    q = qkv[:, : 4 * 16].view(20, 4, 16)
+    results = []
+    for rows in (q, q.contiguous()):
+        out = torch.empty(20, 4, 16)
+        table = pool.tables[0]
+        cpp.attention(
+            out, rows, pool.k_cache, pool.v_cache, int32([0, 20]), int32([0, len(table)]),
+            int32(table), int32([20]), 0.25, 0,
+        )  # fmt: skip
+        results.append(out)
+    assert torch.equal(results[0], results[1])
+
+
+def test_indices_outside_the_pool_are_refused(cpp: CppKernels) -> None:
+    cache = torch.zeros(2, 1, 4, 8)
+    q, out = torch.zeros(1, 1, 8), torch.zeros(1, 1, 8)
+    one, table = int32([0, 1]), int32([2])
+    with pytest.raises(AssertionError, match="inside"):
+        cpp.attention(out, q, cache, cache, one, one, table, int32([1]), 1.0, 0)
+    with pytest.raises(AssertionError, match="kv_len"):
+        cpp.attention(out, q, cache, cache, one, one, int32([0]), int32([5]), 1.0, 0)
+    with pytest.raises(AssertionError, match="inside"):
+        cpp.write_kv(cache, cache.clone(), q, q, int32([8]))

@@ -1,0 +1,108 @@
+"""Linear layers: equal to the reference, and a row the same bits whatever is computed beside it."""
+
+import pytest
+import torch
+from torch import Tensor
+
+from diptych.kernels.cpp import CppKernels
+from diptych.kernels.reference import ReferenceKernels
+
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+SHAPES = [
+    (1, 1, 1),
+    (1, 64, 64),
+    (2, 17, 33),
+    (3, 64, 7),
+    (5, 130, 257),
+    (13, 48, 96),
+    (70, 33, 40),
+]
+
+
+def _problem(shape: tuple[int, int, int], dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(sum(shape))
+    rows, num_out, num_in = shape
+    weight = torch.randn(num_out, num_in, generator=generator).to(dtype)
+    bias = torch.randn(num_out, generator=generator).to(dtype)
+    return torch.randn(rows, num_in, generator=generator), weight, bias
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shape", SHAPES)
+def test_equals_the_reference(
+    cpp: CppKernels,
+    reference: ReferenceKernels,
+    shape: tuple[int, int, int],
+    dtype: torch.dtype,
+) -> None:
+    x, weight, bias = _problem(shape, dtype)
+    for use_bias in (bias, None):
+        out, expected = torch.empty(shape[:2]), torch.empty(shape[:2])
+        cpp.linear(out, x, cpp.pack_linear(weight, use_bias))
+        reference.linear(expected, x, reference.pack_linear(weight, use_bias))
+        # Rounding grows with the sum of the products' sizes, not with the result.
+        scale = x.abs() @ weight.float().abs().T + 1
+        assert ((out - expected).abs() / scale).max() < 2e-6
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_a_row_does_not_depend_on_its_batch(cpp: CppKernels, dtype: torch.dtype) -> None:
+    x, weight, bias = _problem((64, 200, 131), dtype)
+    packed = cpp.pack_linear(weight, bias)
+    alone = torch.empty(64, 200)
+    for t in range(64):
+        cpp.linear(alone[t : t + 1], x[t : t + 1], packed)
+    for rows in range(2, 65):
+        out = torch.full((rows, 200), float("nan"))
+        cpp.linear(out, x[:rows].clone(), packed)
+        assert torch.equal(out, alone[:rows]), rows
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_threads_change_no_bit(cpp: CppKernels, dtype: torch.dtype) -> None:
+    x, weight, bias = _problem((130, 150, 300), dtype)
+    packed = cpp.pack_linear(weight, bias)
+    results = []
+    for threads in (1, 2, 3):
+        cpp.set_num_threads(threads)
+        for rows in (1, 130):
+            out = torch.full((rows, 150), float("nan"))
+            cpp.linear(out, x[:rows], packed)
+            results.append(out)
+    for out in results:
+        assert torch.equal(out, results[1][: out.shape[0]])
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_columns_do_not_depend_on_their_neighbours(cpp: CppKernels, dtype: torch.dtype) -> None:
+    x, weight, bias = _problem((7, 160, 96), dtype)
+    fused, part = torch.empty(7, 160), torch.empty(7, 50)
+    cpp.linear(fused, x, cpp.pack_linear(weight, bias))
+    cpp.linear(part, x, cpp.pack_linear(weight[100:150], bias[100:150]))
+    assert torch.equal(part, fused[:, 100:150])
+
+
+def test_nan_stays_in_its_row(cpp: CppKernels) -> None:
+    x, weight, _ = _problem((3, 20, 31), torch.bfloat16)
+    x[1, 5] = float("nan")
+    out = torch.empty(3, 20)
+    cpp.linear(out, x, cpp.pack_linear(weight, None))
+    assert out[1].isnan().all()
+    assert out[[0, 2]].isfinite().all()
+
+
+def test_levels_read_the_same_packed_weights(cpp: CppKernels) -> None:
+    _, weight, bias = _problem((4, 40, 64), torch.bfloat16)
+    packed_by_best = CppKernels().pack_linear(weight, bias)
+    assert torch.equal(packed_by_best.data, cpp.pack_linear(weight, bias).data)
+
+
+def test_a_wrong_shape_is_refused(cpp: CppKernels) -> None:
+    x, weight, _ = _problem((4, 40, 64), torch.float32)
+    packed = cpp.pack_linear(weight, None)
+    with pytest.raises(AssertionError, match="packed_size"):
+        cpp.linear(torch.empty(4, 64), x, packed)
+    with pytest.raises(AssertionError, match="kDLFloat"):
+        cpp.linear(torch.empty(4, 40), x.double(), packed)
+    with pytest.raises(AssertionError, match="IsContiguous"):
+        cpp.linear(torch.empty(4, 40), torch.empty(64, 4).T, packed)
