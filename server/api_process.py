@@ -11,7 +11,7 @@ from collections.abc import Callable
 import msgspec
 
 from diptych.server.boot import ApiBoot, ApiProcessBoot
-from diptych.server.lifeline import EXIT_FAULT, die_by_thread
+from diptych.server.lifeline import EXIT_FAULT, die_by_thread, name_process
 from diptych.server.logs import configure_logs
 
 
@@ -25,6 +25,7 @@ def load_target(target: str) -> Callable[[ApiBoot], None]:
 def main() -> None:
     boot = msgspec.json.decode(sys.stdin.buffer.read(), type=ApiProcessBoot)
     configure_logs(f"api{boot.api.api}.{boot.api.api_epoch}", boot.api.log_level)
+    name_process(f"api{boot.api.api}")
     die_by_thread(boot.lifeline_fd, lambda: None)
     try:
         load_target(boot.target)(boot.api)

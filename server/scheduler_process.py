@@ -29,7 +29,7 @@ from diptych.engine.core.types import Epoch
 from diptych.scheduler.commands import PageEntry, PoolRead, ReadPool, SchedulerInput
 from diptych.scheduler.scheduler import Scheduler
 from diptych.server.boot import HostBoot
-from diptych.server.lifeline import die_by_thread
+from diptych.server.lifeline import die_by_thread, name_process
 from diptych.server.logs import configure_logs
 from diptych.server.run_dir import remove_run_dir
 from diptych.transfer.channels import Channels, process_name
@@ -114,6 +114,7 @@ def run_scheduler(boot: HostBoot, epoch: Epoch) -> None:
     """The life of a forked scheduler; it outlives the supervisor only to remove the run dir."""
     me = Address("scheduler", 0, epoch)
     configure_logs(f"{process_name(me)}.{epoch}", boot.log_level)
+    name_process(process_name(me))
     run_dir = Path(boot.run_dir)
     die_by_thread(boot.lifeline_fd, lambda: remove_run_dir(run_dir))
     layout = boot.layout

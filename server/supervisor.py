@@ -32,7 +32,7 @@ from diptych.server.launcher import (
     ProcessExited,
     ProcessStarted,
 )
-from diptych.server.lifeline import adopt_orphans
+from diptych.server.lifeline import adopt_orphans, name_process
 from diptych.server.logs import configure_logs
 from diptych.server.process_table import ProcessTable
 from diptych.server.run_dir import create_run_dir, remove_run_dir
@@ -59,6 +59,7 @@ class Supervisor:
 
     def __init__(self, boot: SupervisorBoot) -> None:
         configure_logs("supervisor", boot.log_level)
+        name_process("supervisor")
         self._boot = boot
         layout = plan_layout(boot)  # first, so that a bad model costs nothing
         self._run_dir, self._lock_fd = create_run_dir()

@@ -21,7 +21,7 @@ from diptych.engine.core.errors import ConfigError, DiptychError
 from diptych.engine.runner import LoadedModel, load_model
 from diptych.server.boot import HostBoot
 from diptych.server.client import EngineInfo
-from diptych.server.lifeline import EXIT_FAULT, die_by_kernel
+from diptych.server.lifeline import EXIT_FAULT, die_by_kernel, name_process
 from diptych.server.logs import configure_logs
 from diptych.server.warm_wire import (
     PACKET_BYTES_MAX,
@@ -137,6 +137,7 @@ def engine_info(boot: HostBoot, model: LoadedModel) -> EngineInfo:
 def main() -> None:
     boot = msgspec.json.decode(sys.stdin.buffer.read(), type=WarmBoot)
     configure_logs("warm", boot.host.log_level)
+    name_process("warm")
     die_by_kernel(boot.host.lifeline_fd)
     wire = socket.socket(fileno=boot.socket_fd)
     try:

@@ -30,7 +30,7 @@ from diptych.engine.runner import LoadedModel, make_runner
 from diptych.scheduler.batcher import Batcher
 from diptych.scheduler.commands import ClearBlock, CommitBlock
 from diptych.server.boot import HostBoot
-from diptych.server.lifeline import die_by_kernel
+from diptych.server.lifeline import die_by_kernel, name_process
 from diptych.server.logs import configure_logs
 from diptych.transfer.channels import Channels, process_name
 from diptych.transfer.control_page import ControlPage, page_bytes
@@ -120,6 +120,7 @@ def run_worker(boot: HostBoot, model: LoadedModel, worker: WorkerId, epoch: Epoc
     """The life of a forked worker; an exception that leaves here is a fault of this incarnation."""
     me = Address("worker", worker, epoch)
     configure_logs(f"{process_name(me)}.{epoch}", boot.log_level)
+    name_process(process_name(me))
     die_by_kernel(boot.lifeline_fd)
     layout = boot.layout
     num_pulses = layout.num_workers + 1
