@@ -283,7 +283,7 @@ class Progress(Message, frozen=True):
 # ---- worker -> API server ----------------------------------------------------------------------
 
 
-class Tokens(msgspec.Struct, frozen=True, array_like=True):
+class Tokens(msgspec.Struct, frozen=True, array_like=True, gc=False):
     """New tokens of one attempt. `first_index` counts emitted tokens over all attempts from 0.
 
     `num_cached`: prompt tokens found in the prefix cache (for usage).
