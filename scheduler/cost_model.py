@@ -1,0 +1,43 @@
+"""What work costs on one worker, fitted from its progress reports while it runs.
+
+Owns two numbers per worker: seconds per prefill token, and seconds of a step without prefill.
+Invariant: both stay inside fixed bounds, whatever a report says, so that one absurd report (a
+suspended laptop) can mislead placement for a few reports, never for good.
+"""
+
+from typing import Final
+
+_WEIGHT: Final = 0.125  # of the newest report
+_PREFILL_BOUNDS: Final = (1e-8, 0.1)  # seconds per token
+_STEP_BOUNDS: Final = (1e-5, 5.0)  # seconds per step
+
+
+class WorkerCost:
+    """Exponentially weighted estimates; the first report of each kind replaces the guess."""
+
+    def __init__(self, prefill_s: float = 1e-4, step_s: float = 5e-3) -> None:
+        self.prefill_s = prefill_s  # per token
+        self.step_s = step_s  # per step without prefill
+        self._has_prefill = False
+        self._has_step = False
+
+    def observe(self, steps: int, compute_s: float, prefill_tokens: int) -> None:
+        """One report: `steps` took `compute_s` and computed `prefill_tokens` prompt tokens.
+
+        Steps with prefill are charged to it, but for what their decodes are known to cost.
+        """
+        if steps <= 0 or not 0.0 < compute_s < 1e6:
+            return
+        if prefill_tokens <= 0:
+            step_s = _bounded(compute_s / steps, _STEP_BOUNDS)
+            self.step_s += (step_s - self.step_s) * (_WEIGHT if self._has_step else 1.0)
+            self._has_step = True
+            return
+        decode_s = min(steps * self.step_s, 0.5 * compute_s) if self._has_step else 0.0
+        prefill_s = _bounded((compute_s - decode_s) / prefill_tokens, _PREFILL_BOUNDS)
+        self.prefill_s += (prefill_s - self.prefill_s) * (_WEIGHT if self._has_prefill else 1.0)
+        self._has_prefill = True
+
+
+def _bounded(value: float, bounds: tuple[float, float]) -> float:
+    return min(max(value, bounds[0]), bounds[1])

@@ -1,0 +1,149 @@
+"""Who takes part: API servers, workers with their epochs, pools; and when a pool may be used.
+
+Owns membership and the handshake that makes a pool usable: every known worker of it has joined this
+scheduler's epoch, so that no sequence of an older one touches a block; then its control page is
+read; then blocks are given out. Invariant: a message that names an older epoch of its sender finds
+nobody here. The supervisor announces all living workers of a pool before the pool itself.
+"""
+
+from dataclasses import dataclass, field
+from enum import Enum, auto
+
+from diptych.engine.core.errors import ConfigError
+from diptych.engine.core.messages import Address, PoolUp, WorkerUp
+from diptych.engine.core.types import ApiId, BlockHash, Epoch, PoolId, WorkerId
+from diptych.scheduler.cost_model import WorkerCost
+from diptych.scheduler.ledger import PoolLedger
+from diptych.scheduler.queue import RankHeap
+from diptych.scheduler.rows import Row, RowKey
+
+
+class PoolPhase(Enum):
+    JOINING = auto()  # workers may still touch blocks for an older scheduler
+    READING = auto()  # the shell reads the control page
+    USABLE = auto()
+
+
+@dataclass(slots=True, eq=False)
+class Worker:
+    """One incarnation of one worker."""
+
+    id: WorkerId
+    epoch: Epoch
+    pool: PoolId
+    dial: int
+    address: Address
+    joined: bool = False
+    assigned: dict[RowKey, Row] = field(default_factory=dict)  # may touch blocks of these
+    finished: dict[RowKey, Row] = field(default_factory=dict)  # ended here, not closed yet
+    cost: WorkerCost = field(default_factory=WorkerCost)
+    backlog_tokens: int = 0  # assigned for prefill and not reported as computed
+    steps: int = 0
+    step_s: float = 0.0  # mean of the last report
+
+
+@dataclass(slots=True, eq=False)
+class Pool:
+    id: PoolId
+    ledger: PoolLedger
+    phase: PoolPhase = PoolPhase.JOINING
+    workers: dict[WorkerId, Worker] = field(default_factory=dict)  # living ones
+    computing: dict[BlockHash, Row] = field(default_factory=dict)  # block -> who computes it
+    waiters: dict[BlockHash, list[Row]] = field(default_factory=dict)  # rows held for a block
+    hungry: RankHeap = field(default_factory=RankHeap)  # want blocks
+    victims: RankHeap = field(default_factory=RankHeap)  # may be preempted, newest first
+    num_running: int = 0  # rows that hold blocks
+    num_draining: int = 0  # of these, rows that will give all of them back soon
+
+
+class Members:
+    """The living. Workers are found by id only through `worker`, which checks the epoch."""
+
+    def __init__(self, block_size: int) -> None:
+        self.workers: dict[WorkerId, Worker] = {}
+        self.pools: dict[PoolId, Pool] = {}
+        self.apis: dict[ApiId, Address] = {}
+        self._block_size = block_size
+        self._orphans: dict[WorkerId, Worker] = {}  # up before their pool
+        self._worker_epochs: dict[WorkerId, Epoch] = {}  # newest seen
+        self._api_epochs: dict[ApiId, Epoch] = {}  # newest seen
+
+    def api_up(self, api: ApiId, epoch: Epoch) -> bool:
+        """True: this incarnation is new (its predecessor, if any, is gone)."""
+        if epoch <= self._api_epochs.get(api, -1):
+            return False
+        self._api_epochs[api] = epoch
+        self.apis[api] = Address("api", api, epoch)
+        return True
+
+    def api_down(self, api: ApiId, epoch: Epoch) -> bool:
+        """True: it lived until now. Its epoch is never taken for a living one again."""
+        newest = self._api_epochs.get(api, -1)
+        self._api_epochs[api] = max(newest, epoch)
+        if epoch < newest:
+            return False
+        return self.apis.pop(api, None) is not None
+
+    def is_api(self, api: ApiId, epoch: Epoch) -> bool:
+        address = self.apis.get(api)
+        return address is not None and address.epoch == epoch
+
+    def is_new_worker(self, message: WorkerUp) -> bool:
+        return message.worker_epoch > self._worker_epochs.get(message.worker, -1)
+
+    def worker_up(self, message: WorkerUp) -> Worker:
+        assert self.is_new_worker(message)
+        assert message.worker not in self.workers
+        self._worker_epochs[message.worker] = message.worker_epoch
+        address = Address("worker", message.worker, message.worker_epoch)
+        worker = Worker(message.worker, message.worker_epoch, message.pool, message.dial, address)
+        self.workers[worker.id] = worker
+        pool = self.pools.get(message.pool)
+        (pool.workers if pool is not None else self._orphans)[worker.id] = worker
+        return worker
+
+    def worker(self, worker: WorkerId, epoch: Epoch) -> Worker | None:
+        found = self.workers.get(worker)
+        return found if found is not None and found.epoch == epoch else None
+
+    def worker_down(self, worker: Worker) -> None:
+        del self.workers[worker.id]
+        self._orphans.pop(worker.id, None)
+        pool = self.pools.get(worker.pool)
+        if pool is not None:
+            pool.workers.pop(worker.id, None)
+
+    def pool_up(self, message: PoolUp) -> Pool | None:
+        """The new pool; None if it is known already."""
+        if message.pool in self.pools:
+            return None
+        if message.block_size != self._block_size:
+            raise ConfigError(
+                f"pool {message.pool} has blocks of {message.block_size} tokens,"
+                f" the scheduler was configured for {self._block_size}"
+            )
+        pool = self.pools[message.pool] = Pool(message.pool, PoolLedger(message.num_blocks))
+        for worker in [w for w in self._orphans.values() if w.pool == pool.id]:
+            pool.workers[worker.id] = self._orphans.pop(worker.id)
+        return pool
+
+    def is_quiet(self, pool: Pool) -> bool:
+        """No worker of it can touch a block for an older scheduler."""
+        workers = pool.workers.values()
+        return bool(workers) and all(worker.joined for worker in workers)
+
+    def is_ready(self) -> bool:
+        """Every pool is read, and somebody can prefill and somebody can decode."""
+        if not self.pools or any(p.phase is not PoolPhase.USABLE for p in self.pools.values()):
+            return False
+        dials = [worker.dial for worker in self.workers.values() if worker.joined]
+        return any(dial > 0 for dial in dials) and any(dial < 100 for dial in dials)
+
+    def check_integrity(self) -> None:
+        for worker in self.workers.values():
+            pool = self.pools.get(worker.pool)
+            home = self._orphans if pool is None else pool.workers
+            assert home[worker.id] is worker, f"worker {worker.id} is in no pool"
+            assert worker.backlog_tokens >= 0
+            for row in worker.assigned.values():
+                assert worker.id in row.holds, f"{row.key} does not know worker {worker.id}"

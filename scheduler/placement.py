@@ -1,0 +1,101 @@
+"""Where a row runs: on one worker, or prefill on one and decode on another of the same pool.
+
+Owns no state. A dial of 100 means prefill only, 0 decode only but for short uncached prompts, which
+are prefilled where they decode; in between, both. Invariant: equal inputs give equal choices; ties
+go to the lower worker id.
+"""
+
+from dataclasses import dataclass
+
+from diptych.engine.core.types import BlockId
+from diptych.scheduler.members import Pool, Worker
+
+
+@dataclass(slots=True, frozen=True)
+class Seats:
+    """`decoder` None: `first` does both."""
+
+    first: Worker
+    decoder: Worker | None
+    ttft_s: float  # estimate: until the prompt is computed
+    score_s: float  # what placements are compared by
+
+
+@dataclass(slots=True, frozen=True)
+class Placement:
+    pool: Pool
+    seats: Seats
+    found: list[BlockId]  # prefix-cache hit, to be shared
+    num_new: int  # blocks to allocate
+    uncached_tokens: int
+
+
+class Placer:
+    """Chooses seats in one pool. `ward` is a worker kept free for a suspect, or None."""
+
+    def __init__(self, sequences_max: int, local_prefill_tokens: int) -> None:
+        self.ward: Worker | None = None
+        self._sequences_max = sequences_max
+        self._local_prefill_tokens = local_prefill_tokens
+
+    def seats(self, pool: Pool, uncached_tokens: int) -> Seats | None:
+        """The cheapest seats now; None when every combination lacks a free one."""
+        prefiller = decoder = mixed = None
+        prefill_s = decode_s = mixed_s = 0.0
+        for worker in pool.workers.values():
+            if not self._has_seat(worker):
+                continue
+            ttft_s = (worker.backlog_tokens + uncached_tokens) * worker.cost.prefill_s
+            load_s = (len(worker.assigned) + 1) * worker.cost.step_s
+            if worker.dial >= 100:
+                score_s = ttft_s + len(worker.assigned) * 1e-9
+                if prefiller is None or (score_s, worker.id) < (prefill_s, prefiller.id):
+                    prefiller, prefill_s = worker, score_s
+            elif worker.dial <= 0:
+                if decoder is None or (load_s, worker.id) < (decode_s, decoder.id):
+                    decoder, decode_s = worker, load_s
+            else:
+                score_s = ttft_s * 100.0 / worker.dial + load_s
+                if mixed is None or (score_s, worker.id) < (mixed_s, mixed.id):
+                    mixed, mixed_s = worker, score_s
+        best = None if mixed is None else Seats(mixed, None, mixed_s, mixed_s)
+        split = self._split(prefiller, prefill_s, decoder, decode_s, mixed, uncached_tokens)
+        if split is not None and (best is None or split.score_s < best.score_s):
+            best = split
+        return best
+
+    def isolated(self, pool: Pool) -> Worker | None:
+        """The worker with least to do: the one to empty for a suspect."""
+        workers = [worker for worker in pool.workers.values() if worker.joined]
+        return min(workers, key=lambda w: (len(w.assigned), w.id), default=None)
+
+    def _has_seat(self, worker: Worker) -> bool:
+        return (
+            worker.joined and worker is not self.ward and len(worker.assigned) < self._sequences_max
+        )
+
+    def _split(
+        self,
+        prefiller: Worker | None,
+        prefill_s: float,
+        decoder: Worker | None,
+        decode_s: float,
+        mixed: Worker | None,
+        uncached_tokens: int,
+    ) -> Seats | None:
+        """A pair of specialists (or one and a mixed worker), or a short prompt at its decoder."""
+        if decoder is not None and uncached_tokens <= self._local_prefill_tokens:
+            # It delays every sequence of that worker once; less than a step is not felt.
+            stall_s = uncached_tokens * decoder.cost.prefill_s
+            if prefiller is None or stall_s <= decoder.cost.step_s + prefill_s:
+                return Seats(decoder, None, stall_s, stall_s + decode_s)
+        if prefiller is not None and decoder is not None:
+            return Seats(prefiller, decoder, prefill_s, prefill_s + decode_s)
+        if mixed is None or (prefiller is None) == (decoder is None):
+            return None
+        load_s = (len(mixed.assigned) + 1) * mixed.cost.step_s
+        if prefiller is not None:
+            return Seats(prefiller, mixed, prefill_s, prefill_s + load_s)
+        assert decoder is not None
+        ttft_s = (mixed.backlog_tokens + uncached_tokens) * mixed.cost.prefill_s
+        return Seats(mixed, decoder, ttft_s, ttft_s * 100.0 / mixed.dial + decode_s)

@@ -1,0 +1,277 @@
+"""Rows that are on workers: their blocks, their growth, and how they are taken back.
+
+Owns what happens between PLACE and DRAIN. Invariants: the blocks of an attempt are released when,
+and only when, every worker that could touch them has let go or was fenced; a row that was preempted
+as often as allowed gets all blocks it can ever need at once, so it never asks for more; as long as
+a row lacks blocks, its pool takes no new rows.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from diptych.engine.core.config import CacheOptions, SchedulerOptions
+from diptych.engine.core.messages import Assign, CommittedBlock, Grant
+from diptych.engine.core.request import SeqRef
+from diptych.engine.core.types import BlockHash, LossCause, Role, blocks_for
+from diptych.scheduler.lifecycle import RowEvent, RowState
+from diptych.scheduler.members import Members, Pool, Worker
+from diptych.scheduler.outbox import Outbox
+from diptych.scheduler.placement import Placement
+from diptych.scheduler.rows import Row, RowTable
+
+
+@dataclass(slots=True)
+class RunCounts:
+    """Sums since start."""
+
+    prefix_queries: int = 0  # tokens
+    prefix_hits: int = 0  # tokens
+    preemptions: int = 0
+    prefill_tokens: int = 0
+    ignored_commits: int = 0  # named a block that the row does not own: a worker's bug
+
+
+class Runs:
+    """`on_drained(row)` is called after the blocks of a row were released, in its holding state;
+    `wake(rows, block)` when the block that they waited for is there, or will never be."""
+
+    def __init__(
+        self,
+        options: SchedulerOptions,
+        cache: CacheOptions,
+        members: Members,
+        rows: RowTable,
+        outbox: Outbox,
+        on_drained: Callable[[Row], None],
+        wake: Callable[[list[Row], BlockHash], None],
+    ) -> None:
+        self.counts = RunCounts()
+        self.room_version = 0  # raised whenever a waiting row might fit that did not before
+        self._options = options
+        self._cache = cache
+        self._members = members
+        self._rows = rows
+        self._outbox = outbox
+        self._on_drained = on_drained
+        self._wake = wake
+
+    # ---- onto workers --------------------------------------------------------------------------
+
+    def blocks_at_start(self, row: Row) -> int:
+        """Table length when placed: tokens and headroom, or all if it is never preempted again."""
+        most = row.blocks_max_wanted(self._cache.block_size)
+        if row.preemptions >= self._options.preemptions_max:
+            return most
+        tokens = blocks_for(row.tokens_wanted(), self._cache.block_size)
+        return min(most, tokens + self._options.headroom_blocks)
+
+    def start(self, row: Row, placement: Placement, alone: bool) -> None:
+        """Takes blocks and seats, and sends the assignment."""
+        pool, seats = placement.pool, placement.seats
+        pool.ledger.share(placement.found)
+        row.table = placement.found + pool.ledger.allocate(placement.num_new)
+        row.pool = pool.id
+        row.ref = SeqRef(row.key[0], row.key[1], row.wanted.attempt)
+        row.num_tokens = row.tokens_wanted()
+        row.num_hit = row.num_committed = len(placement.found)
+        row.blocks_max = row.blocks_max_wanted(self._cache.block_size)
+        row.alone, row.poison, row.finished_on = alone, False, None
+        decoder = seats.decoder if seats.decoder is not None else seats.first
+        row.decoder = decoder.id
+        seats.first.backlog_tokens += placement.uncached_tokens
+        self._rows.move(row, RowEvent.PLACE)
+        pool.num_running += 1
+        if row.preemptions < self._options.preemptions_max:
+            priority, rank, arrival, choice = row.order
+            pool.victims.push(row, (-priority, -rank, -arrival, -choice))
+        self._announce(pool, row)
+        if decoder is not seats.first:
+            self._assign(row, pool, decoder, Role.DECODE, seats.first)
+            self._assign(row, pool, seats.first, Role.PREFILL, decoder)
+        else:
+            self._assign(row, pool, decoder, Role.LOCAL, None)
+
+    def _assign(
+        self, row: Row, pool: Pool, worker: Worker, role: Role, peer: Worker | None
+    ) -> None:
+        assert row.ref is not None
+        row.holds[worker.id] = role
+        worker.assigned[row.key] = row
+        generations = pool.ledger.generations
+        message = Assign(
+            scheduler_epoch=self._outbox.epoch,
+            worker_epoch=worker.epoch,
+            ref=row.ref,
+            request=row.entry.request,
+            role=role,
+            emitted=row.wanted.emitted,
+            hashes=row.wanted.hashes,
+            block_table=list(row.table),
+            generations=[generations[block] for block in row.table],
+            num_computed=row.num_hit * self._cache.block_size,
+            api=row.entry.api,
+            api_epoch=row.entry.api_epoch,
+            peer=None if peer is None else (peer.id, peer.epoch),
+            want_prompt_logprobs=row.wanted.want_prompt_logprobs,
+        )
+        self._outbox.to_worker(worker, message)
+
+    def _announce(self, pool: Pool, row: Row) -> None:
+        """Lets others wait for the prompt blocks that this row is about to compute."""
+        if not self._cache.enable_prefix_caching:
+            return
+        if not row.wanted.want_prompt_logprobs:
+            self.counts.prefix_queries += row.num_tokens
+            self.counts.prefix_hits += row.num_hit * self._cache.block_size
+        computing = pool.computing
+        full = row.num_tokens // self._cache.block_size
+        for name in row.wanted.hashes[row.num_hit : full]:
+            if name not in computing:
+                computing[name] = row
+                row.computing.append(name)
+
+    # ---- growth --------------------------------------------------------------------------------
+
+    def commit(self, row: Row, pool: Pool, block: CommittedBlock) -> None:
+        """A block of the row is full: others may share it, and the row gets another one."""
+        index = block.index
+        owned = 0 <= index < len(row.table) and row.table[index] == block.block
+        if not owned or not pool.ledger.commit(
+            block.block, block.generation, block.hash, block.parent
+        ):
+            self.counts.ignored_commits += 1
+            return
+        row.num_committed = max(row.num_committed, index + 1)
+        if row.computing:
+            self._computed(pool, row, block.hash)
+        if row.state is RowState.RUNNING:
+            self.extend(row, pool)
+
+    def _computed(self, pool: Pool, row: Row, name: BlockHash) -> None:
+        if pool.computing.get(name) is row:
+            del pool.computing[name]
+            waiters = pool.waiters.pop(name, None)
+            if waiters is not None:
+                self._wake(waiters, name)
+
+    def extend(self, row: Row, pool: Pool) -> None:
+        """Grants up to the block being written and the headroom; without room, makes some."""
+        headroom = self._options.headroom_blocks
+        tokens = blocks_for(row.num_tokens, self._cache.block_size)
+        target = min(row.blocks_max, max(tokens, row.num_committed + 1) + headroom)
+        have = len(row.table)
+        if have >= target:
+            pool.hungry.discard(row)
+            return
+        give = min(target - have, pool.ledger.num_available)
+        if give:
+            self._grant(row, pool, give)
+        if have + give >= target:
+            pool.hungry.discard(row)
+            return
+        if row not in pool.hungry:
+            pool.hungry.push(row, row.order)
+        if len(row.table) <= row.num_committed:
+            self._preempt(pool)
+
+    def _grant(self, row: Row, pool: Pool, count: int) -> None:
+        worker = self._members.workers[row.decoder]
+        assert row.ref is not None
+        assert worker.id in row.holds
+        first = len(row.table)
+        blocks = pool.ledger.allocate(count)
+        row.table += blocks
+        generations = [pool.ledger.generations[block] for block in blocks]
+        self._outbox.to_worker(
+            worker,
+            Grant(self._outbox.epoch, worker.epoch, row.ref, first, blocks, generations),
+        )
+
+    def _preempt(self, pool: Pool) -> None:
+        """Takes the newest row of the lowest priority back, unless blocks are coming anyway."""
+        if pool.num_draining:
+            return
+        victim = pool.victims.peek()
+        assert victim is not None, "a row that asks for blocks may itself be preempted"
+        victim.preemptions += 1
+        victim.cause = LossCause.PREEMPTED
+        self.counts.preemptions += 1
+        self._rows.move(victim, RowEvent.PREEMPT)
+        self.take_back(victim)
+
+    # ---- back from workers ---------------------------------------------------------------------
+
+    def finish(self, row: Row, worker: Worker) -> None:
+        """The sequence ended by itself. A prefill side's first token may be its last."""
+        was_running = row.state is RowState.RUNNING
+        if self._rows.move(row, RowEvent.FINISH) is RowState.FINISHING:
+            row.finished_on = worker.id
+            worker.finished[row.key] = row
+        row.faults = 0
+        if was_running and row.holds[worker.id] is Role.PREFILL:
+            self.take_back(row, but=worker)
+        elif was_running:
+            self._stop(row)
+        self.let_go(row, worker)
+
+    def lose(self, row: Row, worker: Worker, cause: LossCause) -> None:
+        """The worker is fenced, or gave the row back unasked."""
+        if row.state is RowState.FINISHING:  # the other side finished it; nothing is lost
+            self.let_go(row, worker)
+            return
+        was_running = row.state is RowState.RUNNING
+        row.cause = cause
+        self._rows.move(row, RowEvent.DOWN)
+        if was_running:
+            self.take_back(row, but=worker)
+        self.let_go(row, worker)
+
+    def take_back(self, row: Row, but: Worker | None = None) -> None:
+        """Revokes a row that just left RUNNING. Its blocks stay owned until all let go."""
+        assert row.ref is not None
+        self._stop(row)
+        for worker in row.holds:
+            if but is None or worker != but.id:
+                self._outbox.revoke(self._members.workers[worker], row.ref)
+
+    def _stop(self, row: Row) -> None:
+        """It asks for nothing any more, and its blocks will come back."""
+        assert row.state is not RowState.RUNNING
+        pool = self._members.pools[row.pool]
+        pool.hungry.discard(row)
+        pool.victims.discard(row)
+        pool.num_draining += 1
+
+    def let_go(self, row: Row, worker: Worker) -> None:
+        """The worker touches no block of the row any more: it said so, or was fenced."""
+        role = row.holds.pop(worker.id)
+        del worker.assigned[row.key]
+        self.room_version += 1
+        if not worker.assigned:
+            worker.backlog_tokens = 0
+        elif role is not Role.DECODE:
+            full = row.num_tokens // self._cache.block_size
+            unread = max(0, full - row.num_committed) * self._cache.block_size
+            worker.backlog_tokens = max(0, worker.backlog_tokens - unread)
+        if not row.holds:
+            self._drain(row)
+
+    def _drain(self, row: Row) -> None:
+        pool = self._members.pools[row.pool]
+        assert row.state is not RowState.RUNNING
+        table, row.table = row.table, []
+        pool.ledger.release(table)
+        pool.num_running -= 1
+        pool.num_draining -= 1
+        for name in row.computing:
+            self._computed(pool, row, name)
+        row.computing = []
+        self._on_drained(row)
+        self._feed(pool)
+
+    def _feed(self, pool: Pool) -> None:
+        """Gives blocks that came back to the rows that lack some, in order."""
+        while (row := pool.hungry.peek()) is not None:
+            self.extend(row, pool)
+            if row in pool.hungry or row.state is not RowState.RUNNING:
+                return

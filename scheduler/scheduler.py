@@ -1,0 +1,310 @@
+"""The central scheduler: messages in, commands out; no I/O, no clock, no randomness.
+
+Owns every block of every pool, placement and the queue, through its parts: Intake (API servers'
+requests), Seating (who is placed next), Runs (rows on workers), Members (who lives). Invariant: a
+step's commands depend only on the inputs so far, and its cost on what changed, not on what runs.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Any, Final
+
+from diptych.engine.core.config import CacheOptions, SchedulerOptions
+from diptych.engine.core.messages import (
+    Abort,
+    ApiDown,
+    ApiUp,
+    Closed,
+    Join,
+    Joined,
+    PoolUp,
+    Progress,
+    Send,
+    Stats,
+    Submit,
+    WorkerDown,
+    WorkerStats,
+    WorkerUp,
+)
+from diptych.engine.core.types import DownCause, Epoch, LossCause, Role
+from diptych.scheduler.audit import SchedulerAudit, take_audit
+from diptych.scheduler.commands import PoolRead, ReadPool, SchedulerCommand, SchedulerInput
+from diptych.scheduler.intake import Intake
+from diptych.scheduler.lifecycle import HOLDING, RowState
+from diptych.scheduler.members import Members, Pool, PoolPhase, Worker
+from diptych.scheduler.outbox import Outbox
+from diptych.scheduler.placement import Placer
+from diptych.scheduler.queue import WaitingRoom
+from diptych.scheduler.rows import Row, RowTable
+from diptych.scheduler.runs import Runs
+from diptych.scheduler.seating import Seating
+
+STATS_PERIOD_S: Final = 0.25
+
+
+class Scheduler:
+    def __init__(self, epoch: Epoch, options: SchedulerOptions, cache: CacheOptions) -> None:
+        self.epoch = epoch
+        self._members = Members(cache.block_size)
+        self._rows = RowTable()
+        self._outbox = Outbox(epoch, self._members)
+        self._room = WaitingRoom(
+            options.max_waiting, options.max_waiting_tokens, options.retry_after_max_s
+        )
+        self._placer = Placer(options.max_num_seqs, options.local_prefill_tokens)
+        self._runs = Runs(
+            options,
+            cache,
+            self._members,
+            self._rows,
+            self._outbox,
+            on_drained=self._drained,
+            wake=self._room.wake,
+        )
+        self._intake = Intake(
+            cache, self._members, self._rows, self._room, self._runs, self._outbox
+        )
+        self._seating = Seating(
+            cache,
+            self._members,
+            self._rows,
+            self._room,
+            self._runs,
+            self._placer,
+            self._outbox,
+        )
+        self._ready = False
+        self._membership_changed = False
+        self._stats_due_at: float | None = None
+        self._handlers: dict[type[SchedulerInput], Callable[[Any], None]] = {
+            Submit: self._on_submit,
+            Abort: self._on_abort,
+            Closed: self._on_closed,
+            Joined: self._on_joined,
+            Progress: self._on_progress,
+            WorkerUp: self._on_worker_up,
+            WorkerDown: self._on_worker_down,
+            PoolUp: self._on_pool_up,
+            PoolRead: self._on_pool_read,
+            ApiUp: self._on_api_up,
+            ApiDown: self._on_api_down,
+        }
+
+    def step(self, inputs: Sequence[SchedulerInput], now: float) -> list[SchedulerCommand]:
+        """Handles the inputs in order, then places what can be placed. No inputs: the tick."""
+        for message in inputs:
+            self._handlers[type(message)](message)
+        self._seating.place_waiting()
+        self._room.rate.tick(now, self._room.num_rows)
+        self._publish_stats(now)
+        return self._outbox.take()
+
+    def audit(self) -> SchedulerAudit:
+        return take_audit(self._members, self._rows, self._room, self._runs.counts.ignored_commits)
+
+    def check_integrity(self) -> None:
+        """Every block is where it should be, and every count is what it counts. Slow."""
+        self._members.check_integrity()
+        self._rows.check_integrity()
+        self._room.check_integrity()
+        queued = self._rows.counts[RowState.QUEUED]
+        assert queued == self._room.num_rows, f"{queued} queued, {self._room.num_rows} wait"
+        for pool in self._members.pools.values():
+            pool.ledger.check_integrity()
+        self._check_tables()
+
+    # ---- API servers ---------------------------------------------------------------------------
+
+    def _on_submit(self, message: Submit) -> None:
+        if message.scheduler_epoch != self.epoch:
+            return
+        self._api_is_up(message.api, message.api_epoch)  # it may overtake its own ApiUp
+        if self._members.is_api(message.api, message.api_epoch):
+            self._intake.submit(message)
+
+    def _on_abort(self, message: Abort) -> None:
+        if message.scheduler_epoch == self.epoch:
+            self._intake.abort(message)
+
+    def _on_closed(self, message: Closed) -> None:
+        if message.scheduler_epoch == self.epoch:
+            self._intake.closed(message)
+
+    def _on_api_up(self, message: ApiUp) -> None:
+        self._api_is_up(message.api, message.api_epoch)
+
+    def _api_is_up(self, api: int, epoch: Epoch) -> None:
+        if self._members.api_up(api, epoch):
+            self._intake.api_down(api)  # an older incarnation of it
+            self._stats_due_at = None
+
+    def _on_api_down(self, message: ApiDown) -> None:
+        if self._members.api_down(message.api, message.api_epoch):
+            self._intake.api_down(message.api)
+
+    # ---- workers -------------------------------------------------------------------------------
+
+    def _on_progress(self, message: Progress) -> None:
+        worker = self._current(message.scheduler_epoch, message.worker, message.worker_epoch)
+        if worker is None or not worker.joined:
+            return
+        if message.steps:
+            worker.steps += message.steps
+            worker.step_s = message.compute_s / message.steps
+            worker.cost.observe(message.steps, message.compute_s, message.prefill_tokens)
+            worker.backlog_tokens = max(0, worker.backlog_tokens - message.prefill_tokens)
+            self._runs.counts.prefill_tokens += message.prefill_tokens
+        find, pool = self._rows.find, self._members.pools[worker.pool]
+        for block in message.committed:
+            row = find(block.ref)
+            if row is not None and worker.id in row.holds:
+                self._runs.commit(row, pool, block)
+        for ref in message.sealed:
+            row = find(ref)
+            if row is not None and row.holds.get(worker.id) is Role.PREFILL:
+                self._runs.let_go(row, worker)
+        for ref in message.finished:
+            row = find(ref)
+            if row is not None and worker.id in row.holds:
+                self._runs.finish(row, worker)
+        for ref in message.released:
+            row = find(ref)
+            if row is not None and worker.id in row.holds:
+                self._released(row, worker)
+        for ref in message.starved:
+            row = find(ref)
+            if row is not None and row.state is RowState.RUNNING:
+                self._runs.extend(row, pool)
+
+    def _released(self, row: Row, worker: Worker) -> None:
+        if row.state is RowState.RUNNING:  # unasked: it cannot go on there
+            self._runs.lose(row, worker, LossCause.WORKER)
+        else:
+            self._runs.let_go(row, worker)
+
+    def _on_worker_up(self, message: WorkerUp) -> None:
+        worker = self._members.workers.get(message.worker)
+        if self._members.is_new_worker(message):
+            if worker is not None:
+                down = WorkerDown(worker.id, worker.epoch, DownCause.KILLED)
+                self._on_worker_down(down)
+            worker = self._members.worker_up(message)
+            self._membership_changed = True
+        elif worker is None or worker.epoch != message.worker_epoch or worker.joined:
+            return
+        self._outbox.to_worker(worker, Join(self.epoch, worker.epoch, worker.dial))
+
+    def _on_joined(self, message: Joined) -> None:
+        worker = self._current(message.scheduler_epoch, message.worker, message.worker_epoch)
+        if worker is None or worker.joined:
+            return
+        worker.joined = True
+        self._membership_changed = True
+        self._runs.room_version += 1
+        self._read_when_quiet(self._members.pools.get(worker.pool))
+
+    def _on_worker_down(self, message: WorkerDown) -> None:
+        worker = self._members.worker(message.worker, message.worker_epoch)
+        if worker is None:
+            return
+        is_fault = message.cause is DownCause.FAULT
+        cause = LossCause.FAULT if is_fault else LossCause.WORKER
+        for row in list(worker.assigned.values()):
+            if is_fault:
+                row.faults += 1
+                row.poison = row.poison or row.alone
+            self._runs.lose(row, worker, cause)
+        for row in list(worker.finished.values()):
+            self._intake.doubt(row)
+        self._members.worker_down(worker)
+        if self._placer.ward is worker:
+            self._placer.ward = None
+        self._membership_changed = True
+        self._runs.room_version += 1
+        self._read_when_quiet(self._members.pools.get(worker.pool))
+
+    def _current(self, epoch: Epoch, worker: int, worker_epoch: Epoch) -> Worker | None:
+        return self._members.worker(worker, worker_epoch) if epoch == self.epoch else None
+
+    # ---- pools ---------------------------------------------------------------------------------
+
+    def _on_pool_up(self, message: PoolUp) -> None:
+        self._membership_changed = True
+        self._read_when_quiet(self._members.pool_up(message))
+
+    def _read_when_quiet(self, pool: Pool | None) -> None:
+        if pool is None or pool.phase is not PoolPhase.JOINING:
+            return
+        if self._members.is_quiet(pool):
+            pool.phase = PoolPhase.READING
+            self._outbox.add(ReadPool(pool.id))
+
+    def _on_pool_read(self, message: PoolRead) -> None:
+        pool = self._members.pools.get(message.pool)
+        if pool is None or pool.phase is not PoolPhase.READING:
+            return
+        pool.ledger.adopt(message.generations, message.entries)
+        pool.phase = PoolPhase.USABLE
+        self._membership_changed = True
+        self._runs.room_version += 1
+
+    # ---- inside --------------------------------------------------------------------------------
+
+    def _drained(self, row: Row) -> None:
+        self._intake.drained(row)
+
+    def _publish_stats(self, now: float) -> None:
+        if self._membership_changed:
+            self._membership_changed = False
+            ready = self._members.is_ready()
+            if ready != self._ready:
+                self._ready, self._stats_due_at = ready, None
+        if self._stats_due_at is not None and now < self._stats_due_at:
+            return
+        self._stats_due_at = now + STATS_PERIOD_S
+        stats = self._stats()
+        for address in self._members.apis.values():
+            self._outbox.add(Send(address, stats))
+
+    def _stats(self) -> Stats:
+        ledgers = [pool.ledger for pool in self._members.pools.values()]
+        counts = self._runs.counts
+        workers = [
+            WorkerStats(w.id, w.epoch, w.dial, len(w.assigned), w.steps, w.step_s)
+            for w in sorted(self._members.workers.values(), key=lambda w: w.id)
+        ]
+        return Stats(
+            scheduler_epoch=self.epoch,
+            running=sum(self._rows.counts[state] for state in HOLDING),
+            waiting=self._room.num_rows,
+            blocks_total=sum(ledger.num_blocks for ledger in ledgers),
+            blocks_used=sum(ledger.num_used for ledger in ledgers),
+            blocks_cached=sum(ledger.num_cached for ledger in ledgers),
+            prefix_queries=counts.prefix_queries,
+            prefix_hits=counts.prefix_hits,
+            preemptions=counts.preemptions,
+            rejections=self._intake.rejections,
+            losses=self._intake.losses,
+            prefill_tokens=counts.prefill_tokens,
+            workers=workers,
+            ready=self._ready,
+        )
+
+    def _check_tables(self) -> None:
+        uses: dict[tuple[int, int], int] = {}  # (pool, block) -> rows
+        running = dict.fromkeys(self._members.pools, 0)
+        for entry in self._rows.entries.values():
+            for row in entry.rows.values():
+                holds = row.state in HOLDING
+                assert holds == bool(row.holds) == bool(row.table), f"{row.key}: {row.state}"
+                if holds:
+                    running[row.pool] += 1
+                for worker in row.holds:
+                    assert self._members.workers[worker].assigned[row.key] is row
+                for block in row.table:
+                    uses[row.pool, block] = uses.get((row.pool, block), 0) + 1
+        for pool in self._members.pools.values():
+            assert running[pool.id] == pool.num_running
+            assert len(pool.hungry) <= pool.num_running - pool.num_draining
+            for block in range(pool.ledger.num_blocks):
+                count = uses.get((pool.id, block), 0)
+                assert count == pool.ledger.uses(block), f"block {block}: {count} rows use it"

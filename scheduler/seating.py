@@ -1,0 +1,171 @@
+"""Which waiting row is placed next, and where.
+
+Owns the rules of the queue's head: strict order, so that whoever is first gets the room that comes
+free; a row whose prefix another row computes waits for it when that is cheaper; a suspect runs
+alone. Invariant: a row that could be placed is not left waiting behind one that is merely held.
+"""
+
+from diptych.engine.core.config import CacheOptions
+from diptych.engine.core.messages import Failed
+from diptych.engine.core.request import SeqRef
+from diptych.engine.core.types import BlockHash, BlockId, Role
+from diptych.scheduler.lifecycle import RowEvent, RowState
+from diptych.scheduler.members import Members, Pool, PoolPhase
+from diptych.scheduler.outbox import Outbox
+from diptych.scheduler.placement import Placement, Placer, Seats
+from diptych.scheduler.queue import WaitingRoom
+from diptych.scheduler.rows import Row, RowTable
+from diptych.scheduler.runs import Runs
+
+
+class Seating:
+    def __init__(
+        self,
+        cache: CacheOptions,
+        members: Members,
+        rows: RowTable,
+        room: WaitingRoom,
+        runs: Runs,
+        placer: Placer,
+        outbox: Outbox,
+    ) -> None:
+        self._cache = cache
+        self._members = members
+        self._rows = rows
+        self._room = room
+        self._runs = runs
+        self._placer = placer
+        self._outbox = outbox
+        self._stuck: tuple[Row, int, int] | None = None  # (row, attempt, room version): no place
+
+    def place_waiting(self) -> None:
+        if not self._place_suspect():
+            return
+        while (row := self._room.ready.peek()) is not None:
+            attempt = (row, row.wanted.attempt, self._runs.room_version)
+            if attempt == self._stuck:
+                return
+            if not self._place(row):
+                self._stuck = attempt
+                return
+
+    def fits(self, row: Row, pool: Pool) -> bool:
+        """The row, alone in the pool, could be computed to its end."""
+        return row.blocks_max_wanted(self._cache.block_size) <= pool.ledger.num_blocks
+
+    def _usable_pools(self) -> list[Pool]:
+        pools = self._members.pools.values()
+        return [pool for pool in pools if pool.phase is PoolPhase.USABLE]
+
+    def _place(self, row: Row) -> bool:
+        """False: there is no place now. True: the row left the head of the queue."""
+        pools = [pool for pool in self._usable_pools() if self.fits(row, pool)]
+        if not pools and self._is_hopeless(row):
+            return True
+        best: Placement | None = None
+        for pool in pools:
+            placement = self._placement(row, pool)
+            if placement and (best is None or placement.seats.score_s < best.seats.score_s):
+                best = placement
+        if best is None:
+            return False
+        awaited = self._worth_waiting_for(row, best)
+        if awaited is not None:
+            self._room.hold(row, awaited)
+            best.pool.waiters.setdefault(awaited, []).append(row)
+            return True
+        self._start(row, best, alone=False)
+        return True
+
+    def _start(self, row: Row, placement: Placement, alone: bool) -> None:
+        self._room.leave(row)
+        self._room.rate.placed()
+        self._runs.start(row, placement, alone)
+
+    def _is_hopeless(self, row: Row) -> bool:
+        """Ends a row that fits no pool of all those there will be."""
+        pools = self._members.pools.values()
+        if not pools or any(pool.phase is not PoolPhase.USABLE for pool in pools):
+            return False
+        self._room.leave(row)
+        self._rows.move(row, RowEvent.FAIL)
+        need = row.blocks_max_wanted(self._cache.block_size)
+        reason = f"the request needs {need} KV blocks, more than any pool has"
+        ref = SeqRef(row.key[0], row.key[1], row.wanted.attempt)
+        self._outbox.to_owner(row.entry, Failed(self._outbox.epoch, ref, reason))
+        return True
+
+    def _found(self, row: Row, pool: Pool) -> list[BlockId]:
+        """The longest cached prefix; the last token is always computed."""
+        if not self._cache.enable_prefix_caching or row.wanted.want_prompt_logprobs:
+            return []
+        limit = (row.tokens_wanted() - 1) // self._cache.block_size
+        return pool.ledger.cache.longest(row.wanted.hashes, limit)
+
+    def _placement(self, row: Row, pool: Pool) -> Placement | None:
+        if len(pool.hungry):  # rows that run come first
+            return None
+        found = self._found(row, pool)
+        num_new = self._runs.blocks_at_start(row) - len(found)
+        if num_new > pool.ledger.num_available_beside(found):
+            return None
+        uncached = row.tokens_wanted() - len(found) * self._cache.block_size
+        seats = self._placer.seats(pool, uncached)
+        return None if seats is None else Placement(pool, seats, found, num_new, uncached)
+
+    def _worth_waiting_for(self, row: Row, placement: Placement) -> BlockHash | None:
+        """The last of the blocks that another row is computing, if waiting beats computing."""
+        if not self._cache.enable_prefix_caching or row.wanted.want_prompt_logprobs:
+            return None
+        hashes, size = row.wanted.hashes, self._cache.block_size
+        start = end = len(placement.found)
+        limit = min(len(hashes), (row.tokens_wanted() - 1) // size)
+        computing = placement.pool.computing
+        owner = computing.get(hashes[start]) if start < limit else None
+        if owner is None or owner.state is not RowState.RUNNING:
+            return None
+        while end < limit and computing.get(hashes[end]) is owner:
+            end += 1
+        wait_s = 0.0  # sealed: the report of its last blocks is on its way
+        for worker_id, role in owner.holds.items():
+            if role is Role.DECODE:
+                continue
+            writer = self._members.workers[worker_id]
+            tokens = max(0, end - owner.num_committed) * size
+            if owner.num_committed == owner.num_hit:  # others may be before it
+                tokens = max(tokens, writer.backlog_tokens)
+            wait_s = tokens * writer.cost.prefill_s
+        rest = placement.uncached_tokens - (end - start) * size
+        wait_s += rest * placement.seats.first.cost.prefill_s
+        return hashes[end - 1] if wait_s <= placement.seats.ttft_s else None
+
+    def _place_suspect(self) -> bool:
+        """One suspect at a time, on a worker emptied for it. False: it needs blocks, so nobody
+        else may take any."""
+        row = self._room.suspects.peek()
+        ward = self._placer.ward
+        if row is None:
+            if ward is not None and not ward.assigned:
+                self._placer.ward = None
+                self._runs.room_version += 1
+            return True
+        pools = [pool for pool in self._usable_pools() if self.fits(row, pool)]
+        if not pools:
+            self._is_hopeless(row)
+            return True
+        if ward is None or (not ward.assigned and self._members.pools[ward.pool] not in pools):
+            workers = [worker for pool in pools if (worker := self._placer.isolated(pool))]
+            ward = min(workers, key=lambda w: (len(w.assigned), w.id), default=None)
+            self._placer.ward = ward
+            self._runs.room_version += 1
+        if ward is None or ward.assigned:
+            return True
+        pool = self._members.pools[ward.pool]
+        found = self._found(row, pool)
+        num_new = self._runs.blocks_at_start(row) - len(found)
+        if len(pool.hungry) or num_new > pool.ledger.num_available_beside(found):
+            return False
+        uncached = row.tokens_wanted() - len(found) * self._cache.block_size
+        seats = Seats(ward, None, 0.0, 0.0)
+        self._start(row, Placement(pool, seats, found, num_new, uncached), alone=True)
+        return True
