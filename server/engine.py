@@ -27,6 +27,7 @@ from diptych.engine.core.messages import Stats
 from diptych.engine.core.model_config import load_model_config
 from diptych.engine.core.params import SamplingParams
 from diptych.engine.hub import resolve_model
+from diptych.server.builtin import BUILTIN_MODEL
 from diptych.server.client import EngineInfo
 from diptych.server.hosting import Hosted, host_engine
 from diptych.server.loop_thread import LoopThread
@@ -38,7 +39,6 @@ from diptych.server.text.tokenizer import Tokenizer
 Prompt = str | Sequence[int]
 ChatMessage = Mapping[str, object]
 
-BUILTIN_MODEL: Final = Path(__file__).parent / "builtin_model"
 _OPEN_MAX: Final = 512  # requests that one `generate` call keeps open at once
 
 

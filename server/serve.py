@@ -1,0 +1,102 @@
+"""`diptych serve`: one command from a model to an OpenAI-compatible server.
+
+Owns the flags of the front door and the listening socket, which is bound before anything starts, so
+that a taken port is an error at once. Invariant: this process never imports torch; it becomes the
+supervisor (or, with --inline, the whole engine).
+"""
+
+import argparse
+import os
+import socket
+from pathlib import Path
+
+import msgspec
+
+from diptych.engine.core.errors import ConfigError
+from diptych.engine.core.model_config import load_model_config
+from diptych.engine.hub import resolve_model
+from diptych.server.api_server import serve_inline
+from diptych.server.builtin import BUILTIN_MODEL, BUILTIN_NAME
+from diptych.server.engine_flags import add_engine_arguments, engine_options
+from diptych.server.http.settings import HttpSettings, check_bind
+from diptych.server.launch import run_supervisor
+from diptych.server.text.tokenizer import Tokenizer
+
+_BACKLOG = 1024
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Flags named as in `vllm serve` where the meaning is the same."""
+    add = parser.add_argument
+    add("model", nargs="?", help="model folder or hub name (default: the built-in model)")
+    front = parser.add_argument_group("front door").add_argument
+    front("--host", default="127.0.0.1", help="address to bind (default: %(default)s)")
+    front("--port", type=int, default=8000, help="port to bind, 0 for any (default: %(default)s)")
+    front(
+        "--api-key",
+        default=os.environ.get("DIPTYCH_API_KEY"),
+        help="key that clients must send; needed to bind another address than loopback",
+    )
+    front("--served-model-name", nargs="+", metavar="NAME", help="names clients may ask for")
+    front("--chat-template", type=Path, metavar="FILE", help="instead of the model's own")
+    front(
+        "--generation-config",
+        choices=["auto", "none"],
+        default="auto",
+        help="auto: sampling defaults of the model's generation_config.json",
+    )
+    front("--shutdown-timeout", type=float, default=30.0, metavar="S", help="to drain on SIGTERM")
+    front("--log-level", choices=["debug", "info", "warning", "error"], default="info")
+    front("--inline", action="store_true", help="everything in one process, for debugging")
+    add_engine_arguments(parser)
+
+
+def main(args: argparse.Namespace) -> int:
+    """Checks everything that can be checked, then serves until a signal. Returns the status."""
+    keys = [args.api_key] if args.api_key else []
+    check_bind(args.host, keys)
+    folder = resolve_model(args.model or str(BUILTIN_MODEL))
+    options = engine_options(args, folder)
+    config = load_model_config(folder, args.dtype, args.max_model_len)
+    template = None if args.chat_template is None else str(args.chat_template)
+    Tokenizer(folder, template)  # a bad file is an error now, not in each API server
+    settings = HttpSettings(
+        model_names=args.served_model_name or [_model_name(args.model)],
+        host=args.host,
+        port=args.port,
+        api_keys=keys,
+        chat_template=template,
+        sampling_defaults=dict(config.sampling_defaults if args.generation_config == "auto" else {}),
+        grace_s=args.shutdown_timeout,
+    )
+    settings.verify()
+    with listen(args.host, args.port) as listener:
+        if args.inline:
+            return serve_inline(options, settings, listener)
+        return run_supervisor(
+            options,
+            "diptych.server.api_server:serve",
+            settings=msgspec.to_builtins(settings),
+            listen_fd=listener.fileno(),
+            grace_s=args.shutdown_timeout,
+            log_level=args.log_level.upper(),
+        )
+
+
+def _model_name(model: str | None) -> str:
+    """What clients call the model: the hub name, or the folder as it was given."""
+    return BUILTIN_NAME if model is None else model.rstrip("/")
+
+
+def listen(host: str, port: int) -> socket.socket:
+    """Raises ConfigError for an address that cannot be had."""
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    listener = socket.socket(family, socket.SOCK_STREAM)
+    listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    try:
+        listener.bind((host, port))
+        listener.listen(_BACKLOG)
+    except OSError as error:
+        listener.close()
+        raise ConfigError(f"cannot listen on {host}:{port}: {error.strerror}") from error
+    return listener
