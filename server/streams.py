@@ -184,7 +184,7 @@ class Streams:
             id=request_id,
             prompt_ids=pack_ids(prompt_ids),
             params=replace(params, max_tokens=max_tokens, seed=seed),
-            rank=time.time_ns() * 16 + next(self._tie) % 16,
+            rank=time.time_ns() // 16 * 16 + next(self._tie) % 16,
             priority=priority,
             root=hash_root(self.info.fingerprint, salt_of(self._server_key, cache_salt)),
         )
