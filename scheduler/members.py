@@ -36,6 +36,7 @@ class Worker:
     joined: bool = False
     assigned: dict[RowKey, Row] = field(default_factory=dict)  # may touch blocks of these
     finished: dict[RowKey, Row] = field(default_factory=dict)  # ended here, not closed yet
+    sealed: dict[RowKey, Row] = field(default_factory=dict)  # its seal may not have arrived
     cost: WorkerCost = field(default_factory=WorkerCost)
     backlog_tokens: int = 0  # assigned for prefill and not reported as computed
     steps: int = 0
@@ -147,3 +148,5 @@ class Members:
             assert worker.backlog_tokens >= 0
             for row in worker.assigned.values():
                 assert worker.id in row.holds, f"{row.key} does not know worker {worker.id}"
+            for row in worker.sealed.values():
+                assert row.sealed_on == worker.id, f"{row.key} was not sealed by {worker.id}"

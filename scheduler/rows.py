@@ -55,6 +55,7 @@ class Row:
     poison: bool = False  # crashed a worker while alone
     cause: LossCause = LossCause.WORKER
     finished_on: WorkerId | None = None
+    sealed_on: WorkerId | None = None  # prefilled there; the decode side has not reported yet
 
     def tokens_wanted(self) -> int:
         """Tokens whose KV the next attempt starts from."""

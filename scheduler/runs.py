@@ -124,8 +124,7 @@ class Runs:
             self.counts.prefix_queries += row.num_tokens
             self.counts.prefix_hits += row.num_hit * self._cache.block_size
         computing = pool.computing
-        full = row.num_tokens // self._cache.block_size
-        for name in row.wanted.hashes[row.num_hit : full]:
+        for name in row.wanted.hashes[row.num_hit : self._num_full(row)]:
             if name not in computing:
                 computing[name] = row
                 row.computing.append(name)
@@ -226,6 +225,28 @@ class Runs:
             self.take_back(row, but=worker)
         self.let_go(row, worker)
 
+    def seal(self, row: Row, worker: Worker) -> None:
+        """The prefill side is done. Its seal takes another way than its report, and may be lost
+        with it: until the decode side reports, the row depends on both."""
+        self.let_go(row, worker)
+        if row.state is RowState.RUNNING:
+            row.sealed_on = worker.id
+            worker.sealed[row.key] = row
+
+    def confirm_seal(self, row: Row) -> None:
+        """The decode side computes, or the row does not run any more."""
+        if row.sealed_on is not None:
+            worker = self._members.workers.get(row.sealed_on)
+            if worker is not None:
+                worker.sealed.pop(row.key, None)
+            row.sealed_on = None
+
+    def lose_sealed(self, row: Row) -> None:
+        """The worker that sealed it is fenced, and the seal may never have left."""
+        row.sealed_on, row.cause = None, LossCause.WORKER
+        self._rows.move(row, RowEvent.DOWN)
+        self.take_back(row)
+
     def take_back(self, row: Row, but: Worker | None = None) -> None:
         """Revokes a row that just left RUNNING. Its blocks stay owned until all let go."""
         assert row.ref is not None
@@ -237,6 +258,7 @@ class Runs:
     def _stop(self, row: Row) -> None:
         """It asks for nothing any more, and its blocks will come back."""
         assert row.state is not RowState.RUNNING
+        self.confirm_seal(row)
         pool = self._members.pools[row.pool]
         pool.hungry.discard(row)
         pool.victims.discard(row)
@@ -250,8 +272,7 @@ class Runs:
         if not worker.assigned:
             worker.backlog_tokens = 0
         elif role is not Role.DECODE:
-            full = row.num_tokens // self._cache.block_size
-            unread = max(0, full - row.num_committed) * self._cache.block_size
+            unread = max(0, self._num_full(row) - row.num_committed) * self._cache.block_size
             worker.backlog_tokens = max(0, worker.backlog_tokens - unread)
         if not row.holds:
             self._drain(row)
@@ -268,6 +289,10 @@ class Runs:
         row.computing = []
         self._on_drained(row)
         self._feed(pool)
+
+    def _num_full(self, row: Row) -> int:
+        """Blocks that are full once the prompt, and what was emitted before, are computed."""
+        return row.num_tokens // self._cache.block_size
 
     def _feed(self, pool: Pool) -> None:
         """Gives blocks that came back to the rows that lack some, in order."""

@@ -156,12 +156,14 @@ class Scheduler:
         find, pool = self._rows.find, self._members.pools[worker.pool]
         for block in message.committed:
             row = find(block.ref)
-            if row is not None and worker.id in row.holds:
+            if row is not None and (role := row.holds.get(worker.id)) is not None:
+                if role is Role.DECODE:
+                    self._runs.confirm_seal(row)
                 self._runs.commit(row, pool, block)
         for ref in message.sealed:
             row = find(ref)
             if row is not None and row.holds.get(worker.id) is Role.PREFILL:
-                self._runs.let_go(row, worker)
+                self._runs.seal(row, worker)
         for ref in message.finished:
             row = find(ref)
             if row is not None and worker.id in row.holds:
@@ -213,6 +215,8 @@ class Scheduler:
                 row.faults += 1
                 row.poison = row.poison or row.alone
             self._runs.lose(row, worker, cause)
+        for row in list(worker.sealed.values()):
+            self._runs.lose_sealed(row)
         for row in list(worker.finished.values()):
             self._intake.doubt(row)
         self._members.worker_down(worker)
