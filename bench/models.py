@@ -10,8 +10,9 @@ import json
 from pathlib import Path
 from typing import Final
 
-_SIZES: Final[dict[str, dict[str, int]]] = {
+_SIZES: Final[dict[str, dict[str, object]]] = {
     "tiny": {
+        "tie_word_embeddings": False,  # tied random embeddings repeat the last token for ever
         "hidden_size": 64,
         "num_hidden_layers": 2,
         "num_attention_heads": 4,
