@@ -47,7 +47,7 @@ class Launched:
         return self._process.pid
 
     def fileno(self) -> int:
-        """Readable once the engine is gone (or, before that, has news that may be ignored)."""
+        """Readable once the engine is gone: the supervisor says nothing any more."""
         return self._control.fileno()
 
     def alive(self) -> bool:

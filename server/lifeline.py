@@ -19,7 +19,6 @@ from diptych.engine.core.types import DownCause
 EXIT_FAULT: Final = 70
 """Exit status of a process of ours that ended by an uncaught exception."""
 
-_PR_SET_PDEATHSIG: Final = 1
 _PR_SET_NAME: Final = 15
 _PR_SET_CHILD_SUBREAPER: Final = 36
 _F_SETSIG: Final = 10
@@ -60,11 +59,6 @@ def lifeline_ended(fd: int) -> bool:
     poll = select.poll()
     poll.register(fd, select.POLLIN)
     return any(events & select.POLLHUP for _, events in poll.poll(0))
-
-
-def die_with_parent() -> None:
-    """The kernel kills this process when the thread that started it ends."""
-    _prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
 
 
 def name_process(name: str) -> None:

@@ -257,17 +257,18 @@ class Supervisor:
     def _announce_start(self) -> None:
         if self._started or not self._fleet.engine_up():
             return
-        self._started = True
         workers = ", ".join(
             f"{spec.worker} (dial {spec.dial})" for spec in self._boot.options.workers()
         )
         self._progress(f"engine up: workers {workers}")
         if self._boot.api_target is None:
             self._tell(Started(self._api_boot(Address("api", 0, 1))))
+        self._started = True  # from here the starter hears nothing but the end
 
     def _progress(self, text: str) -> None:
         _log.info("%s", text)
-        self._tell(Progressed(text, str(self._run_dir)))
+        if not self._started:
+            self._tell(Progressed(text, str(self._run_dir)))
 
     def _tell(self, status: Status) -> None:
         if self._control is not None:

@@ -1,0 +1,270 @@
+"""The supervisor's decisions as a table of events, and under random events against invariants."""
+
+import random
+from collections.abc import Callable
+
+import pytest
+
+from diptych.engine.core.config import WorkerSpec
+from diptych.engine.core.messages import (
+    Address,
+    ApiDown,
+    ApiUp,
+    Message,
+    PoolUp,
+    SchedulerDown,
+    SchedulerUp,
+    Send,
+    WorkerDown,
+    WorkerUp,
+)
+from diptych.engine.core.types import DownCause
+from diptych.server.fleet import (
+    FAST_FAULT_S,
+    START_S_MAX,
+    Fleet,
+    GiveUp,
+    Kill,
+    Start,
+    State,
+)
+
+HANG_S = 3.0
+SPECS = [WorkerSpec(0, 0, 100), WorkerSpec(1, 0, 0)]
+POOL = PoolUp(0, 64, 16)
+
+
+def scheduler(epoch: int = 1) -> Address:
+    return Address("scheduler", 0, epoch)
+
+
+def worker(number: int, epoch: int = 1) -> Address:
+    return Address("worker", number, epoch)
+
+
+def api(epoch: int = 1) -> Address:
+    return Address("api", 0, epoch)
+
+
+def make(external_api: bool = False) -> Fleet:
+    return Fleet(SPECS, num_apis=1, external_api=external_api, pool=POOL, hang_s=HANG_S)
+
+
+def serving() -> Fleet:
+    fleet = make()
+    fleet.model_ready()
+    fleet.tick(0.0)
+    for address in (scheduler(), worker(0), worker(1), api()):
+        fleet.ready(address, 1.0)
+    assert fleet.engine_up()
+    fleet.take()
+    return fleet
+
+
+def to_scheduler(epoch: int, *messages: Message) -> list[Send]:
+    return [Send(scheduler(epoch), message) for message in messages]
+
+
+def test_workers_and_apis_wait_for_the_model() -> None:
+    fleet = make()
+    fleet.tick(0.0)
+    assert fleet.take() == [Start(scheduler())]
+    fleet.model_ready()
+    fleet.tick(0.1)
+    assert fleet.take() == [Start(worker(0)), Start(worker(1)), Start(api())]
+
+
+def test_who_comes_up_is_told_of_all_that_are_up() -> None:
+    fleet = make()
+    fleet.model_ready()
+    fleet.tick(0.0)
+    fleet.take()
+    fleet.ready(worker(1), 1.0)
+    fleet.ready(api(), 1.0)
+    assert fleet.take() == []
+    fleet.ready(scheduler(), 1.0)
+    assert fleet.take() == [
+        *to_scheduler(1, POOL, WorkerUp(1, 1, 0, 0), ApiUp(0, 1)),
+        Send(api(), SchedulerUp(1)),
+    ]
+    fleet.ready(worker(0), 1.0)
+    assert fleet.take() == to_scheduler(1, WorkerUp(0, 1, 0, 100))
+
+
+def test_a_dead_worker_is_announced_then_started_again_at_once() -> None:
+    fleet = serving()
+    fleet.exited(worker(0), DownCause.KILLED, 50.0)
+    fleet.tick(50.0)
+    assert fleet.take() == [
+        *to_scheduler(1, WorkerDown(0, 1, DownCause.KILLED)),
+        Start(worker(0, 2)),
+    ]
+    fleet.ready(worker(0, 1), 51.0)  # a late word of the dead
+    assert fleet.take() == []
+    fleet.ready(worker(0, 2), 51.0)
+    assert fleet.take() == to_scheduler(1, WorkerUp(0, 2, 0, 100))
+
+
+def test_a_dead_scheduler_is_told_everything_again() -> None:
+    fleet = serving()
+    fleet.exited(scheduler(), DownCause.KILLED, 50.0)
+    fleet.exited(worker(1), DownCause.KILLED, 50.0)  # nobody to tell
+    fleet.tick(50.0)
+    assert fleet.take() == [
+        Send(api(), SchedulerDown(1)),
+        Start(scheduler(2)),
+        Start(worker(1, 2)),
+    ]
+    fleet.ready(scheduler(2), 50.1)
+    assert fleet.take() == [
+        *to_scheduler(2, POOL, WorkerUp(0, 1, 0, 100), ApiUp(0, 1)),
+        Send(api(), SchedulerUp(2)),
+    ]
+
+
+def test_a_dead_api_server() -> None:
+    fleet = serving()
+    fleet.exited(api(), DownCause.KILLED, 50.0)
+    fleet.tick(50.0)
+    assert fleet.take() == [*to_scheduler(1, ApiDown(0, 1)), Start(api(2))]
+    fleet.drain()
+    fleet.exited(api(2), DownCause.KILLED, 51.0)
+    fleet.tick(51.0)
+    assert [c for c in fleet.take() if isinstance(c, Start)] == []
+    assert fleet.apis_gone()
+
+
+def test_an_external_api_is_never_started() -> None:
+    fleet = make(external_api=True)
+    fleet.model_ready()
+    fleet.tick(0.0)
+    assert api() not in [c.address for c in fleet.take() if isinstance(c, Start)]
+    fleet.ready(scheduler(), 1.0)
+    fleet.take()
+    fleet.ready(api(), 2.0)
+    assert fleet.take() == [*to_scheduler(1, ApiUp(0, 1)), Send(api(), SchedulerUp(1))]
+    fleet.tick(1000.0)
+    assert Kill(api(), "not up after 120 s") not in fleet.take()
+
+
+def test_without_a_warm_parent_workers_wait() -> None:
+    fleet = serving()
+    fleet.model_lost()
+    fleet.exited(worker(0), DownCause.KILLED, 50.0)
+    fleet.tick(50.0)
+    assert [c for c in fleet.take() if isinstance(c, Start)] == []
+    fleet.model_ready()
+    fleet.tick(52.0)
+    assert fleet.take() == [Start(worker(0, 2))]
+
+
+def test_a_hang_is_killed_once_and_announced_as_such() -> None:
+    fleet = serving()
+    now = 1.0
+    while now < 10.0:
+        fleet.beats({worker(0): 5, worker(1): int(now * 10)}, now)
+        now += 0.1
+    kills = [c for c in fleet.take() if isinstance(c, Kill)]
+    assert [kill.address for kill in kills] == [worker(0)]
+    fleet.exited(worker(0), DownCause.KILLED, now)
+    assert fleet.take() == to_scheduler(1, WorkerDown(0, 1, DownCause.HUNG))
+
+
+def test_a_supervisor_that_stood_still_itself_blames_nobody() -> None:
+    fleet = serving()
+    fleet.beats({worker(0): 5}, 1.0)
+    fleet.beats({worker(0): 5}, 100.0)
+    fleet.beats({worker(0): 5}, 100.1)
+    assert fleet.take() == []
+
+
+def test_what_does_not_come_up_is_killed() -> None:
+    fleet = make()
+    fleet.tick(0.0)
+    fleet.take()
+    fleet.tick(START_S_MAX + 1)
+    assert [c.address for c in fleet.take() if isinstance(c, Kill)] == [scheduler()]
+
+
+@pytest.mark.parametrize(
+    ("address", "cause", "gives_up"),
+    [
+        (worker(0), DownCause.FAULT, True),
+        (worker(0), DownCause.KILLED, False),
+        (api(), DownCause.KILLED, True),
+    ],
+)
+def test_what_ends_before_it_was_ever_up(
+    address: Address, cause: DownCause, gives_up: bool
+) -> None:
+    fleet = make()
+    fleet.model_ready()
+    fleet.tick(0.0)
+    fleet.take()
+    fleet.exited(address, cause, 0.5)
+    assert any(isinstance(c, GiveUp) for c in fleet.take()) == gives_up
+
+
+def restarts_s(cause: DownCause, lived_s: float) -> list[float]:
+    """Waits before each of ten restarts of worker 0."""
+    fleet, now, waits = serving(), 100.0, []
+    for epoch in range(1, 11):
+        fleet.exited(worker(0, epoch), cause, now)
+        ended = now
+        while Start(worker(0, epoch + 1)) not in fleet.take():
+            fleet.tick(now)
+            now += 0.125
+        waits.append(now - 0.125 - ended)
+        fleet.ready(worker(0, epoch + 1), now)
+        now += lived_s
+    return waits
+
+
+def test_only_repeated_fast_faults_are_slowed_down() -> None:
+    assert restarts_s(DownCause.KILLED, 0.01) == [0.0] * 10
+    assert restarts_s(DownCause.FAULT, FAST_FAULT_S + 1) == [0.0] * 10
+    faults = restarts_s(DownCause.FAULT, 0.0)
+    assert faults[:4] == [0.0] * 4  # the first one ended a long life
+    assert faults[4:7] == [0.5, 1.0, 2.0]
+    assert max(faults) == 10.0
+
+
+@pytest.mark.parametrize("seed", range(30))
+def test_random_events(seed: int) -> None:
+    """One incarnation at a time, epochs only grow, a Down only for what was told to be Up."""
+    rng = random.Random(seed)
+    fleet = make()
+    now = 0.0
+    running: dict[tuple[str, int], int] = {}
+    told: dict[int, int] = {}  # worker -> epoch that this scheduler was told is up
+    events: list[Callable[[], None]] = [fleet.model_ready, fleet.model_lost]
+    for _ in range(400):
+        now += rng.random()
+        some = list(running.items())
+        if some and rng.random() < 0.7:
+            (kind, number), epoch = rng.choice(some)
+            address = Address(kind, number, epoch)  # type: ignore[arg-type]
+            if rng.random() < 0.6:
+                fleet.ready(address, now)
+            else:
+                fleet.exited(address, rng.choice(list(DownCause)), now)
+                del running[kind, number]
+                if kind == "scheduler":
+                    told.clear()
+        else:
+            rng.choice(events)()
+        fleet.tick(now)
+        for command in fleet.take():
+            if isinstance(command, Start):
+                key = (command.address.kind, command.address.number)
+                assert key not in running, f"seed {seed}"
+                running[key] = command.address.epoch
+            elif isinstance(command, Send) and isinstance(command.message, WorkerUp):
+                assert running["worker", command.message.worker] == command.message.worker_epoch
+                told[command.message.worker] = command.message.worker_epoch
+            elif isinstance(command, Send) and isinstance(command.message, WorkerDown):
+                epoch = told.pop(command.message.worker, command.message.worker_epoch)
+                assert epoch == command.message.worker_epoch, f"seed {seed}"
+        for address, state in fleet.states():
+            here = running.get((address.kind, address.number)) == address.epoch
+            assert here == (state is not State.DOWN), f"seed {seed}: {address} {state}"
