@@ -7,7 +7,7 @@ Invariant: the tokens are the same either way, and the same as over HTTP; `close
 
 import asyncio
 import uuid
-from collections.abc import AsyncGenerator, AsyncIterator, Iterator, Mapping, Sequence
+from collections.abc import AsyncGenerator, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Final, Self
@@ -158,7 +158,7 @@ class Engine:
 
     def stream_async(
         self, prompt: Prompt, params: SamplingParams | None = None
-    ) -> AsyncIterator[OutputDelta]:
+    ) -> AsyncGenerator[OutputDelta, None]:
         """As `stream`, for `async for` in any event loop."""
         return self._loop.iterate_async(self._deltas(prompt, params))
 

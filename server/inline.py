@@ -109,6 +109,9 @@ class InlineClient:
         self._streams.stop(request_id, choice)
 
     def stats(self) -> Stats | None:
+        if self._driver is None or self._driver.done():  # idle: nobody ticks
+            self._next_tick_s = 0.0
+            self._pump()
         return self._stats
 
     def health(self) -> Health:

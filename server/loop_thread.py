@@ -6,7 +6,7 @@ exception comes back to the caller.
 
 import asyncio
 import threading
-from collections.abc import AsyncGenerator, AsyncIterator, Coroutine, Iterator
+from collections.abc import AsyncGenerator, Coroutine, Iterator
 from typing import Any, Final, TypeVar
 
 T = TypeVar("T")
@@ -40,7 +40,7 @@ class LoopThread:
         finally:
             self.run(_close(items))
 
-    async def iterate_async(self, items: AsyncGenerator[T, None]) -> AsyncIterator[T]:
+    async def iterate_async(self, items: AsyncGenerator[T, None]) -> AsyncGenerator[T, None]:
         """The items of an async generator that runs there, for an `async for` anywhere."""
         try:
             while (item := await self.call(_next(items))) is not _END:
