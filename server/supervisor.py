@@ -198,7 +198,7 @@ class Supervisor:
             case ProcessExited(address, cause, how):
                 if not self._ending:
                     name = process_name(address)
-                    _log.warning("%s.%d ended (%s): %s", name, address.epoch, cause, how)
+                    _log.warning("%s.%d ended: %s (%s)", name, address.epoch, how, cause)
                 self._table.exited(address)
                 self._fleet.exited(address, cause, now)
 

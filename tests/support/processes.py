@@ -1,0 +1,104 @@
+"""For tests of real processes: a tiny model, waiting on conditions, and who is still there."""
+
+import json
+import os
+import signal
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+from diptych.engine.core.config import CacheOptions, EngineOptions, ModelOptions
+from diptych.server.process_table import ProcessRow, read_processes
+
+WAIT_S = 30.0
+MARK = "DIPTYCH_TEST_MARK"
+
+
+def write_tiny_model(folder: Path) -> Path:
+    """A Llama of two layers, to be served with dummy weights."""
+    config = {
+        "architectures": ["LlamaForCausalLM"],
+        "model_type": "llama",
+        "hidden_act": "silu",
+        "hidden_size": 64,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "intermediate_size": 128,
+        "vocab_size": 256,
+        "max_position_embeddings": 16384,
+        "rms_norm_eps": 1e-5,
+        "rope_theta": 10000.0,
+        "tie_word_embeddings": True,
+        "bos_token_id": 1,
+        "eos_token_id": 2,
+        "torch_dtype": "float32",
+    }
+    (folder / "config.json").write_text(json.dumps(config))
+    return folder
+
+
+def tiny_options(
+    folder: Path, *, hang_s: float = 3.0, num_blocks: int = 256, prefill: int = 1, decode: int = 1
+) -> EngineOptions:
+    return EngineOptions(
+        model=ModelOptions(path=str(write_tiny_model(folder)), load_format="dummy"),
+        cache=CacheOptions(num_blocks=num_blocks),
+        prefill=prefill,
+        decode=decode,
+        threads=1,
+        hang_s=hang_s,
+    )
+
+
+def wait_for(what: str, condition: Callable[[], bool], timeout_s: float = WAIT_S) -> None:
+    """Looks every millisecond; fails with `what` after the timeout."""
+    until_s = time.monotonic() + timeout_s
+    while not condition():
+        assert time.monotonic() < until_s, f"not within {timeout_s:g} s: {what}"
+        time.sleep(0.001)
+
+
+def marked_processes(mark: str) -> list[str]:
+    """Living processes, but this one, whose environment holds the mark."""
+    wanted = f"{MARK}={mark}".encode()
+    found = []
+    for entry in Path("/proc").iterdir():
+        if not entry.name.isdigit() or int(entry.name) == os.getpid():
+            continue
+        try:
+            if wanted in (entry / "environ").read_bytes().split(b"\0"):
+                found.append(f"{entry.name} {(entry / 'comm').read_text().strip()}")
+        except OSError:
+            continue  # it ended just now
+    return found
+
+
+def up(run_dir: Path, name: str, epoch: int) -> bool:
+    row = read_processes(run_dir).get(name)
+    return row is not None and row.epoch == epoch and row.state == "up"
+
+
+def kill(run_dir: Path, name: str, number: signal.Signals = signal.SIGKILL) -> ProcessRow:
+    """Sends the signal; returns the row of the victim."""
+    row = read_processes(run_dir)[name]
+    assert row.pid is not None
+    os.kill(row.pid, number)
+    return row
+
+
+def kill_and_time(run_dir: Path, name: str, number: signal.Signals = signal.SIGKILL) -> float:
+    """Seconds from the signal until its end was seen; returns when the next one is up."""
+    start_ns = time.monotonic_ns()
+    victim = kill(run_dir, name, number)
+    seen: list[int] = []
+
+    def replaced() -> bool:
+        row = read_processes(run_dir).get(name)
+        if row is not None and row.epoch > victim.epoch:
+            seen.append(row.changed_ns)
+        return bool(seen)
+
+    wait_for(f"{name} is seen dead", replaced)
+    wait_for(f"{name} is up again", lambda: up(run_dir, name, victim.epoch + 1))
+    return (seen[0] - start_ns) / 1e9
