@@ -19,9 +19,9 @@ def resolve_model(name_or_path: str) -> str:
     Raises ModelLoadError: no such folder, no such repository, or no network.
     """
     path = Path(name_or_path).expanduser()
-    if path.is_dir():
+    if name_or_path and path.is_dir():
         return str(path)
-    if path.exists():
+    if path.is_file():
         raise ModelLoadError(f"{path}: is a file; give the folder that holds config.json")
     looks_local = name_or_path.startswith(("/", ".", "~")) or name_or_path.count("/") > 1
     if looks_local or not name_or_path:

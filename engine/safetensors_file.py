@@ -88,11 +88,11 @@ class SafetensorsFile:
             legal = all(type(number) is int and number >= 0 for number in sizes)
         except (KeyError, TypeError, ValueError) as error:
             raise self._bad(f"has a broken header entry for {name!r}") from error
-        if not legal or begin > end:
+        if not legal or begin > end or not isinstance(dtype, str):
             raise self._bad(f"has a broken header entry for {name!r}")
         if dtype in _FLOATS and math.prod(shape) * _FLOATS[dtype].itemsize != end - begin:
             raise self._bad(f"gives {name!r} {end - begin} bytes, which is not {dtype}{shape}")
-        return Entry(str(dtype), shape, data + begin, data + end)
+        return Entry(dtype, shape, data + begin, data + end)
 
     def tensor(self, name: str) -> Tensor:
         """The stored tensor, float32, float16 or bfloat16; other dtypes are refused."""

@@ -47,11 +47,12 @@ def parse_rope(config: JsonFields, max_position: int) -> RopeConfig:
     fields = config.child("rope_scaling") or config.child("rope_parameters")
     fields = _unnest(config, fields)
     theta = config.number("rope_theta", _THETA_DEFAULT)
-    if fields is None:
-        return RopeConfig(theta=theta)
-    theta = fields.number("rope_theta", theta)
+    if fields is not None:
+        theta = fields.number("rope_theta", theta)
     if theta <= 1.0:
         raise config.bad(f"rope_theta must be above 1, got {theta:g}")
+    if fields is None:
+        return RopeConfig(theta=theta)
     if fields.number("partial_rotary_factor", 1.0) != 1.0:
         raise config.bad("partial_rotary_factor other than 1 is not supported")
     if fields.has("mrope_section"):

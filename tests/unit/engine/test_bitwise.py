@@ -1,0 +1,73 @@
+"""Logits do not depend, by one bit, on batch, chunk, threads, block size, prefill or decode."""
+
+import random
+
+import pytest
+import torch
+from torch import Tensor
+
+from bench.drive import Driver
+from bench.oracle import VOCAB_SIZE
+from tests.unit.engine.models import BACKEND, all_logits, tiny_model
+
+FAMILIES = ["llama3", "qwen2-window", "qwen3"]
+CASES = [(family, dtype) for family in FAMILIES for dtype in (torch.float32, torch.bfloat16)]
+NUM_TOKENS = 6
+
+pytestmark = pytest.mark.skipif(BACKEND == "reference", reason="the C++ library is not built")
+
+
+def prompt_of(length: int, seed: int) -> list[int]:
+    rng = random.Random(seed)
+    return [rng.randrange(VOCAB_SIZE) for _ in range(length)]
+
+
+def alone(family: str, dtype: torch.dtype, prompt: list[int], **how: int) -> list[Tensor]:
+    driver = Driver(tiny_model(family, dtype), threads=how.pop("threads", 1))
+    seq = driver.add(prompt, NUM_TOKENS)
+    driver.finish(**how)
+    return driver.recorder.logits[seq.ref.request]
+
+
+def assert_equal(got: list[Tensor], wanted: list[Tensor]) -> None:
+    assert torch.equal(torch.stack(got), torch.stack(wanted))
+
+
+@pytest.mark.parametrize(("family", "dtype"), CASES)
+def test_chunks_and_threads(family: str, dtype: torch.dtype) -> None:
+    prompt = prompt_of(83, seed=1)
+    wanted = alone(family, dtype, prompt)
+    for chunk in (1, 7, 16, 64):
+        assert_equal(alone(family, dtype, prompt, chunk=chunk), wanted)
+    assert_equal(alone(family, dtype, prompt, threads=2), wanted)
+
+
+@pytest.mark.parametrize(("family", "dtype"), CASES)
+def test_among_others(family: str, dtype: torch.dtype) -> None:
+    prompts = [prompt_of(length, seed=length) for length in (83, 1, 16, 17, 40, 100, 2)]
+    driver = Driver(tiny_model(family, dtype), threads=2)
+    seqs = [driver.add(prompt, NUM_TOKENS) for prompt in prompts]
+    driver.finish(chunk=20, budget=50)
+    for seq, prompt in zip(seqs, prompts, strict=True):
+        assert_equal(driver.recorder.logits[seq.ref.request], alone(family, dtype, prompt))
+
+
+@pytest.mark.parametrize(("family", "dtype"), CASES)
+def test_decode_rows_equal_prefill_rows(family: str, dtype: torch.dtype) -> None:
+    model = tiny_model(family, dtype)
+    driver = Driver(model)
+    ids = prompt_of(70, seed=3)
+    whole = all_logits(model, driver.pool, driver.add(ids, 1), [])
+    one_by_one = all_logits(model, driver.pool, driver.add(ids, 1), list(range(30, 70)))
+    assert torch.equal(whole, one_by_one)
+
+
+def test_block_size_changes_no_bit() -> None:
+    model = tiny_model("llama2")
+    ids = prompt_of(70, seed=4)
+    results = []
+    for block_size in (16, 32, 64):
+        driver = Driver(model, 16, block_size)
+        results.append(all_logits(model, driver.pool, driver.add(ids, 1), [33]))
+    assert torch.equal(results[0], results[1])
+    assert torch.equal(results[0], results[2])
