@@ -122,15 +122,60 @@ void locate(const AttentionArgs& a, const RowBlock& block, int64_t base, int64_t
             Workspace& w) {
   const int64_t size = a.k_cache.block_size, dim = a.k_cache.dim;
   const int32_t* table = a.kv_indices + a.kv_indptr[block.seq];
-  const int64_t item = sizeof(typename E::Raw);
-  for (int64_t j = 0; j < kTile; ++j) {
-    const int64_t token = base + j;
-    w.k_rows[j] = w.v_rows[j] = w.zeros;
-    if (token < begin || token >= end) continue;
-    const int64_t inside = (block.kv_head * size + token % size) * dim,
-                  physical = table[token / size];
-    w.k_rows[j] = a.k_cache.data + (physical * a.k_cache.block_stride + inside) * item;
-    w.v_rows[j] = a.v_cache.data + (physical * a.v_cache.block_stride + inside) * item;
+  const int64_t item = sizeof(typename E::Raw), row_bytes = dim * item;
+  for (int64_t j = 0; j < begin - base; ++j) w.k_rows[j] = w.v_rows[j] = w.zeros;
+  for (int64_t j = end - base; j < kTile; ++j) w.k_rows[j] = w.v_rows[j] = w.zeros;
+  for (int64_t token = begin; token < end;) {  // one block at a time
+    const int64_t index = token / size, offset = token - index * size;
+    const int64_t left = end - token < size - offset ? end - token : size - offset;
+    const int64_t inside = (block.kv_head * size + offset) * row_bytes, physical = table[index];
+    const char* k = a.k_cache.data + physical * a.k_cache.block_stride * item + inside;
+    const char* v = a.v_cache.data + physical * a.v_cache.block_stride * item + inside;
+    for (int64_t i = 0; i < left; ++i) {
+      w.k_rows[token - base + i] = k + i * row_bytes;
+      w.v_rows[token - base + i] = v + i * row_bytes;
+    }
+    token += left;
+  }
+}
+
+template <class E>
+constexpr bool kIsBf16 = false;
+template <>
+constexpr bool kIsBf16<BF16> = true;
+
+// W keys, n <= W dimensions from d on, into their panel.
+template <class E>
+inline void transpose_some(const Workspace& w, int j, int64_t d, int n, float* out) {
+  constexpr int W = Vec::W;
+  F r[W];
+#pragma GCC unroll 16
+  for (int i = 0; i < W; ++i) {
+    const auto* row = reinterpret_cast<const typename E::Raw*>(w.k_rows[j + i]) + d;
+    r[i] = n == W ? Vec::load_as<E>(row) : Vec::load_as_n<E>(row, n);
+  }
+  Vec::transpose(r);
+#pragma GCC unroll 16
+  for (int i = 0; i < W; ++i) {
+    if (i < n) Vec::store(out + (d + i) * kPanel, r[i]);
+  }
+}
+
+// W keys, 2 W dimensions of bf16 from d on: pairs are transposed before they are widened.
+inline void transpose_pairs(const Workspace& w, int j, int64_t d, float* out) {
+  constexpr int W = Vec::W;
+  F r[W];
+#pragma GCC unroll 16
+  for (int i = 0; i < W; ++i) {
+    r[i] = Vec::load(reinterpret_cast<const float*>(w.k_rows[j + i] + d * sizeof(BF16::Raw)));
+  }
+  Vec::transpose(r);
+#pragma GCC unroll 16
+  for (int i = 0; i < W; ++i) {
+    F first, second;
+    Vec::split_pairs(r[i], first, second);
+    Vec::store(out + (d + 2 * i) * kPanel, first);
+    Vec::store(out + (d + 2 * i + 1) * kPanel, second);
   }
 }
 
@@ -140,20 +185,12 @@ void transpose_keys(const Workspace& w, int64_t dim) {
   constexpr int W = Vec::W;
   for (int j = 0; j < kTile; j += W) {
     float* out = w.keys + (j / kPanel) * dim * kPanel + j % kPanel;
-    for (int64_t d = 0; d < dim; d += W) {
-      const int n = dim - d < W ? static_cast<int>(dim - d) : W;
-      F r[W];
-#pragma GCC unroll 16
-      for (int i = 0; i < W; ++i) {
-        const auto* row = reinterpret_cast<const typename E::Raw*>(w.k_rows[j + i]) + d;
-        r[i] = n == W ? Vec::load_as<E>(row) : Vec::load_as_n<E>(row, n);
-      }
-      Vec::transpose(r);
-#pragma GCC unroll 16
-      for (int i = 0; i < W; ++i) {
-        if (i < n) Vec::store(out + (d + i) * kPanel, r[i]);
-      }
+    int64_t d = 0;
+    if constexpr (kIsBf16<E>) {
+      for (; d + 2 * W <= dim; d += 2 * W) transpose_pairs(w, j, d, out);
     }
+    for (; d + W <= dim; d += W) transpose_some<E>(w, j, d, W, out);
+    if (d < dim) transpose_some<E>(w, j, d, static_cast<int>(dim - d), out);
   }
 }
 
@@ -242,28 +279,36 @@ inline Range row_range(const Workspace& w, int64_t r, int64_t base) {  // inside
   return low < high ? Range{low, high} : Range{0, 0};
 }
 
+template <class E, int R = Vec::kRows>
+void add_shared(const Workspace& w, int64_t row, int64_t count, Range range, int64_t dim) {
+  if constexpr (R > 1) {
+    if (count < R) return add_shared<E, R - 1>(w, row, count, range, dim);
+  }
+  add_all_columns<E, R>(w, row, range.low, range.high, dim);
+}
+
 // Rows whose ranges differ a little share the part that all of them see; each row still adds its
 // keys in order.
 template <class E>
 void weigh_values(const Workspace& w, int64_t rows, int64_t base, int64_t dim) {
   for (int64_t r = 0; r < rows; r += Vec::kRows) {
-    const bool full = r + Vec::kRows <= rows;
-    Range common{0, full ? kTile : 0};
-    for (int64_t i = r; full && i < r + Vec::kRows; ++i) {
+    const int64_t end = r + Vec::kRows < rows ? r + Vec::kRows : rows;
+    Range common{0, kTile};
+    for (int64_t i = r; i < end; ++i) {
       const Range range = row_range(w, i, base);
       if (range.low > common.low) common.low = range.low;
       if (range.high < common.high) common.high = range.high;
     }
     const bool shared = common.low < common.high;
-    const int64_t end = full ? r + Vec::kRows : rows;
     for (int64_t i = r; i < end; ++i) {
       const Range range = row_range(w, i, base);
       add_all_columns<E, 1>(w, i, range.low, shared ? common.low : range.high, dim);
     }
     if (!shared) continue;
-    add_all_columns<E, Vec::kRows>(w, r, common.low, common.high, dim);
-    for (int64_t i = r; i < end; ++i)
+    add_shared<E>(w, r, end - r, common, dim);
+    for (int64_t i = r; i < end; ++i) {
       add_all_columns<E, 1>(w, i, common.high, row_range(w, i, base).high, dim);
+    }
   }
 }
 

@@ -250,6 +250,22 @@ void log_softmax(int64_t level, TensorView out, TensorView logits) {
       {dense_floats(logits, 2), rows, vocab, nullptr, nullptr, dense_floats(out, 2)});
 }
 
+// Reads `data` once with every thread; returns nothing that matters.
+void probe_read(int64_t level, TensorView data_read) {
+  const float* from = dense_floats(data_read, 1);
+  const int64_t items = num_threads();
+  auto* sums = static_cast<float*>(scratch(kScratchCall, static_cast<size_t>(items) * 4));
+  table(level).probe({from, data_read.numel(), false, 0.0f, sums, items});
+}
+
+// Multiplies and adds, `rounds` times on every thread; returns the operations done.
+int64_t probe_compute(int64_t level, int64_t rounds, bool pairs) {
+  const int64_t items = num_threads();
+  auto* sums = static_cast<float*>(scratch(kScratchCall, static_cast<size_t>(items) * 4));
+  table(level).probe({nullptr, rounds, pairs, 1e-9f, sums, items});
+  return items * rounds * table(level).probe_operations(pairs);
+}
+
 String level_name(int64_t level) { return table(level).name; }
 
 int64_t num_levels() { return kNumLevels; }
@@ -274,4 +290,6 @@ TVM_FFI_DLL_EXPORT_TYPED_FUNC(silu_mul, diptych::cpu::silu_mul)
 TVM_FFI_DLL_EXPORT_TYPED_FUNC(write_kv, diptych::cpu::write_kv)
 TVM_FFI_DLL_EXPORT_TYPED_FUNC(attention, diptych::cpu::attention)
 TVM_FFI_DLL_EXPORT_TYPED_FUNC(argmax_logprob, diptych::cpu::argmax_logprob)
+TVM_FFI_DLL_EXPORT_TYPED_FUNC(probe_read, diptych::cpu::probe_read)
+TVM_FFI_DLL_EXPORT_TYPED_FUNC(probe_compute, diptych::cpu::probe_compute)
 TVM_FFI_DLL_EXPORT_TYPED_FUNC(log_softmax, diptych::cpu::log_softmax)

@@ -80,7 +80,7 @@ inline __attribute__((always_inline)) void tile_step(F (&acc)[R][V], const TileA
           acc[r][v] = Vec::dot_pairs(acc[r][v], a.x[r * a.x_stride + s], pairs);
       } else {
         F first, second;
-        Vec::load_pairs(pairs, first, second);
+        Vec::split_pairs(Vec::load(reinterpret_cast<const float*>(pairs)), first, second);
 #pragma GCC unroll 16
         for (int r = 0; r < R; ++r) {
           const auto* x = a.x + r * a.x_stride + 2 * s;

@@ -99,6 +99,15 @@ struct LogitsArgs {
   float* out;       // [rows, vocab] or null
 };
 
+struct ProbeArgs {
+  const float* data;  // [size]: read it all; null: multiply and add instead
+  int64_t size;       // floats, or rounds of probe_operations()
+  bool pairs;         // bf16 dot products where the level has them
+  float factor;
+  float* sums;  // [items]
+  int64_t items;
+};
+
 struct KernelTable {
   const char* name;
   void (*pack)(const PackArgs&);
@@ -110,6 +119,8 @@ struct KernelTable {
   void (*write_kv)(const WriteKvArgs&);
   void (*attention)(const AttentionArgs&);
   void (*logits)(const LogitsArgs&);
+  void (*probe)(const ProbeArgs&);
+  int64_t (*probe_operations)(bool pairs);  // floating-point operations of one round
 };
 
 extern const KernelTable kPlain;

@@ -5,10 +5,12 @@
 #include "attention.h"
 #include "linear.h"
 #include "logits.h"
+#include "probe.h"
 #include "rows.h"
 
-#define DIPTYCH_LEVEL_TABLE(variable, name)                                   \
-  namespace diptych::cpu {                                                    \
-  const KernelTable variable = {name, pack,     linear,   embedding, norm,    \
-                                rope, silu_mul, write_kv, attention, logits}; \
+#define DIPTYCH_LEVEL_TABLE(variable, name)                               \
+  namespace diptych::cpu {                                                \
+  const KernelTable variable = {                                          \
+      name,     pack,     linear,    embedding, norm,  rope,              \
+      silu_mul, write_kv, attention, logits,    probe, probe_operations}; \
   }

@@ -57,14 +57,13 @@ struct Vec {
     return _mm_cvtss_f32(_mm_max_ss(b, _mm_movehdup_ps(b)));
   }
 
-  // bf16 pairs of W columns -> the first and the second of each pair
-  static void load_pairs(const uint32_t* p, F& first, F& second) {
-    const __m256i v = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));
+  // W pairs of bf16 -> the first and the second of each
+  static void split_pairs(F pairs, F& first, F& second) {
+    const __m256i v = _mm256_castps_si256(pairs);
     first = _mm256_castsi256_ps(_mm256_slli_epi32(v, 16));
     second =
         _mm256_castsi256_ps(_mm256_and_si256(v, _mm256_set1_epi32(static_cast<int>(0xffff0000u))));
   }
-
   static F dot_pairs(F sum, uint32_t x, const uint32_t* w);  // not on this level
   static void transpose(F (&r)[W]) {
     F t[W];

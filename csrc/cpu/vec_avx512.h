@@ -58,9 +58,9 @@ struct Vec {
     return _mm_cvtss_f32(_mm_max_ss(c, _mm_movehdup_ps(c)));
   }
 
-  // bf16 pairs of W columns -> the first and the second of each pair
-  static void load_pairs(const uint32_t* p, F& first, F& second) {
-    const __m512i v = _mm512_loadu_si512(p);
+  // W pairs of bf16 -> the first and the second of each
+  static void split_pairs(F pairs, F& first, F& second) {
+    const __m512i v = _mm512_castps_si512(pairs);
     first = _mm512_castsi512_ps(_mm512_slli_epi32(v, 16));
     second =
         _mm512_castsi512_ps(_mm512_and_si512(v, _mm512_set1_epi32(static_cast<int>(0xffff0000u))));

@@ -58,12 +58,10 @@ struct Vec {
     return a > b ? a : b;
   }
 
-  // bf16 pairs of W columns -> the first and the second of each pair
-  static void load_pairs(const uint32_t* p, F& first, F& second) {
-    U v;
-    memcpy(&v, p, sizeof v);
-    first = (F)(v << 16);
-    second = (F)(v & 0xffff0000u);
+  // W pairs of bf16 -> the first and the second of each
+  static void split_pairs(F pairs, F& first, F& second) {
+    first = (F)((U)pairs << 16);
+    second = (F)((U)pairs & 0xffff0000u);
   }
   static F dot_pairs(F sum, uint32_t x, const uint32_t* w);  // not on this level
   static void transpose(F (&r)[W]) {

@@ -1,0 +1,143 @@
+"""Speed of the CPU kernels, beside what the machine can do at most, measured in the same run.
+
+Run: python -m bench.kernels [--threads N] [--level NAME] [--dtype bf16] [--out FILE]. GB/s are the
+bytes of weights (or KV) that a call must read; GFLOP/s are its multiplications and additions. The
+limits are a loop of loads over a buffer of the weights' size, a copy, and a loop of multiply-adds
+in registers. Shapes are one layer of a model of about 1 B parameters.
+"""
+
+import argparse
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from time import perf_counter
+
+import torch
+
+from bench.record import spread, write
+from diptych.kernels import library
+from diptych.kernels.cpp import CppKernels, available_levels
+
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+LAYERS = {"qkv": (3072, 2048), "gate_up": (16384, 2048), "down": (2048, 8192)}  # N, K
+ROWS = (1, 8, 64, 512)
+NUM_Q, NUM_KV, DIM, BLOCK = 32, 8, 64, 16
+
+
+@dataclass(frozen=True)
+class Work:
+    """What one call has to do."""
+
+    bytes: float
+    flop: float
+
+
+def seconds(function: Callable[[], object], budget_s: float = 0.4) -> list[float]:
+    """Times of single calls, at least 3, the first (cold) one left out."""
+    function()
+    times: list[float] = []
+    while len(times) < 3 or (sum(times) < budget_s and len(times) < 300):
+        start = perf_counter()
+        function()
+        times.append(perf_counter() - start)
+    return times
+
+
+def rates(times: list[float], work: Work) -> dict[str, object]:
+    best = min(times)  # of a busy machine, the call that nobody interrupted
+    return {
+        "ms": {name: round(value * 1e3, 4) for name, value in spread(times).items()},
+        "gb_per_s": round(work.bytes / best / 1e9, 2),
+        "gflop_per_s": round(work.flop / best / 1e9, 1),
+    }
+
+
+def limits(level: str, num_bytes: int) -> dict[str, float]:
+    lib, index = library.load(), available_levels().index(level)
+    data = torch.zeros(num_bytes // 4)
+    copy = torch.empty_like(data)
+    read = min(seconds(lambda: lib.probe_read(index, data)))
+    copied = min(seconds(lambda: copy.copy_(data)))
+    rounds = 200_000
+    found = {
+        "read_gb_per_s": num_bytes / read / 1e9,
+        "copy_gb_per_s": 2 * num_bytes / copied / 1e9,
+    }
+    for name, pairs in (("fma", False), ("bf16_dot", True)):
+        operations = lib.probe_compute(index, rounds, pairs)
+        fastest = min(seconds(partial(lib.probe_compute, index, rounds, pairs)))
+        found[f"{name}_gflop_per_s"] = operations / fastest / 1e9
+    return {name: round(value, 1) for name, value in found.items()}
+
+
+def linear(cpp: CppKernels, dtype: torch.dtype) -> list[dict[str, object]]:
+    results = []
+    for name, (num_out, num_in) in LAYERS.items():
+        packed = cpp.pack_linear(torch.randn(num_out, num_in).to(dtype), None)
+        for rows in ROWS:
+            x, out = torch.randn(rows, num_in), torch.empty(rows, num_out)
+            times = seconds(partial(cpp.linear, out, x, packed))
+            work = Work(packed.data.nbytes, 2.0 * rows * num_out * num_in)
+            results.append({"layer": name, "rows": rows, **rates(times, work)})
+    return results
+
+
+def attention(cpp: CppKernels, dtype: torch.dtype) -> list[dict[str, object]]:
+    """Decode: rows of many sequences, or one long one; prefill: one chunk after a past."""
+    cases = {
+        "decode 16 x 1024": (16, 1, 1024),
+        "decode 1 x 8192": (1, 1, 8192),
+        "prefill 512 at 0": (1, 512, 512),
+        "prefill 512 at 1536": (1, 512, 2048),
+    }
+    results = []
+    for name, (seqs, tokens, kv_len) in cases.items():
+        per_seq = kv_len // BLOCK
+        pool = torch.randn(seqs * per_seq, 1, 2, NUM_KV, BLOCK, DIM).to(dtype)
+        q = torch.randn(seqs * tokens, NUM_Q, DIM)
+        arguments = (
+            torch.empty_like(q),
+            q,
+            pool[:, 0, 0],
+            pool[:, 0, 1],
+            torch.arange(seqs + 1, dtype=torch.int32) * tokens,
+            torch.arange(seqs + 1, dtype=torch.int32) * per_seq,
+            torch.randperm(seqs * per_seq).to(torch.int32),
+            torch.full((seqs,), kv_len, dtype=torch.int32),
+            DIM**-0.5,
+            0,
+        )
+        times = seconds(partial(cpp.attention, *arguments))
+        pairs = seqs * sum(kv_len - t for t in range(tokens))  # (query, key) pairs that count
+        work = Work(pool.nbytes, 4.0 * pairs * NUM_Q * DIM)
+        results.append({"case": name, **rates(times, work)})
+    return results
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser.add_argument("--level", choices=available_levels())
+    parser.add_argument("--dtype", choices=list(DTYPES), default="bf16")
+    parser.add_argument("--out", type=Path)
+    flags = parser.parse_args()
+    torch.manual_seed(0)
+    torch.set_num_threads(flags.threads)
+    cpp, dtype = CppKernels(flags.level), DTYPES[flags.dtype]
+    cpp.set_num_threads(flags.threads)
+    num_out, num_in = LAYERS["gate_up"]
+    result: dict[str, object] = {
+        "level": cpp.level,
+        "threads": flags.threads,
+        "dtype": flags.dtype,
+        "limits": limits(cpp.level, num_out * num_in * dtype.itemsize),
+        "linear": linear(cpp, dtype),
+        "attention": attention(cpp, dtype),
+        "limits_after": limits(cpp.level, num_out * num_in * dtype.itemsize),
+    }
+    write(flags.out, result)
+
+
+if __name__ == "__main__":
+    main()
