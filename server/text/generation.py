@@ -5,7 +5,8 @@ ends its choice at the token that completes it, and nothing behind that token (i
 is seen; the texts of a choice together are the text of its tokens up to the stop.
 """
 
-from collections.abc import AsyncGenerator, AsyncIterator, Sequence
+from collections.abc import AsyncGenerator, Sequence
+from contextlib import aclosing
 
 import msgspec
 
@@ -170,7 +171,7 @@ async def generate(
         cache_salt=cache_salt,
         timeout_s=timeout_s,
     )
-    try:
+    async with aclosing(stream):
         async for delta in stream:
             choice = choices[delta.choice]
             if choice.finished:
@@ -183,11 +184,3 @@ async def generate(
             yield output
             if not open_choices:
                 return
-    finally:
-        await _close(stream)
-
-
-async def _close(stream: AsyncIterator[Delta]) -> None:
-    """Closing an async generator runs its `finally`: the engine aborts what still runs."""
-    if isinstance(stream, AsyncGenerator):
-        await stream.aclose()

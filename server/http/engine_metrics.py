@@ -1,0 +1,131 @@
+"""The scheduler's sums as Prometheus families, made at each scrape from the newest `Stats`.
+
+Owns the histogram of tokens per step, which grows by what happened since the last scrape (the mean
+of the interval, counted once per step). Invariant: reading changes nothing in the engine.
+"""
+
+import time
+from bisect import bisect_left
+from collections.abc import Callable, Iterator
+from typing import Final
+
+from prometheus_client.core import (
+    CounterMetricFamily,
+    GaugeMetricFamily,
+    HistogramMetricFamily,
+    Metric,
+)
+from prometheus_client.registry import Collector
+
+from diptych.engine.core.messages import Stats
+from diptych.server.client import EngineClient
+
+_STEP_BUCKETS: Final = (1, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 8192, 16384)
+
+
+class EngineCollector(Collector):
+    def __init__(
+        self,
+        labels: dict[str, str],
+        client: EngineClient,
+        generated_tokens: Callable[[], float],
+    ) -> None:
+        self._names = list(labels)
+        self._values = list(labels.values())
+        self._client = client
+        self._generated_tokens = generated_tokens
+        self._step_counts = [0.0] * (len(_STEP_BUCKETS) + 1)
+        self._step_tokens = 0.0
+        self._last: tuple[float, float] | None = None  # (steps, tokens) at the last scrape
+
+    def describe(self) -> list[Metric]:
+        """Empty: the registry must not scrape at registration to learn the names."""
+        return []
+
+    def collect(self) -> Iterator[Metric]:
+        stats = self._client.stats()
+        yield from self._gauges(stats)
+        yield from self._counters(stats)
+        yield self._tokens_per_step(stats)
+        yield from self._facts()
+
+    def _gauges(self, stats: Stats | None) -> Iterator[Metric]:
+        running = 0 if stats is None else stats.running
+        waiting = 0 if stats is None else stats.waiting
+        used = 0.0 if stats is None else stats.blocks_used / max(1, stats.blocks_total)
+        yield self._gauge("num_requests_running", "Sequences on workers.", running)
+        yield self._gauge("num_requests_waiting", "Sequences waiting for a place.", waiting)
+        yield self._gauge("kv_cache_usage_perc", "Blocks in use, 0 to 1.", used)
+        yield self._gauge("gpu_cache_usage_perc", "Alias of kv_cache_usage_perc.", used)
+        family = GaugeMetricFamily(
+            "vllm:num_requests_waiting_by_reason",
+            "Sequences waiting, by reason.",
+            labels=[*self._names, "reason"],
+        )
+        family.add_metric([*self._values, "capacity"], waiting)
+        family.add_metric([*self._values, "deferred"], 0)
+        yield family
+
+    def _counters(self, stats: Stats | None) -> Iterator[Metric]:
+        sums = {
+            "vllm:num_preemptions": (0 if stats is None else stats.preemptions),
+            "vllm:prefix_cache_queries": (0 if stats is None else stats.prefix_queries),
+            "vllm:prefix_cache_hits": (0 if stats is None else stats.prefix_hits),
+            "diptych:losses": (0 if stats is None else stats.losses),
+            "diptych:prefill_tokens": (0 if stats is None else stats.prefill_tokens),
+        }
+        for name, value in sums.items():
+            family = CounterMetricFamily(name, "Since the scheduler started.", labels=self._names)
+            family.add_metric(self._values, value)
+            yield family
+
+    def _tokens_per_step(self, stats: Stats | None) -> Metric:
+        if stats is not None:
+            self._count_steps(
+                float(sum(worker.steps for worker in stats.workers)),
+                stats.prefill_tokens + self._generated_tokens(),
+            )
+        total = 0.0
+        buckets: list[tuple[str, float]] = []
+        names = [*(str(float(bound)) for bound in _STEP_BUCKETS), "+Inf"]
+        for name, count in zip(names, self._step_counts, strict=True):
+            total += count
+            buckets.append((name, total))
+        family = HistogramMetricFamily(
+            "vllm:iteration_tokens_total", "Tokens per step (mean of a scrape).", labels=self._names
+        )
+        family.add_metric(self._values, buckets, self._step_tokens)
+        return family
+
+    def _count_steps(self, steps: float, tokens: float) -> None:
+        """A restarted worker or scheduler counts from zero: that interval is left out."""
+        last, self._last = self._last, (steps, tokens)
+        if last is None or steps <= last[0] or tokens < last[1]:
+            return
+        new_steps, new_tokens = steps - last[0], tokens - last[1]
+        self._step_counts[bisect_left(_STEP_BUCKETS, new_tokens / new_steps)] += new_steps
+        self._step_tokens += new_tokens
+
+    def _facts(self) -> Iterator[Metric]:
+        info = self._client.info
+        capacity = info.block_size * info.num_blocks
+        facts = {
+            "block_size": str(info.block_size),
+            "num_gpu_blocks": str(info.num_blocks),
+            "kv_cache_size_tokens": str(capacity),
+            "kv_cache_max_concurrency": f"{capacity / info.max_model_len:.2f}",
+        }
+        family = GaugeMetricFamily(
+            "vllm:cache_config_info", "Facts of the pool.", labels=[*self._names, *facts]
+        )
+        family.add_metric([*self._values, *facts.values()], 1)
+        yield family
+        adapters = ["max_lora", "running_lora_adapters", "waiting_lora_adapters"]
+        lora = GaugeMetricFamily("vllm:lora_requests_info", "Adapters in use.", labels=adapters)
+        lora.add_metric(["0", "", ""], time.time())
+        yield lora
+
+    def _gauge(self, name: str, text: str, value: float) -> Metric:
+        family = GaugeMetricFamily(f"vllm:{name}", text, labels=self._names)
+        family.add_metric(self._values, value)
+        return family
