@@ -1,0 +1,207 @@
+"""From logits to tokens: the best one, or one drawn by (seed, choice, position).
+
+Owns the prepared parameters of the sequences it saw last. Invariant: each row is computed on its
+own, in a fixed order of operations, so a token and its log-probabilities are bit for bit the same
+whatever else is in the batch. Log-probabilities are those of the raw logits.
+
+Order, as in vLLM: edits (logit_edits.py), temperature, min_p, top_k (ties of the k-th are kept),
+top_p (ties by lower id). A token is drawn by inverting the sum of the kept probabilities, in
+order of token id, in float64.
+"""
+
+from collections import OrderedDict
+from collections.abc import Sequence as Seq
+from typing import Final
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from diptych.engine.core.plan import Sample, TokenLogprobs
+from diptych.engine.core.request import SeqRef, Sequence
+from diptych.engine.logit_edits import LogitEdits, edits_logits
+from diptych.engine.logprobs import token_logprobs
+from diptych.engine.philox import uniforms
+from diptych.kernels import Kernels
+
+__all__ = ["Sampler"]
+
+EDITS_KEPT_MAX: Final = 1024
+"""Sequences whose prepared edits are kept; more than one step holds."""
+_CHUNK_ELEMENTS: Final = 1 << 21
+"""Logits drawn from at a time: bounds the float64 copies to a few times 16 MiB."""
+_TOP_P_FIRST: Final = 512
+"""Best tokens that top_p looks at first; a whole row is sorted only if they do not suffice."""
+
+NOT_FINITE: Final = "The model produced logits that are not finite."
+NOTHING_ALLOWED: Final = "The sampling parameters allow no token here."
+
+
+class Sampler:
+    """Samples one token per row. Not for two threads at once."""
+
+    def __init__(self, kernels: Kernels, vocab_size: int, eos_token_ids: frozenset[int]) -> None:
+        self._kernels = kernels
+        self._vocab_size = vocab_size
+        self._eos = eos_token_ids
+        self._edits: OrderedDict[SeqRef, LogitEdits] = OrderedDict()  # last used at the end
+
+    def sample(self, logits: Tensor, seqs: Seq[Sequence]) -> list[Sample]:
+        """One sample per row of logits ([R, V] fp32, not changed), the next token of seqs[r]."""
+        assert logits.shape == (len(seqs), self._vocab_size)
+        edited = [edits_logits(seq) for seq in seqs]
+        plain: list[int] = []  # rows: the model's first choice
+        drawn: list[int] = []
+        for r, seq in enumerate(seqs):
+            whole = seq.request.params.temperature == 0.0 and not edited[r]
+            (plain if whole else drawn).append(r)
+        tokens: list[int | str] = [NOT_FINITE] * len(seqs)  # the token, or why there is none
+        known: dict[int, float] = {}  # row -> logprob of its token
+        if plain:
+            ids, logprobs = self._kernels.argmax_logprob(_rows(logits, plain))  # [plain] each
+            for r, token, logprob in zip(plain, ids.tolist(), logprobs.tolist(), strict=True):
+                if token >= 0:
+                    tokens[r] = token
+                    known[r] = logprob
+        step = max(1, _CHUNK_ELEMENTS // self._vocab_size)
+        for start in range(0, len(drawn), step):
+            self._draw(logits, seqs, drawn[start : start + step], edited, tokens)
+        entries = self._logprobs(logits, seqs, tokens, known)
+        return [
+            Sample(-1, None, token) if isinstance(token, str) else Sample(token, entries.get(r))
+            for r, token in enumerate(tokens)
+        ]
+
+    # ---- rows that are not simply greedy -------------------------------------------------------
+
+    def _draw(
+        self,
+        logits: Tensor,
+        seqs: Seq[Sequence],
+        rows: list[int],
+        edited: list[bool],
+        tokens: list[int | str],
+    ) -> None:
+        """Fill `tokens` of these rows."""
+        work = logits[rows].numpy()  # [rows, V] fp32, a copy
+        finite = np.isfinite(work.max(axis=1))
+        random: list[int] = []  # rows of `work`
+        for i, r in enumerate(rows):
+            if not finite[i]:
+                continue
+            if edited[r]:
+                self._edits_of(seqs[r]).apply(work[i], seqs[r])
+                if work[i].max() == -np.inf:
+                    tokens[r] = NOTHING_ALLOWED
+                    continue
+            if seqs[r].request.params.temperature == 0.0:
+                tokens[r] = int(work[i].argmax())
+            else:
+                random.append(i)
+        if random:
+            chosen = [seqs[rows[i]] for i in random]
+            kept = work if len(random) == len(rows) else work[random]
+            for i, token in zip(random, _draw_random(kept, chosen), strict=True):
+                tokens[rows[i]] = token
+
+    def _edits_of(self, seq: Sequence) -> LogitEdits:
+        edits = self._edits.pop(seq.ref, None)
+        if edits is None:
+            edits = LogitEdits(seq, self._vocab_size, self._eos)
+            if len(self._edits) >= EDITS_KEPT_MAX:
+                self._edits.popitem(last=False)
+        self._edits[seq.ref] = edits
+        return edits
+
+    # ---- log-probabilities ---------------------------------------------------------------------
+
+    def _logprobs(
+        self,
+        logits: Tensor,
+        seqs: Seq[Sequence],
+        tokens: list[int | str],
+        known: dict[int, float],
+    ) -> dict[int, TokenLogprobs]:
+        """row -> entry, for the rows that want one."""
+        entries: dict[int, TokenLogprobs] = {}
+        wanted: dict[int, list[int]] = {}  # length of `top` -> rows
+        for r, token in enumerate(tokens):
+            top = seqs[r].request.params.logprobs
+            if top is None or isinstance(token, str):
+                continue
+            if top == 0 and r in known:
+                entries[r] = TokenLogprobs(token, known[r], 1, [])  # the best, ties by lower id
+            else:
+                wanted.setdefault(top, []).append(r)
+        for top, rows in wanted.items():
+            ids = [token for r in rows if isinstance(token := tokens[r], int)]
+            found = token_logprobs(self._kernels, _rows(logits, rows), ids, top)
+            entries.update(zip(rows, found, strict=True))
+        return entries
+
+
+def _rows(logits: Tensor, rows: list[int]) -> Tensor:
+    """These rows of logits ([R, V]), without a copy if they are all."""
+    if len(rows) == logits.shape[0]:
+        return logits
+    return logits[torch.tensor(rows, dtype=torch.int64)]
+
+
+def _draw_random(work: NDArray[np.float32], seqs: Seq[Sequence]) -> list[int]:
+    """One token per row of work ([R, V], the maximum finite) at its temperature above 0."""
+    params = [seq.request.params for seq in seqs]
+    best = work.max(axis=1)  # [R]
+    weights = np.subtract(work, best[:, None], dtype=np.float64)  # [R, V]
+    with np.errstate(over="ignore"):  # a temperature near 0 leaves the best tokens only
+        weights /= np.array([p.temperature for p in params], dtype=np.float64)[:, None]
+    np.exp(weights, out=weights)  # 1 at the best token, so no sum is needed for min_p
+    for i, p in enumerate(params):
+        if p.min_p > 0.0:
+            weights[i][weights[i] < p.min_p] = 0.0
+        if 0 < p.top_k < work.shape[1]:
+            least = np.partition(work[i], work.shape[1] - p.top_k)[work.shape[1] - p.top_k]
+            weights[i][work[i] < least] = 0.0
+        if p.top_p < 1.0:
+            _keep_top_p(weights[i], p.top_p)
+    sums = np.cumsum(weights, axis=1)  # [R, V]: every row in order of token id
+    numbers = uniforms([_seed(seq) for seq in seqs], [s.ref.choice for s in seqs], _places(seqs))
+    tokens: list[int] = []
+    for i in range(len(params)):
+        total = sums[i, -1]
+        target = min(numbers[i] * total, np.nextafter(total, 0.0))
+        tokens.append(int(np.searchsorted(sums[i], target, side="right")))
+    return tokens
+
+
+def _seed(seq: Sequence) -> int:
+    seed = seq.request.params.seed
+    assert seed is not None, "the front door sets a seed for every request"
+    return seed
+
+
+def _places(seqs: Seq[Sequence]) -> list[int]:
+    return [seq.num_emitted for seq in seqs]
+
+
+def _keep_top_p(weights: NDArray[np.float64], top_p: float) -> None:
+    """Zero all but the best tokens whose sum first reaches top_p of the whole; weights: [V]."""
+    enough = top_p * float(np.cumsum(weights)[-1])
+    ids = np.flatnonzero(weights)
+    count = _TOP_P_FIRST
+    while True:
+        if count < ids.size:
+            least = np.partition(weights[ids], ids.size - count)[ids.size - count]
+            best = ids[weights[ids] >= least]
+        else:
+            best = ids
+        best = best[np.argsort(-weights[best], kind="stable")]  # ties by lower id
+        reached = np.flatnonzero(np.cumsum(weights[best]) >= enough)
+        if reached.size or best.size == ids.size:
+            break
+        count *= 8
+    if reached.size:
+        best = best[: int(reached[0]) + 1]
+    kept = weights[best]
+    weights[:] = 0.0
+    weights[best] = kept
