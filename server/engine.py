@@ -136,19 +136,19 @@ class Engine:
         each = list(params) if isinstance(params, Sequence) else [params] * len(batch)
         if len(each) != len(batch):
             raise InvalidRequestError(f"{len(batch)} prompts but {len(each)} sampling parameters.")
-        return self._loop.run(self._generate_all(batch, each, progress))
+        return self._running_loop().run(self._generate_all(batch, each, progress))
 
     def chat(
         self, messages: Sequence[ChatMessage], params: SamplingParams | None = None
     ) -> RequestOutput:
         """One answer to a conversation of {"role": ..., "content": ...} messages."""
-        return self._loop.run(self._generate_one(self._chat_ids(messages), params))
+        return self._running_loop().run(self._generate_one(self._chat_ids(messages), params))
 
     # ---- streams
 
     def stream(self, prompt: Prompt, params: SamplingParams | None = None) -> Iterator[OutputDelta]:
         """The pieces of an answer as they come. Leaving the loop early aborts the request."""
-        return self._loop.iterate(self._deltas(prompt, params))
+        return self._running_loop().iterate(self._deltas(prompt, params))
 
     def stream_chat(
         self, messages: Sequence[ChatMessage], params: SamplingParams | None = None
@@ -160,7 +160,7 @@ class Engine:
         self, prompt: Prompt, params: SamplingParams | None = None
     ) -> AsyncGenerator[OutputDelta, None]:
         """As `stream`, for `async for` in any event loop."""
-        return self._loop.iterate_async(self._deltas(prompt, params))
+        return self._running_loop().iterate_async(self._deltas(prompt, params))
 
     # ---- life
 
@@ -183,6 +183,11 @@ class Engine:
         self.close()
 
     # ---- inside
+
+    def _running_loop(self) -> LoopThread:
+        if self._closed:
+            raise EngineDeadError("The engine was closed.")
+        return self._loop
 
     def _chat_ids(self, messages: Sequence[ChatMessage]) -> list[int]:
         """The template writes the special tokens itself."""
@@ -243,8 +248,6 @@ class Engine:
 
     def _prepare(self, prompt: Prompt, params: SamplingParams | None) -> tuple[str, Prepared]:
         """`params` None: the model's own defaults (generation_config.json), as vLLM does."""
-        if self._closed:
-            raise EngineDeadError("The engine was closed.")
         ids = self.tokenizer.encode(prompt) if isinstance(prompt, str) else list(prompt)
         prepared = prepare_params(
             merge_defaults({}, self._defaults) if params is None else params,
