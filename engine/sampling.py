@@ -9,6 +9,7 @@ top_p (ties by lower id). A token is drawn by inverting the sum of the kept prob
 order of token id, in float64.
 """
 
+import math
 from collections import OrderedDict
 from collections.abc import Sequence as Seq
 from typing import Final
@@ -29,10 +30,12 @@ __all__ = ["Sampler"]
 
 EDITS_KEPT_MAX: Final = 1024
 """Sequences whose prepared edits are kept; more than one step holds."""
-_CHUNK_ELEMENTS: Final = 1 << 21
-"""Logits drawn from at a time: bounds the float64 copies to a few times 16 MiB."""
-_TOP_P_FIRST: Final = 512
-"""Best tokens that top_p looks at first; a whole row is sorted only if they do not suffice."""
+_CHUNK_ELEMENTS: Final = 1 << 16
+"""Logits drawn from at a time: their float64 copies stay in the processor's cache."""
+_TOP_P_CUTOFFS: Final = (2.0**-6, 2.0**-12, 2.0**-24, 0.0)
+"""Weights, relative to the best, that top_p looks at first; a whole row is sorted last."""
+_SPAN: Final = 256
+"""Tokens that are summed together before the sums are searched."""
 
 NOT_FINITE: Final = "The model produced logits that are not finite."
 NOTHING_ALLOWED: Final = "The sampling parameters allow no token here."
@@ -164,14 +167,25 @@ def _draw_random(work: NDArray[np.float32], seqs: Seq[Sequence]) -> list[int]:
             weights[i][work[i] < least] = 0.0
         if p.top_p < 1.0:
             _keep_top_p(weights[i], p.top_p)
-    sums = np.cumsum(weights, axis=1)  # [R, V]: every row in order of token id
+    spans = np.cumsum(np.add.reduceat(weights, range(0, work.shape[1], _SPAN), axis=1), axis=1)
     numbers = uniforms([_seed(seq) for seq in seqs], [s.ref.choice for s in seqs], _places(seqs))
-    tokens: list[int] = []
-    for i in range(len(params)):
-        total = sums[i, -1]
-        target = min(numbers[i] * total, np.nextafter(total, 0.0))
-        tokens.append(int(np.searchsorted(sums[i], target, side="right")))
-    return tokens
+    return [_find(weights[i], spans[i], float(numbers[i])) for i in range(len(params))]
+
+
+def _find(weights: NDArray[np.float64], spans: NDArray[np.float64], number: float) -> int:
+    """The first token (by id) up to which more than `number` of the whole weight lies.
+
+    weights: [V]; spans: [V / _SPAN, rounded up], the weight up to the end of each span.
+    """
+    whole = float(spans[-1])
+    target = min(number * whole, math.nextafter(whole, 0.0))
+    span = int(np.searchsorted(spans, target, side="right"))
+    part = weights[span * _SPAN : (span + 1) * _SPAN]
+    before = float(spans[span - 1]) if span else 0.0
+    index = int(np.searchsorted(before + np.cumsum(part), target, side="right"))
+    if index == part.size:  # only by the rounding of the two sums
+        index = int(np.flatnonzero(part)[-1])
+    return span * _SPAN + index
 
 
 def _seed(seq: Sequence) -> int:
@@ -186,22 +200,16 @@ def _places(seqs: Seq[Sequence]) -> list[int]:
 
 def _keep_top_p(weights: NDArray[np.float64], top_p: float) -> None:
     """Zero all but the best tokens whose sum first reaches top_p of the whole; weights: [V]."""
-    enough = top_p * float(np.cumsum(weights)[-1])
-    ids = np.flatnonzero(weights)
-    count = _TOP_P_FIRST
-    while True:
-        if count < ids.size:
-            least = np.partition(weights[ids], ids.size - count)[ids.size - count]
-            best = ids[weights[ids] >= least]
-        else:
-            best = ids
+    enough = top_p * float(weights.sum())
+    for cutoff in _TOP_P_CUTOFFS:
+        best = np.flatnonzero(weights >= cutoff) if cutoff else np.flatnonzero(weights)
+        if cutoff and weights[best].sum() < enough:
+            continue
         best = best[np.argsort(-weights[best], kind="stable")]  # ties by lower id
         reached = np.flatnonzero(np.cumsum(weights[best]) >= enough)
-        if reached.size or best.size == ids.size:
+        if reached.size:
+            best = best[: int(reached[0]) + 1]
             break
-        count *= 8
-    if reached.size:
-        best = best[: int(reached[0]) + 1]
     kept = weights[best]
     weights[:] = 0.0
     weights[best] = kept
