@@ -29,6 +29,7 @@ from diptych.engine.logprobs import token_logprobs
 from diptych.engine.models.decoder import Decoder
 from diptych.engine.models.weights import DecoderWeights, pack_weights
 from diptych.engine.pool import KVPool
+from diptych.engine.sampling import Sampler
 from diptych.kernels import Kernels
 
 __all__ = ["LoadedModel", "Runner", "load_model", "make_runner"]
@@ -90,8 +91,6 @@ def _numerics(config: ModelConfig) -> bytes:
 
 def make_runner(model: LoadedModel, pool: KVPool, threads: int) -> "Runner":
     """A runner of this process with `threads` threads; call it after a fork, not before."""
-    from diptych.engine.sampling import Sampler
-
     torch.set_num_threads(1)
     model.kernels.set_num_threads(threads)
     config = model.config

@@ -5,7 +5,6 @@ a row's result depends on its own sequence only, so any batch and any chunking g
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Final
 
 import torch
@@ -22,46 +21,68 @@ __all__ = ["Decoder"]
 _ROWS_MIN: Final = 16  # rows of the smallest buffers
 
 
-@dataclass(slots=True, eq=False)
 class _Buffers:
-    """All fp32, [rows, ...]; a step of T tokens uses the first T rows."""
+    """Activations of up to `rows` tokens, all fp32."""
 
-    residual: Tensor  # [rows, hidden]
-    hidden: Tensor  # [rows, hidden]
-    qkv: Tensor  # [rows, q_size + 2 * kv_size]
-    q: Tensor  # [rows, q_size], only with qk_norm
-    k: Tensor  # [rows, kv_size], only with qk_norm
-    attention: Tensor  # [rows, q_size]
-    gate_up: Tensor  # [rows, 2 * inner]
-    inner: Tensor  # [rows, inner]
+    __slots__ = ("attention", "config", "gate_up", "hidden", "inner", "qk", "qkv", "residual")
 
-    @classmethod
-    def make(cls, config: ModelConfig, rows: int) -> "_Buffers":
+    def __init__(self, config: ModelConfig, rows: int) -> None:
         def buffer(width: int) -> Tensor:
             return torch.empty(rows, width, dtype=torch.float32)
 
-        return cls(
-            residual=buffer(config.hidden_size),
-            hidden=buffer(config.hidden_size),
-            qkv=buffer(config.q_size + 2 * config.kv_size),
-            q=buffer(config.q_size if config.qk_norm else 0),
-            k=buffer(config.kv_size if config.qk_norm else 0),
-            attention=buffer(config.q_size),
-            gate_up=buffer(2 * config.intermediate_size),
-            inner=buffer(config.intermediate_size),
-        )
+        self.config = config
+        self.residual = buffer(config.hidden_size)
+        self.hidden = buffer(config.hidden_size)
+        self.qkv = buffer(config.q_size + 2 * config.kv_size)
+        self.attention = buffer(config.q_size)
+        self.gate_up = buffer(2 * config.intermediate_size)
+        self.inner = buffer(config.intermediate_size)
+        # The norm of q and k wants dense heads, so these leave the fused rows.
+        self.qk = torch.empty(rows * (config.q_size + config.kv_size if config.qk_norm else 0))
 
-    def first(self, rows: int) -> "_Buffers":
-        return _Buffers(
-            self.residual[:rows],
-            self.hidden[:rows],
-            self.qkv[:rows],
-            self.q[:rows],
-            self.k[:rows],
-            self.attention[:rows],
-            self.gate_up[:rows],
-            self.inner[:rows],
-        )
+
+class _Views:
+    """The first T rows of the buffers, in every shape that a layer needs; made once per T."""
+
+    __slots__ = (
+        "attention",
+        "attention_heads",
+        "gate_up",
+        "hidden",
+        "inner",
+        "k",
+        "k_dense",
+        "k_heads",
+        "q",
+        "q_dense",
+        "q_heads",
+        "qkv",
+        "residual",
+        "v",
+    )
+
+    def __init__(self, buffers: _Buffers, rows: int) -> None:
+        config, dim = buffers.config, buffers.config.head_dim
+        self.residual = buffers.residual[:rows]  # [T, hidden]
+        self.hidden = buffers.hidden[:rows]  # [T, hidden]
+        self.qkv = buffers.qkv[:rows]  # [T, q_size + 2 * kv_size]
+        self.attention = buffers.attention[:rows]  # [T, q_size]
+        self.attention_heads = self.attention.view(rows, -1, dim)  # [T, Hq, D]
+        self.gate_up = buffers.gate_up[:rows]  # [T, 2 * inner]
+        self.inner = buffers.inner[:rows]  # [T, inner]
+        heads = self.qkv.view(rows, -1, dim)  # [T, Hq + 2 * Hk, D]
+        num_q, num_kv = config.num_q_heads, config.num_kv_heads
+        self.q = heads[:, :num_q]  # [T, Hq, D], rows strided
+        self.k = heads[:, num_q : num_q + num_kv]  # [T, Hk, D], rows strided
+        self.v = heads[:, num_q + num_kv :]  # [T, Hk, D], rows strided
+        self.q_dense = self.k_dense = self.q_heads = self.k_heads = buffers.qk
+        if config.qk_norm:
+            split = rows * config.q_size
+            end = split + rows * config.kv_size
+            self.q_heads = buffers.qk[:split].view(-1, dim)  # [T * Hq, D]
+            self.k_heads = buffers.qk[split:end].view(-1, dim)  # [T * Hk, D]
+            self.q_dense = self.q_heads.view(rows, num_q, dim)  # [T, Hq, D]
+            self.k_dense = self.k_heads.view(rows, num_kv, dim)  # [T, Hk, D]
 
 
 class Decoder:
@@ -80,17 +101,14 @@ class Decoder:
             )
         ]
         self._scale = config.head_dim**-0.5
-        self._buffers = _Buffers.make(config, _ROWS_MIN)
+        self._buffers = _Buffers(config, _ROWS_MIN)
+        self._views = _Views(self._buffers, 1)
         self._logits = torch.empty(1, config.vocab_size, dtype=torch.float32)
 
     def forward(self, inputs: ModelInput, on_layer: Callable[[], None] | None = None) -> Tensor:
         """Hidden states before the last norm, [T, hidden] fp32; valid until the next call."""
         kernels, eps = self._kernels, self._config.rms_norm_eps
-        rows = inputs.ids.shape[0]
-        capacity = self._buffers.hidden.shape[0]
-        if rows > capacity:
-            self._buffers = _Buffers.make(self._config, max(rows, 2 * capacity))
-        b = self._buffers.first(rows)
+        b = self._views_of(inputs.ids.shape[0])
         kernels.embedding(b.residual, self._weights.embedding, inputs.ids)
         for index, (layer, window, k_cache, v_cache) in enumerate(self._layers):
             if index == 0:
@@ -107,34 +125,36 @@ class Decoder:
                 on_layer()
         return b.residual.add_(b.hidden)
 
+    def _views_of(self, rows: int) -> _Views:
+        """Decode steps of one batch size follow each other: their views are made once."""
+        if rows != self._views.hidden.shape[0]:
+            capacity = self._buffers.hidden.shape[0]
+            if rows > capacity:
+                self._buffers = _Buffers(self._config, max(rows, 2 * capacity))
+            self._views = _Views(self._buffers, rows)
+        return self._views
+
     def _attend(
         self,
         layer: LayerWeights,
         inputs: ModelInput,
-        b: _Buffers,
+        b: _Views,
         k_cache: Tensor,
         v_cache: Tensor,
         window: int,
     ) -> None:
-        """b.hidden -> b.attention; k_cache, v_cache: [num_blocks, kv_heads, block_size, D]."""
-        config, kernels = self._config, self._kernels
-        rows, dim, eps = b.hidden.shape[0], config.head_dim, config.rms_norm_eps
+        """b.hidden -> b.attention; k_cache, v_cache: [num_blocks, Hk, block_size, D]."""
+        kernels, eps = self._kernels, self._config.rms_norm_eps
         kernels.linear(b.qkv, b.hidden, layer.qkv)
-        q, k = b.qkv[:, : config.q_size], b.qkv[:, config.q_size : -config.kv_size]
-        v = b.qkv[:, -config.kv_size :]
+        q, k = b.q, b.k
         if layer.q_norm is not None and layer.k_norm is not None:
-            # The norm wants dense heads, so q and k leave the fused rows.
-            q, k = b.q.copy_(q), b.k.copy_(k)
-            q_heads, k_heads = q.view(-1, dim), k.view(-1, dim)  # [T * heads, D]
-            kernels.rms_norm(q_heads, q_heads, layer.q_norm, eps)
-            kernels.rms_norm(k_heads, k_heads, layer.k_norm, eps)
-        q = q.view(rows, config.num_q_heads, dim)
-        k = k.view(rows, config.num_kv_heads, dim)
-        v = v.view(rows, config.num_kv_heads, dim)
+            q, k = b.q_dense.copy_(q), b.k_dense.copy_(k)
+            kernels.rms_norm(b.q_heads, b.q_heads, layer.q_norm, eps)
+            kernels.rms_norm(b.k_heads, b.k_heads, layer.k_norm, eps)
         kernels.rope(q, k, inputs.positions, self._weights.cos_sin)
-        kernels.write_kv(k_cache, v_cache, k, v, inputs.slot_mapping)
+        kernels.write_kv(k_cache, v_cache, k, b.v, inputs.slot_mapping)
         kernels.attention(
-            b.attention.view(rows, config.num_q_heads, dim),
+            b.attention_heads,
             q,
             k_cache,
             v_cache,

@@ -13,7 +13,7 @@ from bench.oracle import VOCAB_SIZE, make_checkpoint
 from diptych.engine.core.config import ModelOptions
 from diptych.engine.core.errors import ConfigError, ModelLoadError
 from diptych.engine.core.plan import StepPlan, StepRow
-from diptych.engine.runner import load_model
+from diptych.engine.runner import load_model, make_runner
 from tests.unit.engine.models import BACKEND, all_logits, tiny_model
 
 PROMPT = [(7 * index) % VOCAB_SIZE for index in range(50)]
@@ -28,6 +28,17 @@ def test_only_rows_that_ask_are_sampled() -> None:
     assert result.samples[1] is not None
     assert set(driver.recorder.logits) == {second.ref.request}
     assert result.compute_s > 0
+
+
+def test_make_runner_samples_like_the_recorder() -> None:
+    model = tiny_model("qwen2")
+    wanted, driver = Driver(model), Driver(model)
+    driver.runner = make_runner(model, driver.pool, threads=2)
+    for each in (wanted, driver):
+        each.add(PROMPT, 5)
+        each.add(PROMPT[:17], 5)
+    assert driver.finish(chunk=16) == wanted.finish()
+    assert driver.runner.fingerprint == model.fingerprint
 
 
 def test_an_empty_plan_is_no_step() -> None:
