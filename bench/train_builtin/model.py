@@ -77,16 +77,17 @@ def init_weights(shape: ModelShape, seed: int) -> Weights:
 
 
 def rope_table(shape: ModelShape, num_tokens: int) -> tuple[Tensor, Tensor]:
-    """cos and sin, each [num_tokens, head_dim] bf16, halves repeated as in Llama."""
+    """cos and sin, each [num_tokens, q_dim] bf16, the same for every head."""
     half = torch.arange(0, shape.head_dim, 2, dtype=torch.float32) / shape.head_dim
     angles = torch.outer(torch.arange(num_tokens, dtype=torch.float32), shape.rope_theta**-half)
-    angles = torch.cat((angles, angles), dim=-1)
+    angles = angles.repeat(1, 2 * shape.num_q_heads)  # both halves of a head turn alike
     return angles.cos().bfloat16(), angles.sin().bfloat16()
 
 
-def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    left, right = x.chunk(2, dim=-1)
-    return x * cos + torch.cat((-right, left), dim=-1) * sin
+def _rotated(w: Tensor, head_dim: int) -> Tensor:
+    """The projection [out, in] whose output is the rotated half of each head's output of `w`."""
+    left, right = w.view(-1, 2, head_dim // 2, w.size(-1)).unbind(1)
+    return torch.stack((-right, left), dim=1).view_as(w)
 
 
 def _attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -116,18 +117,21 @@ def forward(
         for parts in zip(*(w16[name].unbind() for name in LAYER_NAMES), strict=True)
     ]
     num_seqs, num_tokens = ids.shape
-    cos, sin = (table[:num_tokens, None] for table in rope)  # [T, 1, head_dim]
+    cos, sin = (table[:num_tokens] for table in rope)  # [T, q_dim]
     x = F.embedding(ids, w16["embed"])  # [B, T, hidden]
 
     def heads(y: Tensor) -> Tensor:
-        return y.view(num_seqs, num_tokens, -1, s.head_dim)  # [B, T, H, head_dim]
+        return y.view(num_seqs, num_tokens, -1, s.head_dim).transpose(1, 2)  # [B, H, T, head_dim]
+
+    def roped(h: Tensor, w: Tensor) -> Tensor:
+        # Two products with the small weights are cheaper than shuffling every token's halves.
+        c, n = cos[:, : w.size(0)], sin[:, : w.size(0)]
+        return heads(F.linear(h, w) * c + F.linear(h, _rotated(w, s.head_dim)) * n)
 
     scale = s.head_dim**-0.5  # a change of the queries, made to their smaller weights
     for w in layers:
         h = F.rms_norm(x, (s.hidden,), w["norm_attn"], s.norm_eps)
-        q = _rotate(heads(F.linear(h, w["wq"] * scale)), cos, sin).transpose(1, 2)
-        k = _rotate(heads(F.linear(h, w["wk"])), cos, sin).transpose(1, 2)
-        v = heads(F.linear(h, w["wv"])).transpose(1, 2)
+        q, k, v = roped(h, w["wq"] * scale), roped(h, w["wk"]), heads(F.linear(h, w["wv"]))
         x = x + F.linear(_attention(q, k, v), w["wo"])
         h = F.rms_norm(x, (s.hidden,), w["norm_ffn"], s.norm_eps)
         x = x + F.linear(F.silu(F.linear(h, w["gate"])) * F.linear(h, w["up"]), w["down"])

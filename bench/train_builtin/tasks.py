@@ -93,26 +93,34 @@ def _keys(rng: random.Random, count: int) -> list[str]:
     return rng.sample([*FIELDS, *COLORS], count) if count <= 20 else distinct_words(rng, count)
 
 
-def _lookup(rng: random.Random, held_out: bool, count: int, task: str) -> Example:
-    """Find a key in a list of `count` entries; the question comes before or after the list."""
-    for _ in range(_MAX_TRIES):
+def _lookup(
+    rng: random.Random, held_out: bool, count: int, task: str, num_asked: int = 1
+) -> Example:
+    """Find a key in a list of `count` entries, before or after the question; then ask for more."""
+    asked: list[int] = []
+    while not asked:
         keys = _keys(rng, count)
         if rng.random() < 0.7:
             values = [str(rng.randint(0, 10 ** rng.choice((1, 2, 3)) - 1)) for _ in keys]
         else:
             values = [rng.choice((*COLORS, any_word(rng))) for _ in keys]
-        index = rng.randrange(count)
-        if is_held_out(f"{keys[index]}={values[index]}") == held_out:
-            break
+        pairs = list(zip(keys, values, strict=True))
+        fit = [i for i, (k, v) in enumerate(pairs) if is_held_out(f"{k}={v}") == held_out]
+        asked = rng.sample(fit, min(num_asked, len(fit)))
     between, separator = rng.choice(templates.LIST_STYLES)
-    listing = separator.join(f"{k}{between}{v}" for k, v in zip(keys, values, strict=True))
-    question = rng.choice(templates.LOOKUP).format(list=listing, key=keys[index])
-    return _chat(task, question, f"{keys[index]} = {values[index]}")
+    listing = separator.join(f"{k}{between}{v}" for k, v in pairs)
+    messages: list[Message] = []
+    for i in asked:
+        pattern = rng.choice(templates.FOLLOW_UP if messages else templates.LOOKUP)
+        messages.append(("user", pattern.format(list=listing, key=keys[i])))
+        messages.append(("assistant", f"{keys[i]} = {values[i]}"))
+    return Example(task, tuple(messages))
 
 
 def lookup(rng: random.Random, held_out: bool) -> Example:
-    """Find a key in a short list."""
-    return _lookup(rng, held_out, rng.choice((2, 3, 3, 4, 4, 5, 6, 7, 8)), "lookup")
+    """Find a key in a short list, sometimes another one after it."""
+    num_asked = rng.choice((1, 1, 1, 1, 2, 3))
+    return _lookup(rng, held_out, rng.choice((2, 3, 3, 4, 4, 5, 6, 7, 8)), "lookup", num_asked)
 
 
 def lookup_long(rng: random.Random, held_out: bool) -> Example:
@@ -136,19 +144,30 @@ def _object(rng: random.Random, count: int) -> dict[str, Value]:
     return fields
 
 
-def json_field(rng: random.Random, held_out: bool) -> Example:
+def _json_turn(rng: random.Random, fields: dict[str, Value]) -> tuple[Message, Message]:
+    """A question that holds the object, and its answer."""
+    text = json.dumps(fields)
+    kind = rng.random()
+    if kind < 0.15:
+        question = rng.choice(templates.JSON_COPY).format(object=text)
+        return ("user", question), ("assistant", text)
+    keys = rng.sample(list(fields), 2 if kind < 0.3 else 1)
+    pattern = rng.choice(templates.JSON_FIELD if len(keys) == 1 else templates.JSON_TWO_FIELDS)
+    question = pattern.format(object=text, key=keys[0], other=keys[-1])
+    return ("user", question), ("assistant", json.dumps({key: fields[key] for key in keys}))
+
+
+def json_field(rng: random.Random, held_out: bool, num_asked: int | None = None) -> Example:
     """Copy one field (or two, or the whole object) of a JSON object, as a JSON object."""
     fields = _object(rng, rng.choice((2, 3, 3, 4, 5)))
     while is_held_out(json.dumps(fields)) != held_out:
         fields = _object(rng, rng.choice((2, 3, 3, 4, 5)))
-    text = json.dumps(fields)
-    kind = rng.random()
-    if kind < 0.15:
-        return _chat("json", rng.choice(templates.JSON_COPY).format(object=text), text)
-    keys = rng.sample(list(fields), 2 if kind < 0.3 else 1)
-    pattern = rng.choice(templates.JSON_FIELD if len(keys) == 1 else templates.JSON_TWO_FIELDS)
-    question = pattern.format(object=text, key=keys[0], other=keys[-1])
-    return _chat("json", question, json.dumps({key: fields[key] for key in keys}))
+    messages: list[Message] = list(_json_turn(rng, fields))
+    more = rng.choice((1, 1, 1, 1, 2, 3)) if num_asked is None else num_asked
+    for key in rng.sample(list(fields), min(more, len(fields)) - 1):
+        messages.append(("user", rng.choice(templates.FOLLOW_UP).format(key=key)))
+        messages.append(("assistant", json.dumps({key: fields[key]})))
+    return Example("json", tuple(messages))
 
 
 def talk(rng: random.Random, held_out: bool) -> Example:
@@ -160,7 +179,8 @@ def talk(rng: random.Random, held_out: bool) -> Example:
     raise AssertionError("the split left no questions")
 
 
-GENERATORS: dict[str, Callable[[random.Random, bool], Example]] = {
+Generator = Callable[[random.Random, bool], Example]
+GENERATORS: dict[str, Generator] = {
     "lookup": lookup,
     "add": add,
     "reverse": reverse,
@@ -204,6 +224,12 @@ def completion(rng: random.Random, held_out: bool) -> Example:
 
 def drill(rng: random.Random, held_out: bool, name: str, num_turns: int) -> Example:
     """Several turns of one task: much practice in few tokens."""
+    if name == "lookup":
+        return _lookup(rng, held_out, rng.randint(3, 8), name, num_turns)
+    if name == "lookup_long":
+        return _lookup(rng, held_out, rng.randint(12, 40), name, num_turns + 3)
+    if name == "json":
+        return json_field(rng, held_out, num_turns)
     turns = [GENERATORS[name](rng, held_out) for _ in range(num_turns)]
     return Example(name, tuple(m for turn in turns for m in turn.messages))
 

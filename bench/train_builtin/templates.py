@@ -133,4 +133,15 @@ JSON_COPY = (
     "{object}\nCopy the object.",
     "Please copy {object}",
 )
-ALL = (*ADD, *REVERSE, *REVERSE_MANY, *LOOKUP, *JSON_FIELD, *JSON_TWO_FIELDS, *JSON_COPY)
+FOLLOW_UP = (
+    "What is {key}?",
+    "What is the value of {key}?",
+    "Please look up {key}.",
+    "What about {key}?",
+    "Look up {key}.",
+    "{key}?",
+)
+ALL = (
+    *(*ADD, *REVERSE, *REVERSE_MANY),
+    *(*LOOKUP, *JSON_FIELD, *JSON_TWO_FIELDS, *JSON_COPY, *FOLLOW_UP),
+)

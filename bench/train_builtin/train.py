@@ -8,17 +8,19 @@ schedule stretches. Invariant: a checkpoint is replaced whole or not at all.
 import argparse
 import json
 import math
+import signal
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from types import FrameType
 
 import torch
 
 from bench.train_builtin import batches, evaluate, model, optim, tokenizer
 from bench.train_builtin.tasks import GENERATORS
 
-SHARES_START = {
+SHARES_START = {  # until the first skills are there
     "add_drill": 3.0,
     "reverse_drill": 3.0,
     "lookup": 3.0,
@@ -30,20 +32,23 @@ SHARES_START = {
     "multi_turn": 0.3,
 }
 SHARES = {
-    "add_drill": 1.5,
-    "reverse_drill": 1.5,
-    "lookup": 3.0,
-    "lookup_long": 0.5,
-    "json": 3.0,
+    "add_drill": 3.0,
+    "reverse_drill": 1.2,
+    "lookup_drill": 2.5,
+    "lookup_long_drill": 0.6,
+    "json_drill": 2.0,
+    "lookup": 2.0,
+    "json": 2.0,
     "add": 3.0,
-    "reverse": 3.0,
+    "reverse": 2.0,
     "free_text": 1.5,
     "completion": 1.5,
     "multi_turn": 0.8,
 }
-_START_SHARE = 0.15  # of the schedule, without long lists
+_START_STEPS = 400
 _DECAY_FROM = 0.55  # of the schedule, then linearly to zero
 _WARMUP_STEPS = 50
+_SAVE_EVERY = 100  # steps
 _LR_MUON = 0.02
 _LR_ADAM = 0.004
 
@@ -121,11 +126,24 @@ def probe(
     }
 
 
+class Stop:
+    """Set by SIGTERM or SIGINT: finish the step, save, leave."""
+
+    def __init__(self) -> None:
+        self.asked = False
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, self._ask)
+
+    def _ask(self, _number: int, _frame: FrameType | None) -> None:
+        self.asked = True
+
+
 def steps(args: argparse.Namespace, run: Run) -> Iterator[float]:
-    """Progress in [0, 1) before each step, until the minutes are spent; counts the seconds."""
+    """Progress in [0, 1) before each step, until the minutes are spent or a signal comes."""
     budget_s = args.minutes * 60
+    stop = Stop()
     last = time.monotonic()
-    while run.seconds < budget_s:
+    while run.seconds < budget_s and not stop.asked:
         yield run.seconds / budget_s
         now = time.monotonic()
         run.seconds += now - last
@@ -139,8 +157,8 @@ def main() -> None:
     parser.add_argument("--minutes", type=float, default=90, help="of training, over all starts")
     parser.add_argument("--export", type=Path, help="also write the model here at the end")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
-    parser.add_argument("--tokens", type=int, default=8192, help="per step")
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--tokens", type=int, default=6144, help="per step")
     parser.add_argument("--probe-every", type=int, default=300, help="steps between evaluations")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
@@ -153,11 +171,11 @@ def main() -> None:
     smooth = math.nan
     with (args.out / "log.jsonl").open("a") as log:
         for progress in steps(args, run):
-            shares = SHARES_START if progress < _START_SHARE else SHARES
+            shares = SHARES_START if run.step < _START_STEPS else SHARES
             rows = batches.step_rows(
                 encoder, args.seed, run.step, shares, args.tokens, shape.max_len
             )
-            micro = batches.micro_batches(rows, encoder.special(tokenizer.PAD), 3072)
+            micro = batches.micro_batches(rows, encoder.special(tokenizer.PAD), 1024)
             loss = train_step(run, shape, micro, rope, rate(run.step, progress))
             smooth = loss if math.isnan(smooth) else 0.98 * smooth + 0.02 * loss
             if run.step % 20 == 0:
@@ -169,6 +187,7 @@ def main() -> None:
                 log.write(json.dumps(entry) + "\n")
                 log.flush()
                 print({k: round(v, 3) for k, v in entry.items()}, flush=True)
+            if run.step % _SAVE_EVERY == 0:
                 save(run, path)
     save(run, path)
     if args.export:

@@ -61,12 +61,14 @@ def test_looked_up_entries_are_in_the_list_and_unique(name: str) -> None:
     for example in examples(name):
         key, value = example.answer.split(" = ")
         entry = rf"(?<!\w){re.escape(key)}(?:=| = |: |:| is | -> )(\w+)"
-        assert value in re.findall(entry, question(example)), (SEED, example)
+        listing = next(text for role, text in example.messages if role == "user")
+        assert value in re.findall(entry, listing), (SEED, example)
 
 
 def test_json_answers_are_fields_of_the_object() -> None:
     for example in examples("json"):
-        found = re.search(r"\{.*\}", question(example))
+        listing = next(text for role, text in example.messages if role == "user")
+        found = re.search(r"\{.*\}", listing)
         assert found is not None
         whole, part = json.loads(found.group()), json.loads(example.answer)
         assert part, (SEED, example)
