@@ -42,8 +42,10 @@ _NUM_PROMPT: Final = 150
 _NUM_OUTPUT: Final = 96
 _DISTURB_AT: Final = 12  # tokens of the target before it is disturbed
 _BLOCKS_LARGE: Final = 2048
-_BLOCKS_SMALL: Final = 352
-_HOG_TOKENS: Final = 2600
+_BLOCKS_SMALL: Final = 344
+_HOGS: Final = 6  # their prompts fit beside the target, their answers do not
+_HOG_PROMPT: Final = 800
+_HOG_OUTPUT: Final = 600
 _CELL_S_MAX: Final = 60.0
 
 PARAMS: Final = {
@@ -191,7 +193,7 @@ class MatrixEngine:
         if kind == "worker killed":
             self._kill_one()
         elif kind == "preempted":
-            await asyncio.gather(*(self._hog(serial, i) for i in range(2)))
+            await asyncio.gather(*(self._hog(serial, i) for i in range(_HOGS)))
 
     def _kill_one(self) -> None:
         self._turn += 1
@@ -204,9 +206,9 @@ class MatrixEngine:
             os.kill(pid, signal.SIGKILL)
 
     async def _hog(self, serial: int, index: int) -> None:
-        """More urgent, and together with its twin as large as the pool."""
-        prompt = prompt_of(f"hog {serial} {index}", _HOG_TOKENS)
-        params = SamplingParams(temperature=0, max_tokens=40, ignore_eos=True)
+        """More urgent; all of them together outgrow the pool."""
+        prompt = prompt_of(f"hog {serial} {index}", _HOG_PROMPT)
+        params = SamplingParams(temperature=0, max_tokens=_HOG_OUTPUT, ignore_eos=True)
         await ask(self.client, f"{serial}-hog{index}", prompt, params, salt="", priority=-1)
 
 
