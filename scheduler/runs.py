@@ -202,6 +202,9 @@ class Runs:
 
     def finish(self, row: Row, worker: Worker) -> None:
         """The sequence ended by itself. A prefill side's first token may be its last."""
+        if row.state is RowState.FINISHING:  # the other side said so before
+            self.let_go(row, worker)
+            return
         was_running = row.state is RowState.RUNNING
         if self._rows.move(row, RowEvent.FINISH) is RowState.FINISHING:
             row.finished_on = worker.id
