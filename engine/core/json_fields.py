@@ -47,7 +47,9 @@ class JsonFields:
     def get(self, name: str) -> object:
         return self.fields.get(name)
 
-    def integer(self, name: str, default: int | None = None, *, low: int = 1) -> int:
+    def integer(
+        self, name: str, default: int | None = None, *, low: int = 1, high: int = 2**31 - 1
+    ) -> int:
         value = self.fields.get(name)
         if value is None:
             value = default
@@ -55,8 +57,8 @@ class JsonFields:
             raise self.bad(f"{name} is missing")
         if isinstance(value, float) and value.is_integer():
             value = int(value)
-        if isinstance(value, bool) or not isinstance(value, int) or not low <= value < 2**31:
-            raise self.bad(f"{name} must be an integer of at least {low}, got {value!r}")
+        if isinstance(value, bool) or not isinstance(value, int) or not low <= value <= high:
+            raise self.bad(f"{name} must be an integer in [{low}, {high}], got {value!r}")
         return value
 
     def number(self, name: str, default: float | None = None, *, positive: bool = True) -> float:

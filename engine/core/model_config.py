@@ -19,6 +19,8 @@ from diptych.engine.core.rope_config import RopeConfig, parse_rope
 StoredDtype = Literal["float32", "bfloat16", "float16"]
 
 DTYPE_BYTES: Final[dict[str, int]] = {"float32": 4, "bfloat16": 2, "float16": 2}
+LAYERS_MAX: Final = 1024
+POSITIONS_MAX: Final = 1 << 24  # tokens; the rope table has a row for each
 _DTYPE_NAMES: Final[dict[str, StoredDtype]] = {
     "float32": "float32",
     "float": "float32",
@@ -152,11 +154,14 @@ def _resolve(
         raise fields.bad(f"hidden_act must be 'silu', got {activation!r}")
     if fields.number("partial_rotary_factor", 1.0) != 1.0:
         raise fields.bad("partial_rotary_factor other than 1 is not supported")
-    num_layers = fields.integer("num_hidden_layers")
+    num_layers = fields.integer("num_hidden_layers", high=LAYERS_MAX)
     hidden_size, num_q_heads = fields.integer("hidden_size"), fields.integer("num_attention_heads")
-    max_position = fields.integer("max_position_embeddings")
+    max_position = fields.integer("max_position_embeddings", high=POSITIONS_MAX)
     rope = parse_rope(fields, max_position)
-    length = _max_model_len(fields, rope.context_len(max_position), max_model_len)
+    own_len = rope.context_len(max_position)
+    if own_len > POSITIONS_MAX:
+        raise fields.bad(f"a context of {own_len} tokens is longer than {POSITIONS_MAX}")
+    length = _max_model_len(fields, own_len, max_model_len)
     if rope.type == "dynamic":
         rope = msgspec.structs.replace(rope, frozen_len=max(length, max_position))
     attention_bias = fields.boolean("attention_bias", False)

@@ -45,7 +45,7 @@ def pack_weights(config: ModelConfig, source: WeightSource, kernels: Kernels) ->
     return DecoderWeights(
         embedding=embedding,
         layers=[_layer(config, source, kernels, layer) for layer in range(config.num_layers)],
-        norm=source.get("model.norm.weight").float(),
+        norm=source.get("model.norm.weight").to(torch.float32, copy=True),
         lm_head=kernels.pack_linear(head, None),
         cos_sin=cos_sin_table(config.rope, config.head_dim, config.max_model_len),
     )
