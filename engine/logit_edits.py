@@ -52,10 +52,8 @@ class LogitEdits:
         self._vocab_size = vocab_size
         self._params = params
         self._stops = self._ids(eos_token_ids.union(params.stop_token_ids))
-        self._refused: NDArray[np.bool_] | None = None  # [V]
-        if params.allowed_token_ids is not None:
-            self._refused = np.ones(vocab_size, dtype=np.bool_)
-            self._refused[self._ids(params.allowed_token_ids)] = False
+        allowed = params.allowed_token_ids
+        self._allowed = None if allowed is None else self._ids(allowed)
         self._bad_words = [
             (word[:-1], word[-1])
             for word in params.bad_word_ids
@@ -76,8 +74,10 @@ class LogitEdits:
     def apply(self, row: NDArray[np.float32], seq: Sequence) -> None:
         """Edits row ([V]), the logits that follow `seq.tokens`, in place."""
         params = self._params
-        if self._refused is not None:
-            row[self._refused] = _FORBIDDEN
+        if self._allowed is not None:
+            kept = row[self._allowed]
+            row[:] = _FORBIDDEN
+            row[self._allowed] = kept
         for prefix, last in self._bad_words:
             if _ends_with(seq, prefix):
                 row[last] = _FORBIDDEN

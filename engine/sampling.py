@@ -30,6 +30,8 @@ __all__ = ["Sampler"]
 
 EDITS_KEPT_MAX: Final = 1024
 """Sequences whose prepared edits are kept; more than one step holds."""
+EDITS_KEPT_CALLS: Final = 256
+"""Calls of `sample` after which edits that were not used are forgotten: their sequence ended."""
 _CHUNK_ELEMENTS: Final = 1 << 16
 """Logits drawn from at a time: their float64 copies stay in the processor's cache."""
 _TOP_P_CUTOFFS: Final = (2.0**-6, 2.0**-12, 2.0**-24, 0.0)
@@ -48,11 +50,13 @@ class Sampler:
         self._kernels = kernels
         self._vocab_size = vocab_size
         self._eos = eos_token_ids
-        self._edits: OrderedDict[SeqRef, LogitEdits] = OrderedDict()  # last used at the end
+        self._edits: OrderedDict[SeqRef, tuple[LogitEdits, int]] = OrderedDict()  # with last call
+        self._num_calls = 0
 
     def sample(self, logits: Tensor, seqs: Seq[Sequence]) -> list[Sample]:
         """One sample per row of logits ([R, V] fp32, not changed), the next token of seqs[r]."""
         assert logits.shape == (len(seqs), self._vocab_size)
+        self._num_calls += 1
         edited = [edits_logits(seq) for seq in seqs]
         plain: list[int] = []  # rows: the model's first choice
         drawn: list[int] = []
@@ -109,12 +113,16 @@ class Sampler:
                 tokens[rows[i]] = token
 
     def _edits_of(self, seq: Sequence) -> LogitEdits:
-        edits = self._edits.pop(seq.ref, None)
-        if edits is None:
-            edits = LogitEdits(seq, self._vocab_size, self._eos)
-            if len(self._edits) >= EDITS_KEPT_MAX:
-                self._edits.popitem(last=False)
-        self._edits[seq.ref] = edits
+        """Prepared once per sequence; those of sequences that ended are dropped on the way."""
+        known = self._edits.pop(seq.ref, None)
+        while self._edits:
+            _, last_call = self._edits[next(iter(self._edits))]
+            stale = last_call + EDITS_KEPT_CALLS < self._num_calls
+            if not stale and len(self._edits) < EDITS_KEPT_MAX:
+                break
+            self._edits.popitem(last=False)
+        edits = LogitEdits(seq, self._vocab_size, self._eos) if known is None else known[0]
+        self._edits[seq.ref] = edits, self._num_calls
         return edits
 
     # ---- log-probabilities ---------------------------------------------------------------------
