@@ -145,7 +145,8 @@ class Scheduler:
 
     def _on_progress(self, message: Progress) -> None:
         worker = self._current(message.scheduler_epoch, message.worker, message.worker_epoch)
-        if worker is None or not worker.joined:
+        pool = self._members.pools.get(worker.pool) if worker is not None else None
+        if worker is None or not worker.joined or pool is None:
             return
         if message.steps:
             worker.steps += message.steps
@@ -153,7 +154,7 @@ class Scheduler:
             worker.cost.observe(message.steps, message.compute_s, message.prefill_tokens)
             worker.backlog_tokens = max(0, worker.backlog_tokens - message.prefill_tokens)
             self._runs.counts.prefill_tokens += message.prefill_tokens
-        find, pool = self._rows.find, self._members.pools[worker.pool]
+        find = self._rows.find
         for block in message.committed:
             row = find(block.ref)
             if row is not None and (role := row.holds.get(worker.id)) is not None:
@@ -174,7 +175,7 @@ class Scheduler:
                 self._released(row, worker)
         for ref in message.starved:
             row = find(ref)
-            if row is not None and row.state is RowState.RUNNING:
+            if row is not None and worker.id in row.holds and row.state is RowState.RUNNING:
                 self._runs.extend(row, pool)
 
     def _released(self, row: Row, worker: Worker) -> None:

@@ -262,11 +262,12 @@ class Fleet:
             self._commands.append(Send(self._scheduler.address, message))
 
     def _tell_scheduler_everything(self) -> None:
-        """Workers and API servers before the API servers may submit."""
-        self._tell_scheduler(self._pool)
+        """Workers before their pool, which is read once each of them joined or is gone: those that
+        are being fenced are not gone yet. API servers before they may submit."""
         for member in self._workers:
-            if member.state is State.UP:
+            if member.announced:
                 self._tell_scheduler(self._worker_up(member))
+        self._tell_scheduler(self._pool)
         apis = self.up("api")
         for api in apis:
             self._tell_scheduler(ApiUp(api.number, api.epoch))

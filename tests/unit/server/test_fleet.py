@@ -84,7 +84,7 @@ def test_who_comes_up_is_told_of_all_that_are_up() -> None:
     assert fleet.take() == []
     fleet.ready(scheduler(), 1.0)
     assert fleet.take() == [
-        *to_scheduler(1, POOL, WorkerUp(1, 1, 0, 0), ApiUp(0, 1)),
+        *to_scheduler(1, WorkerUp(1, 1, 0, 0), POOL, ApiUp(0, 1)),
         Send(api(), SchedulerUp(1)),
     ]
     fleet.ready(worker(0), 1.0)
@@ -117,9 +117,25 @@ def test_a_dead_scheduler_is_told_everything_again() -> None:
     ]
     fleet.ready(scheduler(2), 50.1)
     assert fleet.take() == [
-        *to_scheduler(2, POOL, WorkerUp(0, 1, 0, 100), ApiUp(0, 1)),
+        *to_scheduler(2, WorkerUp(0, 1, 0, 100), POOL, ApiUp(0, 1)),
         Send(api(), SchedulerUp(2)),
     ]
+
+
+def test_a_worker_that_is_being_fenced_still_counts_for_a_new_scheduler() -> None:
+    """Its pool is not read before its end is announced."""
+    fleet = serving()
+    for now in range(40):
+        fleet.beats({worker(0): 5, worker(1): now}, 50.0 + now / 10)
+    assert [c for c in fleet.take() if isinstance(c, Kill)][0].address == worker(0)
+    fleet.exited(scheduler(), DownCause.KILLED, 60.0)
+    fleet.tick(60.0)
+    fleet.take()
+    fleet.ready(scheduler(2), 60.1)
+    told = [c.message for c in fleet.take() if isinstance(c, Send) and c.to == scheduler(2)]
+    assert told == [WorkerUp(0, 1, 0, 100), WorkerUp(1, 1, 0, 0), POOL, ApiUp(0, 1)]
+    fleet.exited(worker(0), DownCause.KILLED, 60.2)
+    assert fleet.take() == to_scheduler(2, WorkerDown(0, 1, DownCause.HUNG))
 
 
 def test_a_dead_api_server() -> None:
