@@ -1,19 +1,19 @@
 """The `diptych` command: serve, chat, bench.
 
-The only place that reads environment variables (`DIPTYCH_*` defaults of flags). Parsing imports
-nothing heavy, so `diptych --help` answers at once.
+Owns the table of commands. Only the module of the chosen command is imported, so `diptych --help`
+answers at once and `diptych serve` loads nothing that a supervisor does not need.
 """
 
 import argparse
+import importlib
 import sys
 from collections.abc import Sequence
+from typing import Final
 
 from diptych import __version__
 from diptych.engine.core.errors import DiptychError
-from diptych.server import chat, serve
-from diptych.server.load import run as load
 
-_DESCRIPTION = """\
+_DESCRIPTION: Final = """\
 Diptych serves large language models through separate prefill and decode workers.
 
   diptych serve                     serve the built-in model on http://127.0.0.1:8000
@@ -22,8 +22,18 @@ Diptych serves large language models through separate prefill and decode workers
   diptych bench                     measure the server under load
 """
 
+COMMANDS: Final = {
+    "serve": ("diptych.server.serve", "serve a model over an OpenAI-compatible HTTP API"),
+    "chat": ("diptych.server.chat", "talk to a server or a model in the terminal"),
+    "bench": (
+        "diptych.server.load.run",
+        "put a load on a server and report latencies and throughput",
+    ),
+}
 
-def build_parser() -> argparse.ArgumentParser:
+
+def build_parser(chosen: str | None) -> argparse.ArgumentParser:
+    """The parser of all commands; only the chosen one has its flags."""
     parser = argparse.ArgumentParser(
         prog="diptych",
         description=_DESCRIPTION,
@@ -31,20 +41,19 @@ def build_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--version", action="version", version=f"diptych {__version__}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    for name, module, text in (
-        ("serve", serve, "serve a model over an OpenAI-compatible HTTP API"),
-        ("chat", chat, "talk to a server or a model in the terminal"),
-        ("bench", load, "put a load on a server and report latencies and throughput"),
-    ):
+    for name, (module_name, text) in COMMANDS.items():
         command = commands.add_parser(name, help=text, description=text.capitalize() + ".")
-        module.add_arguments(command)
-        command.set_defaults(run=module.main)
+        if name == chosen:
+            module = importlib.import_module(module_name)
+            module.add_arguments(command)
+            command.set_defaults(run=module.main)
     return parser
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs one command; returns the exit status. A user's mistake is one line, not a traceback."""
-    args = build_parser().parse_args(argv)
+    words = sys.argv[1:] if argv is None else list(argv)
+    args = build_parser(words[0] if words else None).parse_args(words)
     try:
         status: int = args.run(args)
     except DiptychError as error:

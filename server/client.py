@@ -21,7 +21,7 @@ class EngineInfo(msgspec.Struct, frozen=True, kw_only=True):
     model_path: str
     dtype: str
     vocab_size: int
-    max_model_len: int  # tokens, prompt and output together
+    max_model_len: int  # tokens of prompt and output that fit the model and the pool
     eos_token_ids: list[int]
     block_size: int
     num_blocks: int

@@ -60,7 +60,7 @@ class InlineClient:
             model_path=options.model.path,
             dtype=config.dtype,
             vocab_size=config.vocab_size,
-            max_model_len=config.max_model_len,
+            max_model_len=min(config.max_model_len, num_blocks * block_size),
             eos_token_ids=sorted(config.eos_token_ids),
             block_size=block_size,
             num_blocks=num_blocks,

@@ -7,22 +7,18 @@ supervisor (or, with --inline, the whole engine).
 
 import argparse
 import os
-import socket
 from pathlib import Path
 
 import msgspec
 
-from diptych.engine.core.errors import ConfigError
 from diptych.engine.core.model_config import load_model_config
 from diptych.engine.hub import resolve_model
-from diptych.server.api_server import serve_inline
 from diptych.server.builtin import BUILTIN_MODEL, BUILTIN_NAME
 from diptych.server.engine_flags import add_engine_arguments, engine_options
-from diptych.server.http.settings import HttpSettings, check_bind
+from diptych.server.http.listening import open_socket
+from diptych.server.http.settings import HttpSettings
 from diptych.server.launch import run_supervisor
 from diptych.server.text.tokenizer import Tokenizer
-
-_BACKLOG = 1024
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -54,7 +50,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def main(args: argparse.Namespace) -> int:
     """Checks everything that can be checked, then serves until a signal. Returns the status."""
     keys = [args.api_key] if args.api_key else []
-    check_bind(args.host, keys)
     folder = resolve_model(args.model or str(BUILTIN_MODEL))
     options = engine_options(args, folder)
     config = load_model_config(folder, args.dtype, args.max_model_len)
@@ -66,12 +61,17 @@ def main(args: argparse.Namespace) -> int:
         port=args.port,
         api_keys=keys,
         chat_template=template,
-        sampling_defaults=dict(config.sampling_defaults if args.generation_config == "auto" else {}),
+        sampling_defaults=dict(
+            config.sampling_defaults if args.generation_config == "auto" else {}
+        ),
         grace_s=args.shutdown_timeout,
     )
     settings.verify()
-    with listen(args.host, args.port) as listener:
+    with open_socket(settings) as listener:
+        settings = msgspec.structs.replace(settings, port=listener.getsockname()[1])
         if args.inline:
+            from diptych.server.api_server import serve_inline  # loads torch
+
             return serve_inline(options, settings, listener)
         return run_supervisor(
             options,
@@ -86,17 +86,3 @@ def main(args: argparse.Namespace) -> int:
 def _model_name(model: str | None) -> str:
     """What clients call the model: the hub name, or the folder as it was given."""
     return BUILTIN_NAME if model is None else model.rstrip("/")
-
-
-def listen(host: str, port: int) -> socket.socket:
-    """Raises ConfigError for an address that cannot be had."""
-    family = socket.AF_INET6 if ":" in host else socket.AF_INET
-    listener = socket.socket(family, socket.SOCK_STREAM)
-    listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-    try:
-        listener.bind((host, port))
-        listener.listen(_BACKLOG)
-    except OSError as error:
-        listener.close()
-        raise ConfigError(f"cannot listen on {host}:{port}: {error.strerror}") from error
-    return listener

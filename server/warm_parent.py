@@ -126,7 +126,7 @@ def engine_info(boot: HostBoot, model: LoadedModel) -> EngineInfo:
         model_path=boot.options.model.path,
         dtype=config.dtype,
         vocab_size=config.vocab_size,
-        max_model_len=config.max_model_len,
+        max_model_len=min(config.max_model_len, layout.num_blocks * layout.block_size),
         eos_token_ids=sorted(config.eos_token_ids),
         block_size=layout.block_size,
         num_blocks=layout.num_blocks,

@@ -94,8 +94,8 @@ class Worker:
             refs = ", ".join(f"{row.seq.ref}" for row in plan.rows)
             _log.error("the step of these sequences failed: %s", refs)
             raise
-        self._batcher.commit(plan, result)
         self._page.step_end(self._slot)
+        self._batcher.commit(plan, result)
         self._carry_out()
         return True
 

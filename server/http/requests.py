@@ -183,8 +183,9 @@ def parse(fields: Mapping[str, object], kind: type[T]) -> tuple[T, list[str]]:
 
 def _bad_form(reason: str) -> InvalidRequestError:
     """msgspec says `Expected X, got Y - at $.field[0]`; OpenAI's `param` is the path."""
-    text, _, path = reason.partition(" - at ")
-    param = path.strip("`").removeprefix("$").lstrip(".").replace("[...]", "")
+    text, _, place = reason.partition(" - at ")
+    path = re.search(r"\$([^`]*)", place)
+    param = "" if path is None else path[1].lstrip(".").replace("[...]", "")
     missing = re.fullmatch(r"Object missing required field `(\w+)`", text)
     if missing is not None:
         param = f"{param}.{missing[1]}".lstrip(".")
@@ -193,7 +194,9 @@ def _bad_form(reason: str) -> InvalidRequestError:
 
 
 def _sentence(text: str) -> str:
-    text = text.replace("`", "").replace("JSON is malformed: ", "").rstrip(".")
+    text = (
+        text.replace("`", "").replace("JSON is malformed: ", "").replace(" | null", "").rstrip(".")
+    )
     for name, word in (
         ("float", "number"),
         ("int", "integer"),

@@ -13,14 +13,13 @@ from pathlib import Path
 import fastapi
 import uvicorn
 
-from diptych.engine.core.errors import ConfigError
 from diptych.server.client import EngineClient
 from diptych.server.http.app import front_of, make_app
+from diptych.server.http.listening import BACKLOG, open_socket
 from diptych.server.http.protocol import make_protocol
-from diptych.server.http.settings import HttpSettings, check_bind
+from diptych.server.http.settings import HttpSettings
 from diptych.server.text.tokenizer import Tokenizer
 
-_BACKLOG = 2048
 _CLOSING_S = 1  # for what is left after the grace: its tasks are cancelled
 
 
@@ -38,26 +37,6 @@ class _Server(uvicorn.Server):
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         await super().startup(sockets)
         self._up()
-
-
-def open_socket(settings: HttpSettings) -> socket.socket:
-    """A bound socket, which several API servers may share. Raises ConfigError."""
-    check_bind(settings.host, settings.api_keys)
-    family = socket.AF_INET6 if ":" in settings.host else socket.AF_INET
-    sock = socket.socket(family, socket.SOCK_STREAM)
-    try:
-        sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        sock.bind((settings.host, settings.port))
-        sock.listen(_BACKLOG)
-    except OSError as error:
-        sock.close()
-        raise ConfigError(
-            f"cannot listen on {settings.host}:{settings.port}: {error.strerror}. "
-            "Choose another --port."
-        ) from error
-    sock.setblocking(False)
-    sock.set_inheritable(True)
-    return sock
 
 
 async def serve_http(
@@ -79,7 +58,7 @@ async def serve_http(
         access_log=False,
         server_header=False,
         proxy_headers=False,
-        backlog=_BACKLOG,
+        backlog=BACKLOG,
         timeout_keep_alive=settings.keep_alive_s,
         timeout_graceful_shutdown=_CLOSING_S,
     )
