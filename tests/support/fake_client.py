@@ -74,7 +74,8 @@ class FakeClient:
         done = False
         try:
             sent = 0
-            for delta in self._deltas(prompt_ids, params):
+            deltas = self._deltas(prompt_ids, params)
+            for delta in deltas:
                 if (request_id, delta.choice) in self.stopped:
                     continue
                 if self.fail_after is not None and sent >= self.fail_after[0]:
@@ -82,9 +83,9 @@ class FakeClient:
                 if sent and self.gate is not None:
                     await self.gate.wait()
                 await asyncio.sleep(0)
+                done = delta is deltas[-1]
                 yield delta
                 sent += 1
-            done = True
         finally:
             (self.ended if done else self.aborted).append(request_id)
             self.changed.set()

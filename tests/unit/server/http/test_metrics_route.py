@@ -1,0 +1,110 @@
+"""The names that other software reads, and values that follow what happened."""
+
+from prometheus_client.parser import text_string_to_metric_families
+
+from diptych.engine.core.errors import OverloadedError
+from diptych.server.http.metrics import token_buckets
+from tests.unit.server.http.conftest import Site
+
+TIER_A = {
+    "vllm:num_requests_waiting": 2.0,
+    "vllm:num_requests_running": 3.0,
+    "vllm:kv_cache_usage_perc": 0.25,
+    "vllm:cache_config_info": 1.0,
+    "vllm:num_requests_waiting_by_reason": 2.0,
+    "vllm:num_preemptions_total": 1.0,
+    "vllm:prefix_cache_queries_total": 100.0,
+    "vllm:prefix_cache_hits_total": 40.0,
+}
+HISTOGRAMS = [
+    "time_to_first_token_seconds",
+    "inter_token_latency_seconds",
+    "request_time_per_output_token_seconds",
+    "e2e_request_latency_seconds",
+    "request_prompt_tokens",
+    "request_generation_tokens",
+    "request_max_num_generation_tokens",
+    "request_queue_time_seconds",
+    "request_prefill_time_seconds",
+    "request_decode_time_seconds",
+    "request_inference_time_seconds",
+    "iteration_tokens_total",
+    "request_params_n",
+    "request_params_max_tokens",
+    "request_num_preemptions",
+]
+
+
+def scrape(site: Site) -> dict[tuple[str, tuple[tuple[str, str], ...]], float]:
+    response = site.http.get("/metrics")
+    assert response.headers["content-type"].startswith("text/plain; version=0.0.4")
+    return {
+        (sample.name, tuple(sorted(sample.labels.items()))): sample.value
+        for family in text_string_to_metric_families(response.text)
+        for sample in family.samples
+    }
+
+
+def value(samples: dict, name: str, **labels: str) -> float:  # type: ignore[type-arg]
+    found = [
+        number
+        for (sample, pairs), number in samples.items()
+        if sample == name and labels.items() <= dict(pairs).items()
+    ]
+    assert found, name
+    return float(found[0])
+
+
+def test_names_labels_and_buckets(site: Site) -> None:
+    samples = scrape(site)
+    for name, expected in TIER_A.items():
+        assert value(samples, name, model_name="tiny", engine="0") == expected
+    assert value(samples, "vllm:lora_requests_info", max_lora="0") > 1e9
+    facts = {"block_size": "16", "num_gpu_blocks": "64", "kv_cache_size_tokens": "1024"}
+    value(samples, "vllm:cache_config_info", kv_cache_max_concurrency="8.00", **facts)
+    for name in HISTOGRAMS:
+        value(samples, f"vllm:{name}_bucket", model_name="tiny", engine="0", le="+Inf")
+    for name, count in (
+        ("time_to_first_token_seconds", 22),
+        ("inter_token_latency_seconds", 19),
+        ("e2e_request_latency_seconds", 21),
+    ):
+        bounds = [pairs for (sample, pairs) in samples if sample == f"vllm:{name}_bucket"]
+        assert len(bounds) == count + 1
+    for reason in ("stop", "length", "abort", "error"):
+        assert value(samples, "vllm:request_success_total", finished_reason=reason) == 0
+    assert value(samples, "vllm:admission_rejections_total", reason="queue_full") == 0
+    assert value(samples, "process_resident_memory_bytes") > 0
+
+
+def test_values_follow_requests(site: Site) -> None:
+    site.engine.num_cached = 4
+    site.http.post("/v1/completions", json={"prompt": [5] * 10, "n": 2})
+    site.http.post("/v1/completions", json={"prompt": [5] * 10, "max_tokens": 1})
+    site.engine.refuse = OverloadedError("full", retry_after_s=1)
+    site.http.post("/v1/completions", json={"prompt": [5] * 10})
+    samples = scrape(site)
+    for name, expected in (
+        ("vllm:prompt_tokens_total", 20),
+        ("vllm:generation_tokens_total", 7),
+        ("vllm:request_prompt_tokens_sum", 20),
+        ("vllm:request_prompt_tokens_count", 2),
+        ("vllm:request_generation_tokens_count", 3),
+        ("vllm:request_max_num_generation_tokens_sum", 4),
+        ("vllm:time_to_first_token_seconds_count", 2),
+        ("vllm:inter_token_latency_seconds_count", 4),
+        ("vllm:e2e_request_latency_seconds_count", 2),
+        ("vllm:request_params_n_sum", 3),
+        ("vllm:request_params_max_tokens_sum", 17),
+    ):
+        assert value(samples, name, engine="0") == expected, name
+    assert value(samples, "vllm:request_success_total", finished_reason="stop") == 2
+    assert value(samples, "vllm:request_success_total", finished_reason="length") == 1
+    assert value(samples, "vllm:admission_rejections_total", reason="queue_full") == 1
+    path = "/v1/completions"
+    assert value(samples, "diptych:http_responses_total", path=path, status="429") == 1
+
+
+def test_token_buckets() -> None:
+    assert token_buckets(50) == (1, 2, 5, 10, 20, 50)
+    assert token_buckets(99)[-1] == 50
