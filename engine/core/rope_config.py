@@ -62,7 +62,7 @@ def parse_rope(config: JsonFields, max_position: int) -> RopeConfig:
         return RopeConfig(theta=theta)
     if name in ("linear", "dynamic"):
         kind: RopeType = "linear" if name == "linear" else "dynamic"
-        factor = fields.number("factor")
+        factor = _factor(fields)
         return RopeConfig(type=kind, theta=theta, factor=factor, original_len=max_position)
     original_len = config.integer(
         "original_max_position_embeddings",
@@ -75,7 +75,7 @@ def parse_rope(config: JsonFields, max_position: int) -> RopeConfig:
         return RopeConfig(
             type="llama3",
             theta=theta,
-            factor=fields.number("factor"),
+            factor=_factor(fields),
             original_len=original_len,
             low_freq_factor=low,
             high_freq_factor=high,
@@ -88,7 +88,7 @@ def parse_rope(config: JsonFields, max_position: int) -> RopeConfig:
 
 
 def _yarn(fields: JsonFields, theta: float, original_len: int, max_position: int) -> RopeConfig:
-    factor = fields.number("factor", max_position / original_len)
+    factor = _factor(fields, max_position / original_len)
     if fields.has("attention_factor"):
         attention_factor = fields.number("attention_factor")
     elif fields.has("mscale") and fields.has("mscale_all_dim"):
@@ -106,6 +106,13 @@ def _yarn(fields: JsonFields, theta: float, original_len: int, max_position: int
         truncate=fields.boolean("truncate", True),
         attention_factor=attention_factor,
     )
+
+
+def _factor(fields: JsonFields, default: float | None = None) -> float:
+    factor = fields.number("factor", default)
+    if factor < 1.0:
+        raise fields.bad(f"the factor of a rope scaling must be at least 1, got {factor:g}")
+    return factor
 
 
 def _mscale(factor: float, scale: float) -> float:

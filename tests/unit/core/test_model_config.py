@@ -167,6 +167,7 @@ def test_eos_ids_are_those_of_both_files(tmp_path: Path) -> None:
         ({"auto_map": {"AutoModel": "x.Y"}}, "remote code is never run"),
         ({"rope_scaling": {"type": "longrope", "factor": 2}}, "rope type 'longrope'"),
         ({"rope_scaling": {"type": "linear"}}, "factor is missing"),
+        ({"rope_scaling": {"type": "linear", "factor": 0.5}}, "must be at least 1, got 0.5"),
         ({"rope_scaling": {"type": "linear", "factor": "2"}}, "factor must be a number"),
         ({"rope_scaling": [1]}, "rope_scaling must be an object"),
         ({"rope_theta": 0.5}, None),  # without scaling, too
