@@ -14,8 +14,8 @@ import msgspec
 from diptych.engine.core.types import BlockHash, BlockId, Generation
 
 _HASH_BYTES: Final = 32
-_PULSE_WORDS: Final = 8  # one cache line: counter, busy, step start, steps, and 4 unused
-_COUNTER, _BUSY, _STEP_START_NS, _STEPS = range(4)
+_PULSE_WORDS: Final = 8  # one cache line: the fields of `Pulse` in order, and 3 unused
+_COUNTER, _BUSY, _STEP_START_NS, _STEP_END_NS, _STEPS = range(5)
 
 
 class ValidEntry(msgspec.Struct, frozen=True):
@@ -28,11 +28,12 @@ class ValidEntry(msgspec.Struct, frozen=True):
 
 
 class Pulse(msgspec.Struct, frozen=True):
-    """One reading of a slot. `step_start_ns` is on the host's monotonic clock."""
+    """One reading of a slot; times are those of the newest step, on the host's monotonic clock."""
 
     counter: int
     busy: bool
     step_start_ns: int
+    step_end_ns: int
     steps: int
 
 
@@ -97,14 +98,16 @@ class ControlPage:
         self._pulses[first + _COUNTER] += 1
 
     def step_end(self, slot: int) -> None:
+        """The last kernel is over."""
         first = slot * _PULSE_WORDS
+        self._pulses[first + _STEP_END_NS] = time.monotonic_ns()
         self._pulses[first + _BUSY] = 0
         self._pulses[first + _COUNTER] += 1
 
     def pulse(self, slot: int) -> Pulse:
         first = slot * _PULSE_WORDS
-        counter, busy, start, steps = self._pulses[first : first + 4].tolist()
-        return Pulse(counter, bool(busy), start, steps)
+        counter, busy, start, end, steps = self._pulses[first : first + 5].tolist()
+        return Pulse(counter, bool(busy), start, end, steps)
 
     def release(self) -> None:
         """Lets go of the memory, so that it can be unmapped."""
