@@ -20,7 +20,7 @@ from bench.models import write_model
 from bench.procs import descendants, engine_processes, shared_segments
 from bench.record import write
 from diptych.engine.core.config import CacheOptions, EngineOptions, ModelOptions
-from diptych.engine.core.errors import DiptychError
+from diptych.engine.core.errors import DiptychError, OverloadedError
 from diptych.engine.core.params import SamplingParams
 from diptych.server.client import EngineClient
 from diptych.server.hosting import Hosted, host_engine
@@ -33,6 +33,7 @@ _REST_S_MAX: Final = 10.0
 @dataclass(slots=True)
 class Tally:
     completed: int = 0
+    refused: int = 0  # 429, never accepted: while a new scheduler places the backlog
     failed: list[str] = field(default_factory=list)
     wrong: list[str] = field(default_factory=list)
     gaps_s: list[float] = field(default_factory=list)  # the longest of each stream
@@ -105,6 +106,10 @@ async def user(
         name = f"u{number}-{count}"
         try:
             answer = await timed_ask(client, name, *rows[kind], tally)
+        except OverloadedError as error:
+            tally.refused += 1
+            await asyncio.sleep(min(error.retry_after_s, 0.5))
+            continue
         except (DiptychError, AssertionError) as error:
             tally.failed.append(f"{name} kind {kind}: {error!r}")
             continue
@@ -179,6 +184,7 @@ async def run(folder: Path, args: argparse.Namespace) -> dict[str, object]:
         "seconds": seconds,
         "kills": killed,
         "requests_completed": tally.completed,
+        "requests_refused_429": tally.refused,
         "requests_failed": tally.failed,
         "requests_wrong": tally.wrong,
         "longest_gap_s": {
