@@ -117,7 +117,11 @@ async def encode_chat(front: Front, request: ChatRequest) -> list[int]:
         continue_final_message=request.continue_final_message,
         arguments=_arguments(request.chat_template_kwargs),
     )
-    return await front.encode(text, add_special_tokens=bool(request.add_special_tokens))
+    return await front.encode_prompt(
+        text,
+        add_special_tokens=bool(request.add_special_tokens),
+        truncated=request.truncate_prompt_tokens is not None,
+    )
 
 
 def _arguments(arguments: Mapping[str, object]) -> Mapping[str, object]:

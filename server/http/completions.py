@@ -109,7 +109,11 @@ async def _job(
     params.verify(front.client.info.vocab_size)
     if isinstance(prompt, str):
         special = request.add_special_tokens is not False
-        prompt = await front.encode(prompt, add_special_tokens=special)
+        prompt = await front.encode_prompt(
+            prompt,
+            add_special_tokens=special,
+            truncated=request.truncate_prompt_tokens is not None,
+        )
     prepared = prepare_params(
         params,
         prompt,

@@ -9,6 +9,7 @@ import hashlib
 import itertools
 import secrets
 import time
+from typing import Final
 
 from diptych.engine.core.errors import InvalidRequestError, ModelNotFoundError, OverloadedError
 from diptych.server.client import EngineClient
@@ -17,7 +18,7 @@ from diptych.server.http.metrics import Metrics
 from diptych.server.http.settings import HttpSettings
 from diptych.server.text.tokenizer import Tokenizer
 
-_THREAD_CHARS: int = 16_384  # longer texts are tokenized beside the event loop
+_THREAD_CHARS: Final = 16_384  # longer texts are tokenized beside the event loop
 
 
 class Front:
@@ -77,13 +78,37 @@ class Front:
         return name
 
     async def encode(self, text: str, *, add_special_tokens: bool) -> list[int]:
+        return (await self.encode_offsets(text, add_special_tokens=add_special_tokens))[0]
+
+    async def encode_offsets(
+        self, text: str, *, add_special_tokens: bool
+    ) -> tuple[list[int], list[tuple[int, int]]]:
         """Long texts run in a thread (the library releases the interpreter's lock)."""
-        tokenizer = self.tokenizer
+        encode = self.tokenizer.encode_offsets
         if len(text) <= _THREAD_CHARS:
-            return tokenizer.encode(text, add_special_tokens=add_special_tokens)
-        return await asyncio.to_thread(
-            tokenizer.encode, text, add_special_tokens=add_special_tokens
-        )
+            return encode(text, add_special_tokens=add_special_tokens)
+        return await asyncio.to_thread(encode, text, add_special_tokens=add_special_tokens)
+
+    async def encode_prompt(
+        self, text: str, *, add_special_tokens: bool, truncated: bool
+    ) -> list[int]:
+        """Refuses a text that cannot fit, however it is tokenized, before doing that work."""
+        most = self.client.info.max_model_len
+        least = len(text) // self.tokenizer.token_chars_max
+        if least > most and not truncated:
+            raise InvalidRequestError(
+                f"This model's maximum context length is {most} tokens, and your prompt has at "
+                f"least {least}. Shorten the prompt, or set truncate_prompt_tokens.",
+                param="prompt",
+                code="context_length_exceeded",
+            )
+        return await self.encode(text, add_special_tokens=add_special_tokens)
+
+    async def decode(self, ids: list[int]) -> str:
+        decode = self.tokenizer.decode
+        if len(ids) <= _THREAD_CHARS:
+            return decode(ids, skip_special_tokens=False)
+        return await asyncio.to_thread(decode, ids, skip_special_tokens=False)
 
     def timeout_s(self, asked: float | None, header: str | None) -> float | None:
         """The request's own deadline: body field, then X-Request-Timeout, then the default."""

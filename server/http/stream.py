@@ -97,9 +97,9 @@ class EventStream(Response):
             return
         if isinstance(pump.exception(), TimeoutError):
             self._on_stall()
-            transport = scope.get(TRANSPORT_KEY)
-            if isinstance(transport, asyncio.WriteTransport):
-                transport.abort()  # closing would wait for the client to read
+            abort = getattr(scope.get(TRANSPORT_KEY), "abort", None)
+            if abort is not None:
+                abort()  # closing would wait for the client to read
             return
         pump.result()
 

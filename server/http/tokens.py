@@ -91,7 +91,7 @@ async def detokenize(front: Front, http: Request) -> Response:
     size = front.client.info.vocab_size
     if any(not 0 <= token < size for token in request.tokens):
         raise InvalidRequestError(f"tokens must be ids from 0 to {size - 1}.", param="tokens")
-    text = front.tokenizer.decode(request.tokens, skip_special_tokens=False)
+    text = await front.decode(request.tokens)
     return _json(_Text(text, text))
 
 
@@ -101,7 +101,7 @@ def _tokens(front: Front, ids: list[int], strings: bool) -> _Tokens:
 
 
 async def _spans(front: Front, request: _TokenizeInputs) -> list[_Span]:
-    ids, offsets = front.tokenizer.encode_offsets(
+    ids, offsets = await front.encode_offsets(
         request.inputs, add_special_tokens=request.add_special_tokens
     )
     return [

@@ -6,6 +6,7 @@ at the start included (tokenizer.json's post-processor decides them).
 """
 
 from collections.abc import Mapping, Sequence
+from functools import cached_property
 from pathlib import Path
 
 import jinja2
@@ -74,6 +75,11 @@ class Tokenizer:
     def vocab_size(self) -> int:
         """Ids the tokenizer knows; the model's own vocabulary may be padded beyond it."""
         return self._library.get_vocab_size(with_added_tokens=True)
+
+    @cached_property
+    def token_chars_max(self) -> int:
+        """Characters of the longest token: no text has fewer tokens than its length over this."""
+        return max(1, *map(len, self._library.get_vocab(with_added_tokens=True)))
 
     @property
     def has_chat_template(self) -> bool:

@@ -165,6 +165,13 @@ def test_bad_prompts(site: Site, body: dict[str, object], words: str, param: str
     assert site.engine.calls == []
 
 
+def test_hopeless_prompts_are_refused_before_tokenizing(site: Site) -> None:
+    response = site.http.post(TEXT, json={"prompt": "x" * 5_000_000})
+    check_error(response, 400, "your prompt has at least", "prompt")
+    fits = {"prompt": "x" * 50_000, "truncate_prompt_tokens": 9}
+    assert site.http.post(TEXT, json=fits).json()["usage"]["prompt_tokens"] == 9
+
+
 @pytest.mark.parametrize("path", [CHAT, TEXT])
 def test_large_bodies(site: Site, path: str) -> None:
     body = json.dumps({"prompt": "x" * 10_000_000}).encode()
