@@ -1,6 +1,8 @@
 """Logits do not depend, by one bit, on batch, chunk, threads, block size, prefill or decode."""
 
+import json
 import random
+from pathlib import Path
 
 import pytest
 import torch
@@ -8,11 +10,24 @@ from torch import Tensor
 
 from bench.drive import Driver
 from bench.oracle import VOCAB_SIZE
+from diptych.engine.core.config import ModelOptions
+from diptych.engine.runner import load_model
 from tests.unit.engine.models import BACKEND, all_logits, tiny_model
 
 FAMILIES = ["llama3", "qwen2-window", "qwen3"]
 CASES = [(family, dtype) for family in FAMILIES for dtype in (torch.float32, torch.bfloat16)]
 NUM_TOKENS = 6
+LONG = {
+    "architectures": ["LlamaForCausalLM"],
+    "vocab_size": 96,
+    "hidden_size": 192,
+    "intermediate_size": 200,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 128,
+    "max_position_embeddings": 1024,
+}
 
 pytestmark = pytest.mark.skipif(BACKEND == "reference", reason="the C++ library is not built")
 
@@ -71,3 +86,34 @@ def test_block_size_changes_no_bit() -> None:
         results.append(all_logits(model, driver.pool, driver.add(ids, 1), [33]))
     assert torch.equal(results[0], results[1])
     assert torch.equal(results[0], results[2])
+
+
+def levels() -> list[str]:
+    if BACKEND == "reference":
+        return []
+    from diptych.kernels.cpp import available_levels
+
+    return available_levels()
+
+
+@pytest.mark.parametrize("level", levels())
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+def test_long_prompts_on_every_level(tmp_path: Path, level: str, dtype: str) -> None:
+    """Long enough for several splits of the keys, with real head sizes."""
+    (tmp_path / "config.json").write_text(json.dumps(LONG | {"dtype": dtype}))
+    options = ModelOptions(path=str(tmp_path), load_format="dummy", kernel_level=level)
+    model = load_model(options)
+    prompts = [
+        [token % 96 for token in prompt_of(length, seed=length)] for length in (700, 33, 517)
+    ]
+
+    def run(chosen: list[int], chunk: int, threads: int) -> list[list[Tensor]]:
+        driver = Driver(model, threads=threads)
+        names = [driver.add(prompts[index], 3).ref.request for index in chosen]
+        driver.finish(chunk=chunk, budget=600)
+        return [driver.recorder.logits[name] for name in names]
+
+    together = run([0, 1, 2], chunk=130, threads=2)
+    for index in range(3):
+        (single,) = run([index], chunk=600, threads=1)
+        assert_equal(single, together[index])
