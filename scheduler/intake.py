@@ -15,7 +15,7 @@ from diptych.engine.core.messages import (
     Lost,
     Submit,
 )
-from diptych.engine.core.request import SeqRef
+from diptych.engine.core.request import Request, SeqRef
 from diptych.engine.core.types import ApiId, LossCause, RequestId, blocks_for
 from diptych.scheduler.lifecycle import RowEvent, RowState
 from diptych.scheduler.members import Members, PoolPhase
@@ -127,25 +127,34 @@ class Intake:
         if request.params.max_tokens is None or request.num_prompt < 1:
             self._reject(api, request.id, "the request has no prompt or no max_tokens", None)
             return False
-        need = blocks_for(
-            request.num_prompt + request.params.max_tokens - 1, self._cache.block_size
-        )
-        most = self._largest_pool()
-        if most is not None and need > most:
-            reason = (
-                f"the prompt of {request.num_prompt} tokens and max_tokens"
-                f" {request.params.max_tokens} need {need} KV blocks of {self._cache.block_size}"
-                f" tokens; a pool has {most}: shorten the prompt or lower max_tokens"
-            )
-            self._reject(api, request.id, reason, None)
-            return False
         tokens = sum(request.num_prompt + len(c.emitted) // 4 for c in message.choices)
+        never = self._never_fits(request, len(message.choices), tokens)
+        if never is not None:
+            self._reject(api, request.id, never, None)
+            return False
         if room.num_backlog or not room.has_room(len(message.choices), tokens):
             recovery = "requests from before a restart are placed first"
             reason = recovery if room.num_backlog else "too many requests wait"
             self._reject(api, request.id, reason, room.retry_after_s())
             return False
         return True
+
+    def _never_fits(self, request: Request, num_choices: int, num_tokens: int) -> str | None:
+        """Why the request could not be served even if it were the only one."""
+        if not self._room.could_hold(num_choices, num_tokens):
+            return (
+                f"{num_choices} choices with {num_tokens} prompt tokens together are more than"
+                " may wait at once: ask for fewer choices"
+            )
+        most, size = self._largest_pool(), self._cache.block_size
+        need = blocks_for(request.num_prompt + (request.params.max_tokens or 1) - 1, size)
+        if most is None or need <= most:
+            return None
+        return (
+            f"the prompt of {request.num_prompt} tokens and max_tokens"
+            f" {request.params.max_tokens} need {need} KV blocks of {size} tokens; a pool has"
+            f" {most}: shorten the prompt or lower max_tokens"
+        )
 
     def _largest_pool(self) -> int | None:
         """Blocks; None while a pool is not usable yet, so that nothing is refused too early."""

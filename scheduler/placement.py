@@ -64,11 +64,6 @@ class Placer:
             best = split
         return best
 
-    def isolated(self, pool: Pool) -> Worker | None:
-        """The worker with least to do: the one to empty for a suspect."""
-        workers = [worker for worker in pool.workers.values() if worker.joined]
-        return min(workers, key=lambda w: (len(w.assigned), w.id), default=None)
-
     def _has_seat(self, worker: Worker) -> bool:
         return (
             worker.joined and worker is not self.ward and len(worker.assigned) < self._sequences_max

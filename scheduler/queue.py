@@ -90,6 +90,10 @@ class WaitingRoom:
         self._tokens_max = tokens_max
         self._retry_after_max_s = retry_after_max_s
 
+    def could_hold(self, num_rows: int, num_tokens: int) -> bool:
+        """If nobody waited."""
+        return num_rows <= self._sequences_max and num_tokens <= self._tokens_max
+
     def has_room(self, num_rows: int, num_tokens: int) -> bool:
         return (
             self.num_rows + num_rows <= self._sequences_max

@@ -10,7 +10,7 @@ from diptych.engine.core.messages import Failed
 from diptych.engine.core.request import SeqRef
 from diptych.engine.core.types import BlockHash, BlockId, Role
 from diptych.scheduler.lifecycle import RowEvent, RowState
-from diptych.scheduler.members import Members, Pool, PoolPhase
+from diptych.scheduler.members import Members, Pool, PoolPhase, Worker
 from diptych.scheduler.outbox import Outbox
 from diptych.scheduler.placement import Placement, Placer, Seats
 from diptych.scheduler.queue import WaitingRoom
@@ -143,21 +143,16 @@ class Seating:
         """One suspect at a time, on a worker emptied for it. False: it needs blocks, so nobody
         else may take any."""
         row = self._room.suspects.peek()
-        ward = self._placer.ward
         if row is None:
+            ward = self._placer.ward
             if ward is not None and not ward.assigned:
-                self._placer.ward = None
-                self._runs.room_version += 1
+                self._make_ward(None)
             return True
         pools = [pool for pool in self._usable_pools() if self.fits(row, pool)]
         if not pools:
             self._is_hopeless(row)
             return True
-        if ward is None or (not ward.assigned and self._members.pools[ward.pool] not in pools):
-            workers = [worker for pool in pools if (worker := self._placer.isolated(pool))]
-            ward = min(workers, key=lambda w: (len(w.assigned), w.id), default=None)
-            self._placer.ward = ward
-            self._runs.room_version += 1
+        ward = self._choose_ward(pools)
         if ward is None or ward.assigned:
             return True
         pool = self._members.pools[ward.pool]
@@ -169,3 +164,20 @@ class Seating:
         seats = Seats(ward, None, 0.0, 0.0)
         self._start(row, Placement(pool, seats, found, num_new, uncached), alone=True)
         return True
+
+    def _choose_ward(self, pools: list[Pool]) -> Worker | None:
+        """The worker that is emptied, and kept free, for suspects. While nobody runs alone on it,
+        one that is empty already (say, just restarted) takes its place."""
+        ward = self._placer.ward
+        if ward is not None and any(row.alone for row in ward.assigned.values()):
+            return ward
+        workers = [worker for pool in pools for worker in pool.workers.values() if worker.joined]
+        best = min(workers, key=lambda w: (len(w.assigned), w is not ward, w.id), default=None)
+        usable = ward is not None and ward in workers
+        if best is not ward and (not usable or (best is not None and not best.assigned)):
+            self._make_ward(best)
+        return self._placer.ward
+
+    def _make_ward(self, worker: Worker | None) -> None:
+        self._placer.ward = worker
+        self._runs.room_version += 1

@@ -101,6 +101,14 @@ def test_a_request_that_never_fits_is_rejected_for_good() -> None:
     assert world.of(Accepted)
 
 
+def test_a_request_that_could_never_wait_is_rejected_for_good() -> None:
+    world = World(options=SchedulerOptions(max_waiting=2))
+    world.submit(make_request("a", LONG, n=3), choices=range(3))
+    [rejected] = world.of(Rejected)
+    assert isinstance(rejected, Rejected)
+    assert rejected.retry_after_s is None
+
+
 def test_a_request_id_in_use_is_rejected() -> None:
     world = World()
     world.step(ApiUp(1, 1))

@@ -127,7 +127,7 @@ def test_a_worker_that_is_being_fenced_still_counts_for_a_new_scheduler() -> Non
     fleet = serving()
     for now in range(40):
         fleet.beats({worker(0): 5, worker(1): now}, 50.0 + now / 10)
-    assert [c for c in fleet.take() if isinstance(c, Kill)][0].address == worker(0)
+    assert next(c for c in fleet.take() if isinstance(c, Kill)).address == worker(0)
     fleet.exited(scheduler(), DownCause.KILLED, 60.0)
     fleet.tick(60.0)
     fleet.take()
