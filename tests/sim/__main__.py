@@ -20,7 +20,9 @@ def _arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m tests.sim", description=__doc__)
     parser.add_argument("--events", type=int, default=200_000, help="stop after this many")
     parser.add_argument("--seed", type=int, default=0, help="the first seed, or the one to replay")
-    parser.add_argument("--mutant", choices=sorted(all_mutants()), help="break the product this way")
+    parser.add_argument(
+        "--mutant", choices=sorted(all_mutants()), help="break the product this way"
+    )
     parser.add_argument("--features", help=f"exactly these: {','.join(FEATURES)}")
     parser.add_argument("--replay", action="store_true", help="one seed, with its last events")
     parser.add_argument("--keep", help="indices of the requests to keep, or none")

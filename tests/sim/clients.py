@@ -16,11 +16,12 @@ from diptych.engine.core.errors import (
     RequestTimeoutError,
 )
 from diptych.engine.core.hashing import hash_root
-from diptych.engine.core.messages import Tokens
+from diptych.engine.core.messages import ChoiceState, Tokens
 from diptych.engine.core.params import SamplingParams
 from diptych.engine.core.request import Request
-from diptych.engine.core.types import FinishReason, pack_ids
+from diptych.engine.core.types import FinishReason, blocks_for, pack_ids, unpack_ids
 from tests.sim.model import Answer, Oracle, RequestSpec
+from tests.sim.scenario import Scenario
 from tests.sim.world import check
 
 DEADLINE_SLACK_S: Final = 0.2
@@ -56,6 +57,10 @@ class Client:
     opened: float
     answers: list[Answer]
     seen: list[list[int]]
+    fits: bool  # it is not impossible from the start
+    attempts: dict[int, int] = field(default_factory=dict)  # choice -> the newest submitted
+    submitted_to: int = 0  # scheduler epoch
+    faults: int = 0  # workers that it crashed
     accepted: bool = False
     finished: set[int] = field(default_factory=set)
     stopped: set[int] = field(default_factory=set)
@@ -77,6 +82,9 @@ class Client:
         name, choice = self.request.id, tokens.ref.choice
         check(self.over is None, "{} gets tokens after its end ({})", name, self.over)
         check(choice not in self.finished, "{}/{} gets tokens after its finish", name, choice)
+        check(
+            tokens.ref.attempt == self.attempts[choice], "{}: an old attempt delivers", tokens.ref
+        )
         check(choice not in self.stopped, "{}/{} gets tokens after its stop", name, choice)
         seen, answer = self.seen[choice], self.answers[choice]
         check(
@@ -123,6 +131,16 @@ class Client:
                 choice,
             )
 
+    def submit(self, states: list[ChoiceState], epoch: int) -> None:
+        """The journal asks for the next attempt: it must start from what the client has seen."""
+        self.submitted_to = epoch
+        for state in states:
+            choice, name = state.choice, self.request.id
+            check(unpack_ids(state.emitted) == self.seen[choice], "{}: its log is wrong", name)
+            last = self.attempts.get(choice, -1)
+            check(state.attempt > last, "{}: attempt {} after {}", name, state.attempt, last)
+            self.attempts[choice] = state.attempt
+
     def _logprobs(self, tokens: Tokens, answer: Answer, first: bool) -> None:
         name = self.request.id
         if self.spec.logprobs and tokens.ids:
@@ -148,9 +166,10 @@ class Client:
             check(timeout is not None, "{} times out without a deadline", name)
             check(timeout is None or now >= self.opened + timeout, "{} times out early", name)
         elif isinstance(error, PoisonRequestError):
-            check(self.spec.poison_at is not None, "{} fails although it is innocent", name)
+            guilty = self.spec.poison_at is not None or not self.fits
+            check(guilty, "{} fails although it is innocent", name)
         elif isinstance(error, InvalidRequestError):
-            check(not self.accepted, "{} is invalid after it was accepted", name)
+            check(not self.accepted and not self.fits, "{} is refused: {}", name, error)
         else:
             check(False, "{} is refused with {!r}", name, error)
         self.end(type(error).__name__, now)
@@ -170,8 +189,9 @@ class Client:
 class Clients:
     """All clients of a run."""
 
-    def __init__(self, oracle: Oracle) -> None:
+    def __init__(self, oracle: Oracle, scenario: Scenario) -> None:
         self.oracle = oracle
+        self._scenario = scenario
         self.by_id: dict[str, Client] = {}
         self.num_skipped = 0
 
@@ -180,9 +200,20 @@ class Clients:
         answers = [self.oracle.answer(spec, choice) for choice in range(spec.n)]
         for answer in answers:
             self.oracle.register(request.root, answer, spec.prompt + answer.tokens)
-        client = Client(spec, request, now, answers, [[] for _ in range(spec.n)])
+        fits = self._fits(spec)
+        client = Client(spec, request, now, answers, [[] for _ in range(spec.n)], fits)
         self.by_id[request.id] = client
         return client
+
+    def _fits(self, spec: RequestSpec) -> bool:
+        """Whether it could be computed in an empty pool, and wait in an empty queue."""
+        scenario, num_prompt = self._scenario, len(spec.prompt)
+        options = scenario.scheduler
+        return (
+            blocks_for(num_prompt + spec.max_tokens - 1, scenario.block_size) <= scenario.num_blocks
+            and spec.n <= options.max_waiting
+            and spec.n * num_prompt <= options.max_waiting_tokens
+        )
 
     @property
     def num_open(self) -> int:

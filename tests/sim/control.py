@@ -8,7 +8,20 @@ from collections.abc import Callable
 
 from diptych.engine.core.config import CacheOptions
 from diptych.engine.core.errors import OverloadedError
-from diptych.engine.core.messages import Accepted, Address, Lost, Message, Rejected, Send, Stats, Submit
+from diptych.engine.core.messages import (
+    Abort,
+    Accepted,
+    Address,
+    Closed,
+    Lost,
+    Message,
+    Rejected,
+    SchedulerDown,
+    SchedulerUp,
+    Send,
+    Stats,
+    Submit,
+)
 from diptych.engine.core.types import LossCause, RequestId
 from diptych.scheduler.commands import Delivered, Ended, Refused
 from diptych.scheduler.journal import Journal
@@ -36,6 +49,7 @@ class SchedulerProcess(Process):
         self.inbox: list[Message] = []
         self.wakes = False
         self.preemptions: dict[tuple[RequestId, int], int] = {}
+        self.recovering: set[RequestId] = set()
         self.num_recovering = 0  # rows that are queued whatever the cap
         watch.new_scheduler(address.epoch)
         world.at(world.timing.tick_s, self._tick, self)
@@ -62,9 +76,11 @@ class SchedulerProcess(Process):
         self.op("step")
         commands = self.machine.step(inputs, self.world.now)  # type: ignore[arg-type]
         epoch = self.address.epoch
+        self.watch.begin_step()
         for message in inputs:
             if isinstance(message, Submit) and message.recovering:
                 self.num_recovering += len(message.choices)
+                self.recovering.add(message.request.id)
             self.watch.scheduler_hears(epoch, message)
         self.op("stepped")
         self.machine.check_integrity()
@@ -92,6 +108,8 @@ class SchedulerProcess(Process):
         if isinstance(message, Stats):
             most = self.world.scenario.scheduler.max_waiting + self.num_recovering
             check(message.waiting <= most, "{} rows wait, the cap is {}", message.waiting, most)
+        if isinstance(message, Rejected):
+            check(message.request not in self.recovering, "{} is rejected", message.request)
         if isinstance(message, Rejected) and message.retry_after_s is not None:
             most_s = self.world.scenario.scheduler.retry_after_max_s
             check(0 < message.retry_after_s <= most_s, "retry after {}", message.retry_after_s)
@@ -105,7 +123,8 @@ class ApiProcess(Process):
         scenario = world.scenario
         self.clients = clients
         self.mine: dict[RequestId, Client] = {}
-        self.recovering: set[RequestId] = set()  # submitted again, no answer yet
+        self.epoch = 0  # of the last scheduler known
+        self.scheduler_up = False
         self.machine = Journal(
             address.number,
             address.epoch,
@@ -141,13 +160,16 @@ class ApiProcess(Process):
 
     def receive(self, message: Message) -> None:
         self.op("handle")
+        epoch: int = message.scheduler_epoch  # type: ignore[attr-defined]
+        if isinstance(message, SchedulerUp):
+            self.epoch = max(epoch, self.epoch)
+            self.scheduler_up = self.scheduler_up or epoch == self.epoch
+        elif isinstance(message, SchedulerDown) and epoch == self.epoch:
+            self.scheduler_up = False
         if isinstance(message, Accepted) and message.request in self.mine:
-            self.mine[message.request].accepted |= self._current(message.scheduler_epoch)
+            self.mine[message.request].accepted |= epoch == self.epoch
         self.machine.handle(message, self.world.now)  # type: ignore[arg-type]
-        self._flush()
-
-    def _current(self, epoch: int) -> bool:
-        return epoch == getattr(self.machine, "_epoch", epoch)
+        self._flush(changes=epoch == self.epoch)
 
     def _tick(self) -> None:
         self.op("handle")
@@ -162,15 +184,22 @@ class ApiProcess(Process):
             self.machine.close(client.request.id)
             self._flush()
 
-    def _flush(self) -> None:
+    def _flush(self, changes: bool = True) -> None:
         now = self.world.now
         commands = self.machine.take()
+        check(changes or not commands, "a message of an old epoch changes journal {}", self.slot)
         while commands:
             for command in commands:
                 if isinstance(command, Send):
-                    self.send(command.to, command.message)
+                    message = command.message
+                    if isinstance(message, Submit):
+                        client = self.mine[message.request.id]
+                        client.submit(message.choices, self.epoch)
+                    self.send(command.to, message)
                     continue
                 client = self.mine[command.request]
+                if client.over == "disconnected":
+                    continue  # was on its way when the client went
                 if isinstance(command, Delivered):
                     self._deliver(client, command)
                 elif isinstance(command, Ended):
@@ -183,19 +212,28 @@ class ApiProcess(Process):
 
     def _deliver(self, client: Client, command: Delivered) -> None:
         spec = client.spec
-        if client.over == "disconnected":
-            return  # was on its way to a client that has gone
         client.deliver(command.tokens)
         choice = command.tokens.ref.choice
         stop = spec.stops.get(choice)
         if stop is not None and len(client.seen[choice]) >= stop and choice not in client.finished:
             client.stopped.add(choice)
             self.machine.stop(command.request, choice)
+            self._check_stop(client, choice)
         if spec.close_after_tokens is not None and client.num_seen >= spec.close_after_tokens:
             self._close_now(client)
+
+    def _check_stop(self, client: Client, choice: int) -> None:
+        """What runs for a stopped choice must be told to end; only the scheduler can be told."""
+        told = [c.message for c in self.machine._commands if isinstance(c, Send)]
+        due = self.scheduler_up and client.submitted_to == self.epoch
+        check(
+            not due or any(isinstance(message, Abort | Closed) for message in told),
+            "{}/{} is stopped, but its worker is not told",
+            client.request.id,
+            choice,
+        )
 
     def _close_now(self, client: Client) -> None:
         if client.over is None:
             client.over = "disconnected"
             self.machine.close(client.request.id)
-

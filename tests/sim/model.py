@@ -55,7 +55,7 @@ def sample(
     """The token after `position`, the `num_emitted`-th of its choice."""
     draw = hash((logits, seed, choice, position, num_emitted)) & 0x7FFFFFFFFFFFFFFF
     if may_stop:
-        kind = draw % 48
+        kind = draw % 96
         if kind == 0:
             return EOS
         if kind == 1 and stop_ids:

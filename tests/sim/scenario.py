@@ -32,6 +32,7 @@ FEATURES: Final = (
     "mid_step",
     "two_pools",
     "no_cache",
+    "token_loss",
 )
 
 LABELS: Final = (
@@ -95,6 +96,7 @@ class Scenario:
     pools: int
     apis: int
     workers: tuple[WorkerSetup, ...]
+    token_loss: float  # chance that a batch of tokens is dropped on its way
     scheduler: SchedulerOptions
     batch: BatchOptions
     prefix_caching: bool
@@ -120,7 +122,7 @@ def generate(seed: int, features: frozenset[str] | None = None) -> Scenario:
     chosen = drawn if features is None else tuple(f for f in FEATURES if f in features)
     has = frozenset(chosen)
     block_size = 32 if rng.random() < 0.1 else 16
-    num_blocks = rng.randint(6, 16) if "tiny_pool" in has else rng.randint(24, 96)
+    num_blocks = rng.randint(6, 12) if "tiny_pool" in has else rng.randint(12, 64)
     pools = 2 if "two_pools" in has else 1
     apis = rng.choice((1, 1, 2))
     max_model_len = min(160, (num_blocks - 1) * block_size)
@@ -133,6 +135,7 @@ def generate(seed: int, features: frozenset[str] | None = None) -> Scenario:
         pools=pools,
         apis=apis,
         workers=_workers(rng, pools),
+        token_loss=0.03 if "token_loss" in has else 0.0,
         scheduler=scheduler,
         batch=batch,
         prefix_caching="no_cache" not in has,
@@ -200,12 +203,12 @@ def _faults(rng: Random, has: frozenset[str], apis: int) -> tuple[Fault, ...]:
 
     def crash(slot: str) -> None:
         label = rng.choice(LABELS)
-        most = 1500 if label == "any" else 300
+        most = 1000 if label == "any" else 100
         nth = int(most ** rng.random())
         faults.append(Fault("crash", slot, label, nth))
 
     if "worker_crash" in has:
-        for _ in range(rng.randint(1, 5)):
+        for _ in range(rng.randint(2, 8)):
             crash(f"w{rng.randint(0, 2)}")
     if "scheduler_crash" in has:
         for _ in range(rng.randint(1, 3)):
@@ -221,12 +224,13 @@ def _faults(rng: Random, has: frozenset[str], apis: int) -> tuple[Fault, ...]:
 def _requests(rng: Random, has: frozenset[str], s: Scenario) -> tuple[RequestSpec, ...]:
     oracle = Oracle(s.block_size, s.max_model_len)
     documents = [_tokens(rng, rng.randint(16, 100)) for _ in range(3)]
-    gap = 0.0 if "burst" in has else rng.choice((0.01, 0.05, 0.2))
+    gap = 0.0 if "burst" in has else rng.choice((0.002, 0.01, 0.05, 0.1))
     specs: list[RequestSpec] = []
     at = 0.0
-    for index in range(rng.randint(4, 26)):
+    for index in range(rng.randint(4, 32)):
         at += rng.expovariate(1.0 / gap) if gap else rng.choice((0.0, 0.0, 0.0, 0.3))
-        prompt = _tokens(rng, int(rng.choice((1, 15, 16, 17, 33, 70, 110)) * rng.uniform(0.5, 1)))
+        lengths = (1, 15, 17, 30) if "tiny_pool" in has else (1, 15, 16, 17, 33, 70, 110)
+        prompt = _tokens(rng, int(rng.choice(lengths) * rng.uniform(0.5, 1)))
         if "prefix" in has and rng.random() < 0.8:
             document = rng.choice(documents)
             cut = rng.choice((len(document), 16, 32, 48))
@@ -249,7 +253,8 @@ def _tokens(rng: Random, count: int) -> list[int]:
 def _request(
     rng: Random, has: frozenset[str], s: Scenario, index: int, at: float, prompt: list[int]
 ) -> RequestSpec:
-    max_tokens = rng.choice((1, 2, 5, 15, 16, 17, 40))
+    tiny = "tiny_pool" in has  # long answers to short prompts: sequences outgrow the pool
+    max_tokens = rng.choice((5, 40, 70, 100) if tiny else (1, 2, 5, 16, 17, 40, 70))
     prompt = prompt[: s.max_model_len - 1]
     if rng.random() < 0.9:
         max_tokens = max(1, min(max_tokens, s.max_model_len - len(prompt)))
@@ -264,7 +269,7 @@ def _request(
         max_tokens=max_tokens,
         n=n,
         min_tokens=rng.choice((0, 0, 0, min(4, max_tokens))),
-        ignore_eos=rng.random() < 0.3,
+        ignore_eos=rng.random() < (0.7 if tiny else 0.3),
         stop_ids=[STOP] if rng.random() < 0.3 else [],
         logprobs=rng.random() < 0.2,
         prompt_logprobs="prompt_logprobs" in has and rng.random() < 0.5,

@@ -21,7 +21,7 @@ REST_S: Final = 120.0
 """Virtual seconds after the last disturbance within which every request must have ended."""
 SETTLE_S: Final = 3.0
 """Virtual seconds after the last end within which everything must be given back."""
-EVENTS_MAX: Final = 200_000
+EVENTS_MAX: Final = 60_000
 
 
 @dataclass(slots=True)
@@ -43,14 +43,18 @@ class Simulation:
         self.scenario = scenario
         self.world = World(scenario)
         self.oracle = Oracle(scenario.block_size, scenario.max_model_len)
-        self.clients = Clients(self.oracle)
+        self.clients = Clients(self.oracle, scenario)
         self.memories: dict[PoolId, Memory] = {
             pool: Memory(pool, scenario.num_blocks, scenario.block_size)
             for pool in range(scenario.pools)
         }
         pool_of = {setup.worker: setup.pool for setup in scenario.workers}
         self.watch = Watch(
-            self.memories, pool_of, self.oracle, scenario.scheduler.max_num_seqs
+            self.memories,
+            pool_of,
+            self.oracle,
+            scenario.scheduler.max_num_seqs,
+            scenario.prefix_caching,
         )
         self.supervisor = Supervisor(self.world, self.memories, self.watch, self.clients)
 
@@ -116,6 +120,16 @@ class Simulation:
             left = (stats.running, stats.waiting, stats.blocks_used)
             check(left == (0, 0, 0), "left at rest: running, waiting, blocks {}", left)
             check(stats.ready, "the scheduler is not ready at rest")
+        assert self.supervisor.scheduler is not None
+        audit = self.supervisor.scheduler.machine.audit()
+        check(not audit.rows, "the scheduler still has rows at rest: {}", audit.rows)
+        waiting = (audit.waiting, audit.waiting_tokens, audit.ignored_commits)
+        check(waiting == (0, 0, 0), "left at rest: rows, tokens, lies {}", waiting)
+        for pool in audit.pools.values():
+            used = pool.private + pool.shared + pool.hungry + pool.draining
+            check(used == 0, "pool is not at rest: {}", pool)
+        for api in self.supervisor.apis.values():
+            check(api.machine.num_open == 0, "{} has open requests at rest", api.slot)
 
     def _again(self) -> None:
         """A fault came while settling: wait once more for the whole."""

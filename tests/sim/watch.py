@@ -22,6 +22,7 @@ from diptych.engine.core.request import SeqRef, Sequence
 from diptych.engine.core.types import BlockId, Epoch, Generation, PoolId, Role, WorkerId, unpack_ids
 from tests.sim.memory import Memory
 from tests.sim.model import Oracle
+from tests.sim.names import Names
 from tests.sim.world import check
 
 HoldKey = tuple[WorkerId, Epoch, SeqRef]
@@ -60,15 +61,19 @@ class Watch:
         pool_of: dict[WorkerId, PoolId],
         oracle: Oracle,
         sequences_max: int,
+        caching: bool,
     ) -> None:
         self.memories = memories
         self.pool_of = pool_of
         self.oracle = oracle
         self.sequences_max = sequences_max
+        self.caching = caching
         self.blocks = {
             pool: [Block() for _ in range(memory.num_blocks)] for pool, memory in memories.items()
         }
+        self.names = {pool: Names() for pool in memories}
         self.holds: dict[HoldKey, Hold] = {}
+        self.just_dropped: dict[HoldKey, Hold] = {}  # in the scheduler's present step
         self.epoch: Epoch = 0  # of the scheduler that runs
         self.readable: set[PoolId] = set()
         self.gone: set[tuple[WorkerId, Epoch]] = set()  # fenced
@@ -85,6 +90,7 @@ class Watch:
         """A new scheduler has read the page: what it assigns next follows from that."""
         self.readable.add(pool)
         memory = self.memories[pool]
+        self.names[pool].adopt(memory.read().entries)
         for i, block in enumerate(self.blocks[pool]):
             block.generation = memory.generation(i)
             block.committed = memory.is_valid(i)
@@ -108,6 +114,7 @@ class Watch:
         check(len(message.block_table) * size >= len(tokens), "{}: table too short", ref)
         check(len(set(message.block_table)) == len(message.block_table), "{}: block twice", ref)
         check(not (message.want_prompt_logprobs and computed), "{}: hit hides logprobs", ref)
+        check(self.caching or not computed, "{}: hit without a cache", ref)
         key = (worker, to.epoch, ref)
         on_worker = sum(other[:2] == key[:2] for other in self.holds)
         check(on_worker < self.sequences_max, "worker {} gets {} sequences", worker, on_worker + 1)
@@ -157,11 +164,25 @@ class Watch:
                 block,
             )
         state.generation = generation
-        state.committed = False
+        if state.committed:
+            state.committed = False
+            if self.caching:
+                self.names[hold.pool].give_away(block, self._unused(hold.pool))
+
+    def _unused(self, pool: PoolId) -> set[BlockId]:
+        """Blocks that nobody held since this step began."""
+        unused = {i for i, block in enumerate(self.blocks[pool]) if not block.holders}
+        return unused.difference(*(hold.table for hold in self.just_dropped.values()))
 
     def _grant(self, to: Address, message: Grant) -> None:
         key = (to.number, to.epoch, message.ref)
         hold = self.holds.get(key)
+        dropped = self.just_dropped.get(key)
+        if hold is None and dropped is not None:
+            # Granted and ended within one step of the scheduler: the worker will ignore it.
+            for block, generation in zip(message.blocks, message.generations, strict=True):
+                self._give(key, dropped, block, generation)
+            return
         if hold is None:
             check(False, "{} is granted blocks but was not assigned", key)
             return
@@ -183,12 +204,19 @@ class Watch:
     def _has(self, key: HoldKey) -> bool:
         return key in self.holds and self.holds[key].epoch == self.epoch
 
+    def begin_step(self) -> None:
+        """The scheduler is about to hear what it will answer in one step."""
+        self.just_dropped.clear()
+        for names in self.names.values():
+            names.begin_step()
+
     def scheduler_hears(self, epoch: Epoch, message: Message) -> None:
         if isinstance(message, Progress) and message.scheduler_epoch == epoch:
             for row in message.committed:
                 state = self.blocks[self.pool_of[message.worker]][row.block]
                 if state.generation == row.generation and self._has(progress_key(message, row.ref)):
                     state.committed = True
+                    self.names[self.pool_of[message.worker]].commit(row)
             for ref in (*message.finished, *message.sealed, *message.released):
                 self._drop(progress_key(message, ref))
         elif isinstance(message, Joined) and message.scheduler_epoch == epoch:
@@ -204,6 +232,7 @@ class Watch:
     def _drop(self, key: HoldKey) -> None:
         hold = self.holds.pop(key, None)
         if hold is not None:
+            self.just_dropped[key] = hold
             for block in hold.table:
                 self.blocks[hold.pool][block].holders.discard(key)
 

@@ -97,8 +97,11 @@ class WorkerProcess(Process):
     def _handle(self, message: Message) -> None:
         assert isinstance(message, Join | Assign | Grant | Revoke | SetDial | Seal), message
         self.op("handle")
+        stale = message.scheduler_epoch < self.epoch and self.plan is None
         self.batcher.handle(message)
-        self._carry_out(self.batcher.take())
+        commands = self.batcher.take()
+        check(not (stale and commands), "{}: an old {} changes it", self.slot, message)
+        self._carry_out(commands)
         self.batcher.check_integrity()
 
     def _carry_out(self, commands: list[BatcherCommand]) -> None:
@@ -201,6 +204,13 @@ class WorkerProcess(Process):
 
     def _fault(self) -> None:
         self.cause = DownCause.FAULT
+        assert self.plan is not None
+        for row in self.plan.rows:
+            if self._poisons(row):
+                client = self.clients.by_id[row.seq.ref.request]
+                client.faults += 1
+                most = (client.spec.n + 1) * self.epoch + 1
+                check(client.faults <= most, "{} crashed {} workers", row.seq.ref, client.faults)
         self.world.kill(self)
 
     def _finish(self) -> None:

@@ -14,7 +14,7 @@ from typing import Final
 
 import msgspec
 
-from diptych.engine.core.messages import Address, AnyMessage, Message
+from diptych.engine.core.messages import Address, AnyMessage, Message, TokenBatch
 from diptych.engine.core.types import DownCause
 from tests.sim.scenario import Scenario
 
@@ -132,7 +132,7 @@ class World:
         self.last_fault = self.now
         process.alive = False
         for (source, _), link in self.links.items():
-            if source == process.address and link.queue and self.rng.random() < 0.5:
+            if source == process.address and link.queue and self.rng.random() < 0.6:
                 for _ in range(self.rng.randint(0, len(link.queue))):
                     link.queue.pop()  # still in its own send buffer
                     self.in_flight -= 1
@@ -174,10 +174,22 @@ class World:
         delay = link.rng.random() * 2.0 * timing.delay_s
         if link.rng.random() < timing.spike_chance:
             delay += link.rng.random() * timing.spike_s
+        if self._drops(link, message):
+            return
         link.last = max(link.last, self.now + delay)
         link.queue.append(_ENCODER.encode(message))
         self.in_flight += 1
         self.at(link.last - self.now, lambda: self._deliver(link, to))
+
+    def _drops(self, link: Link, message: Message) -> bool:
+        """Loses tokens now and then, but never a finish: only a gap is noticed."""
+        chance = self.scenario.token_loss
+        return (
+            chance > 0.0
+            and isinstance(message, TokenBatch)
+            and all(item.finish is None for item in message.items)
+            and link.rng.random() < chance
+        )
 
     def _deliver(self, link: Link, to: Address) -> None:
         if not link.queue:

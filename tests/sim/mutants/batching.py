@@ -2,6 +2,8 @@
 
 from contextlib import ExitStack
 
+from msgspec import structs
+
 from diptych.engine.core.messages import Join, Seal
 from diptych.engine.core.plan import StepPlan
 from diptych.engine.core.request import Sequence
@@ -10,7 +12,6 @@ from diptych.scheduler.commands import CommitBlock
 from diptych.scheduler.lineup import Lineup
 from diptych.scheduler.running import Running
 from diptych.scheduler.seals import Seals
-
 from tests.sim.mutants.registry import edit, mutant, replace
 
 
@@ -58,18 +59,13 @@ def released_during_step(stack: ExitStack) -> None:
     edit(stack, Batcher, "handle", "if self._in_flight is not None:", "if False:")
 
 
-@mutant("scheduler_crash")
+@mutant("scheduler_crash", "clog", "burst")
 def batcher_takes_old_epoch(stack: ExitStack) -> None:
     """A message of an older scheduler changes a worker."""
 
     def handle(self: Batcher, message: BatcherInput) -> None:
         if not isinstance(message, Join | Seal) and self._epoch is not None:
-            message = type(message)(
-                **{
-                    name: getattr(message, name) if name != "scheduler_epoch" else self._epoch
-                    for name in message.__struct_fields__
-                }
-            )
+            message = structs.replace(message, scheduler_epoch=self._epoch)
         original(self, message)
 
     original = Batcher.handle
@@ -112,12 +108,6 @@ def writes_without_room(stack: ExitStack) -> None:
         return 1
 
     replace(stack, Running, "room", room)
-
-
-@mutant("disconnect")
-def revoke_not_answered(stack: ExitStack) -> None:
-    """A sequence that is unknown here is not given back."""
-    edit(stack, Batcher, "_revoke", "self._report.released.append", "run is None or self._report.released.append")
 
 
 @mutant("tiny_pool")

@@ -5,7 +5,6 @@ from contextlib import ExitStack
 from diptych.engine.core.messages import ChoiceState
 from diptych.scheduler.journal import Journal
 from diptych.scheduler.log_row import ChoiceRow
-
 from tests.sim.mutants.registry import edit, mutant, replace
 
 
@@ -15,20 +14,26 @@ def old_attempt_taken(stack: ExitStack) -> None:
     edit(stack, Journal, "_current", "choice.done or choice.attempt != ref.attempt", "choice.done")
 
 
-@mutant("worker_crash", "scheduler_crash")
+@mutant("token_loss")
 def gap_ignored(stack: ExitStack) -> None:
     """Tokens after a gap are taken as if nothing was missing."""
     edit(stack, Journal, "_tokens", "item.first_index > len(choice.emitted)", "False")
-    edit(stack, ChoiceRow, "accept", 'assert skip >= 0, "a gap is no part of the log"', "skip = max(0, skip)")
+    edit(
+        stack,
+        ChoiceRow,
+        "accept",
+        'assert skip >= 0, "a gap is no part of the log"',
+        "skip = max(0, skip)",
+    )
 
 
 @mutant()
 def overlap_delivered(stack: ExitStack) -> None:
     """Token 0 reaches the client from both workers."""
-    edit(stack, ChoiceRow, "accept", "skip = len(self.emitted) - item.first_index", "skip = 0")
+    edit(stack, ChoiceRow, "accept", "skip = first - item.first_index", "skip = 0")
 
 
-@mutant("scheduler_crash")
+@mutant("scheduler_crash", "clog", "small_caps", "burst")
 def old_epoch_taken(stack: ExitStack) -> None:
     """The journal listens to a scheduler that is gone."""
     edit(stack, Journal, "handle", "message.scheduler_epoch != self._epoch", "False")
@@ -40,7 +45,9 @@ def emitted_lost(stack: ExitStack) -> None:
 
     def state(self: ChoiceRow, request: object, block_size: int) -> ChoiceState:
         found = original(self, request, block_size)  # type: ignore[arg-type]
-        return ChoiceState(found.choice, found.attempt, b"", found.hashes, found.want_prompt_logprobs)
+        return ChoiceState(
+            found.choice, found.attempt, b"", found.hashes, found.want_prompt_logprobs
+        )
 
     original = ChoiceRow.state
     replace(stack, ChoiceRow, "state", state)
@@ -70,7 +77,7 @@ def closed_not_said(stack: ExitStack) -> None:
     edit(stack, Journal, "_forget", "if self._known(row):", "if False:")
 
 
-@mutant("stop")
+@mutant("stop", "choices")
 def stop_not_said(stack: ExitStack) -> None:
     """A choice that was stopped at a string goes on computing."""
     edit(stack, Journal, "stop", "if self._known(row):", "if False:")

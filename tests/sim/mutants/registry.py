@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from importlib import import_module
+from types import FunctionType
 from typing import Any
 
 Patch = Callable[[ExitStack], None]
@@ -57,11 +58,13 @@ def edit(stack: ExitStack, owner: type, name: str, old: str, new: str) -> None:
     """Replaces `old`, which the method's source must hold exactly once, by `new`."""
     attribute = owner.__dict__[name]
     function = attribute.fget if isinstance(attribute, property) else attribute
+    assert isinstance(function, FunctionType)
     source = textwrap.dedent(inspect.getsource(function))
     assert source.count(old) == 1, f"{owner.__name__}.{name} has {source.count(old)} of {old!r}"
     found: dict[str, Any] = {}
-    exec(compile(source.replace(old, new), f"<{name}, mutated>", "exec"),
-         function.__globals__, found)
+    exec(
+        compile(source.replace(old, new), f"<{name}, mutated>", "exec"), function.__globals__, found
+    )
     replace(stack, owner, name, found[name])
 
 
