@@ -276,15 +276,22 @@ class Batcher:
             self._lineup.at_block_end(run)
 
     def _commit_chunk(self, run: Running, row: StepRow, result: StepResult, index: int) -> None:
-        """A chunk of a prompt; its last one also brings the first token."""
+        """A chunk of a prompt; its last one also brings the first token.
+
+        The seal goes out before the page entries, which nobody waits for: the blocks stay this
+        worker's for the scheduler until it reads `sealed` in the report behind them.
+        """
         run.seq.num_computed += row.length
-        self._commit_blocks(run)
         if run.seq.want_prompt_logprobs:
             run.seq.prompt_logprobs.extend(result.prompt_logprobs.get(index, ()))
-        if not row.sample:
-            return
-        sample = result.samples[index]
-        assert sample is not None, "the last chunk samples"
+        if row.sample:
+            sample = result.samples[index]
+            assert sample is not None, "the last chunk samples"
+            self._first_token(run, sample)
+        self._commit_blocks(run)
+
+    def _first_token(self, run: Running, sample: Sample) -> None:
+        """To the client from here; then the sequence decodes here or goes to its peer."""
         ids: list[int] = []
         if sample.error is None:
             ids.append(sample.token)

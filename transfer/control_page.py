@@ -6,6 +6,7 @@ entry is valid exactly when committed == generation > 0; the order of writes in 
 keeps that true when the writer is killed between any two of them.
 """
 
+import struct
 import time
 from typing import Final
 
@@ -15,6 +16,7 @@ from diptych.engine.core.types import BlockHash, BlockId, Generation
 
 _HASH_BYTES: Final = 32
 _PULSE_WORDS: Final = 8  # one cache line: the fields of `Pulse` in order, and 3 unused
+_PACK_HASH: Final = struct.Struct(f"{_HASH_BYTES}s").pack_into  # faster than a slice
 _COUNTER, _BUSY, _STEP_START_NS, _STEP_END_NS, _STEPS = range(5)
 
 
@@ -70,9 +72,8 @@ class ControlPage:
         """The block is full and the step that filled it is over."""
         assert self._generation[block] == generation
         assert len(hash_) == len(parent) == _HASH_BYTES
-        start = block * _HASH_BYTES
-        self._hash[start : start + _HASH_BYTES] = hash_
-        self._parent[start : start + _HASH_BYTES] = parent
+        _PACK_HASH(self._hash, block * _HASH_BYTES, hash_)
+        _PACK_HASH(self._parent, block * _HASH_BYTES, parent)
         self._committed[block] = generation  # last: until here the entry stays void
 
     def read_all(self) -> tuple[list[Generation], list[ValidEntry]]:

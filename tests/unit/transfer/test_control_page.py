@@ -5,6 +5,7 @@ from hashlib import sha256
 
 import pytest
 
+from diptych.transfer import control_page
 from diptych.transfer.control_page import ControlPage, page_bytes
 from diptych.transfer.shared_memory import SharedMemory, create_memory
 
@@ -54,7 +55,7 @@ class Killed(Exception):
 
 
 class DyingView:
-    """A column that lets `stores` writes through, shared over all columns, then dies."""
+    """A column that lets `budget` writes through, counted over all columns, then dies."""
 
     def __init__(self, view: memoryview, budget: list[int]) -> None:
         self._view = view
@@ -71,12 +72,19 @@ class DyingView:
 
 
 @pytest.mark.parametrize("stores", range(9))
-def test_a_writer_killed_between_two_stores_leaves_no_wrong_entry(stores: int) -> None:
+def test_a_writer_killed_between_two_stores_leaves_no_wrong_entry(
+    stores: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
     memory = memoryview(bytearray(page_bytes(BLOCKS, 1)))
     writer = ControlPage(memory, BLOCKS, 1)
     budget = [stores]
     for column in ("_generation", "_committed", "_hash", "_parent"):
         setattr(writer, column, DyingView(getattr(writer, column), budget))
+
+    def store(column: DyingView, start: int, value: bytes) -> None:
+        column[start : start + len(value)] = value
+
+    monkeypatch.setattr(control_page, "_PACK_HASH", store)
     try:
         writer.clear(3, 1)
         writer.commit(3, 1, name(1), name(0))
