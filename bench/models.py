@@ -60,11 +60,12 @@ def write_model(folder: Path, size: str, dtype: str = "bfloat16", **changes: obj
     config |= _SIZES[size]
     config |= changes
     (folder / "config.json").write_text(json.dumps(config, indent=1))
-    _write_tokenizer(folder)
+    write_tokenizer(folder)
     return folder
 
 
-def _write_tokenizer(folder: Path) -> None:
+def write_tokenizer(folder: Path) -> None:
+    """A byte-level tokenizer without merges: ids 0 to 255 are bytes, 256 to 258 special."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
