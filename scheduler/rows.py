@@ -47,6 +47,7 @@ class Row:
     num_tokens: int = 0  # prompt and what was emitted before this attempt
     num_hit: int = 0  # blocks found in the prefix cache
     num_committed: int = 0  # blocks known to be full, the hits included
+    blocks_base: int = 0  # that hold num_tokens
     blocks_max: int = 0  # that it can ever need
     holds: dict[WorkerId, Role] = field(default_factory=dict)  # may still touch its blocks
     decoder: WorkerId = 0  # gets the grants

@@ -74,6 +74,7 @@ class Runs:
         row.ref = SeqRef(row.key[0], row.key[1], row.wanted.attempt)
         row.num_tokens = row.tokens_wanted()
         row.num_hit = row.num_committed = len(placement.found)
+        row.blocks_base = blocks_for(row.num_tokens, self._cache.block_size)
         row.blocks_max = row.blocks_max_wanted(self._cache.block_size)
         row.alone, row.poison, row.finished_on = alone, False, None
         decoder = seats.decoder if seats.decoder is not None else seats.first
@@ -156,8 +157,7 @@ class Runs:
     def extend(self, row: Row, pool: Pool) -> None:
         """Grants up to the block being written and the headroom; without room, makes some."""
         headroom = self._options.headroom_blocks
-        tokens = blocks_for(row.num_tokens, self._cache.block_size)
-        target = min(row.blocks_max, max(tokens, row.num_committed + 1) + headroom)
+        target = min(row.blocks_max, max(row.blocks_base, row.num_committed + 1) + headroom)
         have = len(row.table)
         if have >= target:
             pool.hungry.discard(row)
