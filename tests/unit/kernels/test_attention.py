@@ -115,6 +115,20 @@ def test_a_later_nan_does_not_reach_an_earlier_row(cpp: CppKernels) -> None:
     assert after[30:].isnan().all()
 
 
+def test_what_left_the_window_does_not_matter(cpp: CppKernels) -> None:
+    heads = Heads(4, 2, 32, BF16, window=75)
+    [clean] = random_sequences(heads, [(150, 200)], torch.Generator().manual_seed(8))
+    spoiled = dataclasses.replace(clean, k=clean.k.clone(), v=clean.v.clone())
+    spoiled.k[:77] = spoiled.v[:77] = float("nan")
+    before, after = (
+        run_attention(cpp, heads, [s], torch.Generator().manual_seed(0))[0]
+        for s in (clean, spoiled)
+    )
+    first_clean_row = 76 + 75 - 50  # its position is the row's plus 50
+    assert torch.equal(after[first_clean_row:], before[first_clean_row:])
+    assert after[:first_clean_row].isnan().all()
+
+
 def test_rows_of_q_may_be_strided(cpp: CppKernels) -> None:
     heads = Heads(4, 2, 16)
     generator = torch.Generator().manual_seed(7)

@@ -91,6 +91,17 @@ def test_nan_stays_in_its_row(cpp: CppKernels) -> None:
     assert out[[0, 2]].isfinite().all()
 
 
+def test_nothing_stays_from_an_earlier_call(cpp: CppKernels) -> None:
+    """An odd K is padded inside; what the padding's memory held before must not show."""
+    x, weight, _ = _problem((3, 20, 31), torch.bfloat16)
+    spoiled, wide, _ = _problem((3, 20, 64), torch.bfloat16)
+    out, again = torch.empty(3, 20), torch.empty(3, 20)
+    cpp.linear(out, x, cpp.pack_linear(weight, None))
+    cpp.linear(again, torch.full_like(spoiled, float("nan")), cpp.pack_linear(wide, None))
+    cpp.linear(again, x, cpp.pack_linear(weight, None))
+    assert torch.equal(again, out)
+
+
 def test_levels_read_the_same_packed_weights(cpp: CppKernels) -> None:
     _, weight, bias = _problem((4, 40, 64), torch.bfloat16)
     packed_by_best = CppKernels().pack_linear(weight, bias)
