@@ -9,7 +9,6 @@ top_p (ties by lower id). A token is drawn by inverting the sum of the kept prob
 order of token id, in float64.
 """
 
-import math
 from collections import OrderedDict
 from collections.abc import Sequence as Seq
 from typing import Final
@@ -186,7 +185,7 @@ def _find(weights: NDArray[np.float64], spans: NDArray[np.float64], number: floa
     weights: [V]; spans: [V / _SPAN, rounded up], the weight up to the end of each span.
     """
     whole = float(spans[-1])
-    target = min(number * whole, math.nextafter(whole, 0.0))
+    target = number * whole  # below it, also as rounded: whole >= 1, number <= 1 - 2^-53
     span = int(np.searchsorted(spans, target, side="right"))
     part = weights[span * _SPAN : (span + 1) * _SPAN]
     before = float(spans[span - 1]) if span else 0.0

@@ -210,7 +210,7 @@ def test_counts_follow_the_tokens_not_the_calls() -> None:
     logits = torch.tensor([[0.0, 3.0, 2.0, 1.0]])
     first = seq_of(params, [0], [1])
     assert sampler.sample(logits, [first])[0].token == 2
-    again = seq_of(params, [0], [])
+    again = seq_of(params, [0], [2])
     assert sampler.sample(logits, [again])[0].token == 1
     first.tokens += [1, 2, 2]
     assert sampler.sample(logits, [first])[0].token == 3
@@ -265,6 +265,18 @@ def test_greedy_ties_go_to_the_lower_id_on_both_paths() -> None:
     edited = one(row, seq_of(SamplingParams(temperature=0.0, logprobs=0, logit_bias={3: -1.0})))
     assert plain == edited
     assert plain.token == 1
+
+
+def test_bad_words_look_at_emitted_tokens_only() -> None:
+    params = SamplingParams(temperature=0.0, bad_word_ids=[[3, 4, 1]])
+    row = [0.0, 9.0, 8.0, 1.0, 0.0]
+    for prompt, emitted, token in (
+        ([3, 4], [], 1),
+        ([3], [4], 1),
+        ([0], [3, 4], 2),
+        ([0], [3, 4, 4], 1),
+    ):
+        assert one(row, seq_of(params, prompt, emitted)).token == token
 
 
 def test_min_tokens_masks_eos_and_stops_until_reached() -> None:

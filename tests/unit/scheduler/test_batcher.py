@@ -116,6 +116,39 @@ def test_nothing_starves_in_a_tiny_step(budget: int, seats: int) -> None:
         assert (heard[ref].ids, heard[ref].finish) == expected_answer(request)
 
 
+@pytest.mark.parametrize(("budget", "seats"), [(1, 8), (64, 1), (1, 1), (8, 2)])
+def test_a_prompt_gets_on_beside_long_answers(budget: int, seats: int) -> None:
+    shell = Shell(0, BatchOptions(max_num_batched_tokens=budget, max_num_seqs=seats))
+    for i in range(3):
+        request = request_of(str(i), [10 + i], max_tokens=200, min_tokens=200)
+        shell.assign(request, blocks_of(20 * i, 240))
+        while not any(row.seq.ref.request == str(i) for plan in shell.plans for row in plan.rows):
+            shell.step()
+    late = shell.assign(request_of("9", prompt_of(random.Random(1), 10)), blocks_of(90, 32))
+    for _ in range(40):
+        shell.step()
+    heard = hear(shell)
+    assert heard[late].ids, "the prompt was computed"
+    counts = [len(heard[SeqRef(str(i), 0, 0)].ids) for i in range(3)]
+    assert max(counts) - min(counts) <= 4, "the answers take turns"
+    assert min(counts) >= 3
+
+
+def test_a_stop_token_below_min_tokens_does_not_stop() -> None:
+    shell = Shell(0, OPTIONS)
+    request = request_of("1", [10], min_tokens=3, max_tokens=9)
+    ref = shell.assign(request, blocks_of(0, 16))
+    for token in (2, 5, 2):
+        plan = shell.batcher.plan()
+        shell.drain()
+        shell.batcher.commit(plan, StepResult([Sample(token)]))
+        shell.drain()
+    heard = hear(shell)[ref]
+    assert heard.ids == [2, 5, 2]
+    assert heard.finish is not None
+    assert (heard.finish.reason, heard.finish.stop_reason) == (FinishReason.STOP, None)
+
+
 def test_handoff_before_and_after_the_assignment() -> None:
     for seal_first in (False, True):
         prefill, decode = Shell(0, OPTIONS), Shell(1, OPTIONS)
