@@ -168,7 +168,10 @@ class ApiProcess(Process):
             self.scheduler_up = False
         if isinstance(message, Accepted) and message.request in self.mine:
             self.mine[message.request].accepted |= epoch == self.epoch
+        before = self.machine.stats
         self.machine.handle(message, self.world.now)  # type: ignore[arg-type]
+        same = epoch == self.epoch or self.machine.stats is before
+        check(same, "{}: statistics of an old scheduler", self.slot)
         self._flush(changes=epoch == self.epoch)
 
     def _tick(self) -> None:

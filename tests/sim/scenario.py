@@ -35,23 +35,17 @@ FEATURES: Final = (
     "token_loss",
 )
 
-LABELS: Final = (
-    "any",
-    "any",
-    "any",
-    "handle",
-    "plan",
-    "planned",
-    "write",
-    "commit",
-    "committed",
-    "clear",
-    "page_hash",
-    "page_commit",
-    "send",
-    "step",
-    "stepped",
-)
+_COMMON: Final = ("any", "any", "send")
+LABELS: Final = {  # of the places where a process may die, by its kind
+    "w": (
+        *_COMMON,
+        *("handle", "plan", "planned", "write", "commit", "committed"),
+        *("clear", "page_hash", "page_commit"),
+        *("sent_Progress", "sent_Progress", "sent_Progress", "sent_Seal", "sent_Joined"),
+    ),
+    "s": (*_COMMON, "step", "stepped", "sent_Accepted", "sent_Assign", "sent_Grant", "sent_Join"),
+    "a": (*_COMMON, "handle", "sent_Submit", "sent_Closed", "sent_Abort"),
+}
 
 
 @dataclass(slots=True, frozen=True)
@@ -202,14 +196,14 @@ def _faults(rng: Random, has: frozenset[str], apis: int) -> tuple[Fault, ...]:
     faults: list[Fault] = []
 
     def crash(slot: str) -> None:
-        label = rng.choice(LABELS)
+        label = rng.choice(LABELS[slot[0]])
         most = 1000 if label == "any" else 100
         nth = int(most ** rng.random())
         faults.append(Fault("crash", slot, label, nth))
 
     if "worker_crash" in has:
         for _ in range(rng.randint(2, 8)):
-            crash(f"w{rng.randint(0, 2)}")
+            crash(f"w{rng.choice((0, 0, 1, 2))}")
     if "scheduler_crash" in has:
         for _ in range(rng.randint(1, 3)):
             crash("s")

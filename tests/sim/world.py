@@ -66,6 +66,7 @@ class Process:
     def send(self, to: Address, message: Message) -> None:
         self.op("send")
         self.world.transmit(self.address, to, message)
+        self.op(f"sent_{type(message).__name__}")
 
 
 @dataclass(slots=True)
