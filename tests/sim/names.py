@@ -46,13 +46,13 @@ class Names:
         """`block` goes to somebody; `unused` blocks were used by nobody all through this step."""
         if block not in self._names:
             return
-        name, _ = self._names.pop(block)
+        name, above = self._names.pop(block)
         del self._blocks[name]
         old = [entry for other, entry in self._names.items() if other not in self._new]
         self._exact = self._exact and name not in self._refused
         if not self._exact or all(parent != name for _, parent in old):
             return
-        parents = {parent for _, parent in self._names.values()}
+        parents = {above, *(parent for _, parent in self._names.values())}  # as it was before
         for other in unused & self._names.keys():
             leaf = self._names[other][0] not in parents
             check(not leaf, "block {} is evicted before the leaf {}", block, other)
