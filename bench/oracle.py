@@ -5,18 +5,14 @@ is a function of (family, dtype, seed), and its norms and biases are random too,
 out shows.
 """
 
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
 import torch
+import transformers
 from torch import Tensor
-
-# transformers asks for a package named `kernels`; in a source checkout it would find our folder.
-sys.modules.setdefault("kernels", None)  # type: ignore[arg-type]  # None: "not installed"
-import transformers  # noqa: E402
-from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS  # noqa: E402
+from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 __all__ = ["FAMILIES", "VOCAB_SIZE", "Oracle", "make_checkpoint"]
 

@@ -56,10 +56,9 @@ class LoadedModel:
 def load_model(options: ModelOptions) -> LoadedModel:
     """Loads and packs the weights. Raises ModelLoadError or ConfigError.
 
-    Fork-safe: no thread is started, here or by torch, whose thread count this process gets set to 1
-    (the kernels have their own threads, made by `make_runner`).
+    Fork-safe as long as torch runs on one thread (a process that forks calls
+    `torch.set_num_threads(1)` first): the kernels' own threads are made by `make_runner`.
     """
-    torch.set_num_threads(1)
     config = load_model_config(options.path, options.dtype, options.max_model_len)
     kernels = load_kernels(options)
     source = open_weights(Path(options.path), config, options.load_format, options.seed)
@@ -91,7 +90,6 @@ def _numerics(config: ModelConfig) -> bytes:
 
 def make_runner(model: LoadedModel, pool: KVPool, threads: int) -> "Runner":
     """A runner of this process with `threads` threads; call it after a fork, not before."""
-    torch.set_num_threads(1)
     model.kernels.set_num_threads(threads)
     config = model.config
     sampler = Sampler(model.kernels, config.vocab_size, config.eos_token_ids)

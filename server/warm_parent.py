@@ -16,6 +16,7 @@ from contextlib import suppress
 from typing import NoReturn
 
 import msgspec
+import torch
 
 from diptych.engine.core.errors import ConfigError, DiptychError
 from diptych.engine.runner import LoadedModel, load_model
@@ -139,6 +140,7 @@ def main() -> None:
     configure_logs("warm", boot.host.log_level)
     name_process("warm")
     die_by_kernel(boot.host.lifeline_fd)
+    torch.set_num_threads(1)  # no thread may exist at a fork; workers compute with the kernels'
     wire = socket.socket(fileno=boot.socket_fd)
     try:
         status = WarmParent(boot.host, wire).serve()

@@ -31,7 +31,20 @@ SHARES_START = {  # until the first skills are there
     "completion": 1.0,
     "multi_turn": 0.3,
 }
-SHARES = {
+SHARES_MIDDLE = {  # retrieval is the slowest to appear: most of the practice
+    "add_drill": 2.0,
+    "reverse_drill": 0.7,
+    "lookup_drill": 6.0,
+    "json_drill": 4.0,
+    "lookup": 1.0,
+    "json": 1.0,
+    "add": 0.7,
+    "reverse": 0.7,
+    "free_text": 0.6,
+    "completion": 0.7,
+    "multi_turn": 0.3,
+}
+SHARES_END = {
     "add_drill": 3.0,
     "reverse_drill": 1.2,
     "lookup_drill": 2.5,
@@ -39,13 +52,14 @@ SHARES = {
     "json_drill": 2.0,
     "lookup": 2.0,
     "json": 2.0,
-    "add": 3.0,
+    "add": 2.0,
     "reverse": 2.0,
-    "free_text": 1.5,
-    "completion": 1.5,
+    "free_text": 1.0,
+    "completion": 1.2,
     "multi_turn": 0.8,
 }
-_START_STEPS = 400
+_START_UNTIL = 0.12  # of the schedule
+_MIDDLE_UNTIL = 0.6
 _DECAY_FROM = 0.55  # of the schedule, then linearly to zero
 _WARMUP_STEPS = 50
 _SAVE_EVERY = 100  # steps
@@ -158,7 +172,7 @@ def main() -> None:
     parser.add_argument("--export", type=Path, help="also write the model here at the end")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--tokens", type=int, default=6144, help="per step")
+    parser.add_argument("--tokens", type=int, default=3584, help="per step")
     parser.add_argument("--probe-every", type=int, default=300, help="steps between evaluations")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
@@ -171,7 +185,13 @@ def main() -> None:
     smooth = math.nan
     with (args.out / "log.jsonl").open("a") as log:
         for progress in steps(args, run):
-            shares = SHARES_START if run.step < _START_STEPS else SHARES
+            shares = (
+                SHARES_START
+                if progress < _START_UNTIL
+                else SHARES_MIDDLE
+                if progress < _MIDDLE_UNTIL
+                else SHARES_END
+            )
             rows = batches.step_rows(
                 encoder, args.seed, run.step, shares, args.tokens, shape.max_len
             )
