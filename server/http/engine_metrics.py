@@ -28,15 +28,16 @@ class EngineCollector(Collector):
         self,
         labels: dict[str, str],
         client: EngineClient,
-        generated_tokens: Callable[[], float],
+        num_generated: Callable[[], int],
     ) -> None:
         self._names = list(labels)
         self._values = list(labels.values())
         self._client = client
-        self._generated_tokens = generated_tokens
+        self._num_generated = num_generated
         self._step_counts = [0.0] * (len(_STEP_BUCKETS) + 1)
         self._step_tokens = 0.0
-        self._last: tuple[float, float] | None = None  # (steps, tokens) at the last scrape
+        stats = client.stats()
+        self._last = (0.0, 0.0) if stats is None else self._sums(stats)  # at the last scrape
 
     def describe(self) -> list[Metric]:
         """Empty: the registry must not scrape at registration to learn the names."""
@@ -81,10 +82,7 @@ class EngineCollector(Collector):
 
     def _tokens_per_step(self, stats: Stats | None) -> Metric:
         if stats is not None:
-            self._count_steps(
-                float(sum(worker.steps for worker in stats.workers)),
-                stats.prefill_tokens + self._generated_tokens(),
-            )
+            self._count_steps(*self._sums(stats))
         total = 0.0
         buckets: list[tuple[str, float]] = []
         names = [*(str(float(bound)) for bound in _STEP_BUCKETS), "+Inf"]
@@ -97,10 +95,15 @@ class EngineCollector(Collector):
         family.add_metric(self._values, buckets, self._step_tokens)
         return family
 
+    def _sums(self, stats: Stats) -> tuple[float, float]:
+        """(steps, tokens) since the scheduler and the workers started."""
+        steps = sum(worker.steps for worker in stats.workers)
+        return float(steps), stats.prefill_tokens + self._num_generated()
+
     def _count_steps(self, steps: float, tokens: float) -> None:
         """A restarted worker or scheduler counts from zero: that interval is left out."""
         last, self._last = self._last, (steps, tokens)
-        if last is None or steps <= last[0] or tokens < last[1]:
+        if steps <= last[0] or tokens < last[1]:
             return
         new_steps, new_tokens = steps - last[0], tokens - last[1]
         self._step_counts[bisect_left(_STEP_BUCKETS, new_tokens / new_steps)] += new_steps

@@ -90,7 +90,8 @@ class Metrics:
         )
         self.prompt_tokens = self._counter("prompt_tokens", "Prompt tokens accepted.")
         self.prompt_cached = self._counter("prompt_tokens_cached", "Found in the prefix cache.")
-        self.generation_tokens = self._counter("generation_tokens", "Tokens delivered.")
+        self._generation_tokens = self._counter("generation_tokens", "Tokens delivered.")
+        self._num_generated = 0
         self._success = self._family("request_success", "Choices ended.", "finished_reason")
         for reason in FinishReason:
             self._success.labels(**self._labels, finished_reason=reason.value)
@@ -108,12 +109,16 @@ class Metrics:
         self._http = Counter(
             "diptych:http_responses", "Responses.", ("path", "status"), registry=self.registry
         )
-        self.registry.register(EngineCollector(self._labels, client, self._generated_tokens))
+        self.registry.register(EngineCollector(self._labels, client, lambda: self._num_generated))
         ProcessCollector(registry=self.registry)
         GCCollector(registry=self.registry)
 
     def render(self) -> bytes:
         return generate_latest(self.registry)
+
+    def generated(self, num_tokens: int) -> None:
+        self._num_generated += num_tokens
+        self._generation_tokens.inc(num_tokens)
 
     def rejected(self, reason: str) -> None:
         self._rejections.labels(**self._labels, reason=reason).inc()
@@ -132,9 +137,6 @@ class Metrics:
                 name = "other"
             self._fields.add(name)
         self._unknown.labels(field=name).inc()
-
-    def _generated_tokens(self) -> float:
-        return self.registry.get_sample_value("vllm:generation_tokens_total", self._labels) or 0.0
 
     def _histogram(self, name: str, text: str, buckets: tuple[float, ...]) -> Histogram:
         family = Histogram(f"vllm:{name}", text, _LABELS, buckets=buckets, registry=self.registry)

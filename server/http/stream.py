@@ -85,7 +85,8 @@ class EventStream(Response):
         self._on_stall = on_stall
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        pump = asyncio.create_task(self._pump(send))
+        transport = scope.get(TRANSPORT_KEY)
+        pump = asyncio.create_task(self._pump(send, transport))
         watcher = asyncio.create_task(gone(receive))
         try:
             await asyncio.wait({pump, watcher}, return_when=asyncio.FIRST_COMPLETED)
@@ -97,16 +98,17 @@ class EventStream(Response):
             return
         if isinstance(pump.exception(), TimeoutError):
             self._on_stall()
-            abort = getattr(scope.get(TRANSPORT_KEY), "abort", None)
-            if abort is not None:
-                abort()  # closing would wait for the client to read
+            if transport is not None:
+                transport.abort()  # closing would wait for the client to read
             return
         pump.result()
 
-    async def _pump(self, send: Send) -> None:
+    async def _pump(self, send: Send, transport: asyncio.WriteTransport | None) -> None:
         start = {"type": "http.response.start", "status": 200, "headers": self.raw_headers}
         await self._in_time(send(start))
         async for data in self._source:
+            if transport is not None and transport.is_closing():
+                return  # the loop has not told the watcher yet
             await self._in_time(
                 send({"type": "http.response.body", "body": data, "more_body": True})
             )

@@ -36,7 +36,7 @@ class Timeline:
                 self._metrics.itl.observe(gap_s)
         self._choice_s[delta.choice] = self._last_s = now
         self._num_tokens[delta.choice] += count
-        self._metrics.generation_tokens.inc(count)
+        self._metrics.generated(count)
         if delta.finish_reason is not None:
             self._ended(delta.choice, delta.finish_reason)
 
