@@ -83,31 +83,29 @@ class Running:
     def commit_full(self, block_size: int) -> list[CommittedBlock]:
         """Blocks that became full since the last call, with their place in the hash chain."""
         seq = self.seq
+        first, last = seq.num_committed, seq.num_computed // block_size
+        if first >= last:
+            return []
+        seq.num_committed = last
+        hashes = self._hashes(last, block_size)
+        parent = hashes[first - 1] if first else seq.request.root
         committed: list[CommittedBlock] = []
-        while (seq.num_committed + 1) * block_size <= seq.num_computed:
-            index = seq.num_committed
-            seq.num_committed += 1
-            committed.append(
-                CommittedBlock(
-                    self.ref,
-                    index,
-                    seq.block_table[index],
-                    seq.generations[index],
-                    self._hash(index, block_size),
-                    self._hash(index - 1, block_size),
-                )
-            )
+        for index in range(first, last):  # 32 of them stand between a long prefill and its client
+            name = hashes[index]
+            block, generation = seq.block_table[index], seq.generations[index]
+            committed.append(CommittedBlock(self.ref, index, block, generation, name, parent))
+            parent = name
         return committed
 
-    def _hash(self, index: int, block_size: int) -> BlockHash:
-        hashes, root = self.seq.hashes, self.seq.request.root
-        if index < 0:
-            return root
-        if index >= len(hashes):
-            known = len(hashes)
-            ids = pack_ids(self.tokens[known * block_size : (index + 1) * block_size])
-            hashes.extend(extend_chain(hashes[-1] if hashes else root, ids, block_size))
-        return hashes[index]
+    def _hashes(self, count: int, block_size: int) -> list[BlockHash]:
+        """Those of the first `count` blocks at least; all of them are full."""
+        hashes = self.seq.hashes
+        known = len(hashes)
+        if known < count:
+            ids = pack_ids(self.tokens[known * block_size : count * block_size])
+            parent = hashes[-1] if hashes else self.seq.request.root
+            hashes.extend(extend_chain(parent, ids, block_size))
+        return hashes
 
     def prompt_logprobs(self) -> list[TokenLogprobs] | None:
         """To go with the first token, if they were asked for."""

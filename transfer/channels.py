@@ -1,12 +1,15 @@
 """Message channels between the processes of one host: ZeroMQ over ipc, msgpack, no pickle.
 
 Every process binds one PULL socket named after its incarnation and connects a PUSH socket to each
-peer it speaks to. Owns the sockets and the frame codec. Invariants: a send never blocks; every
-queue is bounded; a frame that does not decode is counted and dropped, it never ends a process.
+peer it speaks to. Workers also have a short cut (shortcut.py) for the one message that a client's
+next token waits for, the seal. Owns the sockets and the frame codec. Invariants: a send never
+blocks; every queue is bounded; a frame that does not decode is counted and dropped, it never ends
+a process.
 """
 
 import asyncio
 import logging
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,7 +19,8 @@ import msgspec
 import zmq
 
 from diptych.engine.core.errors import ConfigError
-from diptych.engine.core.messages import Address, AnyMessage, Message, Ready, Send
+from diptych.engine.core.messages import Address, AnyMessage, Message, Ready, Seal, Send
+from diptych.transfer.shortcut import Shortcut
 
 QUEUE_FRAMES_MAX: Final = 16_384
 """Frames waiting for one peer; a peer that lets so many wait is dead."""
@@ -53,7 +57,7 @@ class Channels:
 
     def __init__(self, run_dir: Path, me: Address, *, queue_frames: int = QUEUE_FRAMES_MAX) -> None:
         path = socket_path(run_dir, me)
-        if len(str(path)) > SOCKET_PATH_MAX:
+        if len(str(path)) + 2 > SOCKET_PATH_MAX:
             raise ConfigError(f"the path of a socket is too long, set a shorter TMPDIR: {path}")
         self.me = me
         self.counts = ChannelCounts()
@@ -68,6 +72,11 @@ class Channels:
         self.inbox.setsockopt(zmq.RCVHWM, queue_frames)
         self.inbox.setsockopt(zmq.MAXMSGSIZE, FRAME_BYTES_MAX)
         self.inbox.bind(f"ipc://{path}")
+        self._shortcut = Shortcut(path) if me.kind == "worker" else None
+        self._poller = zmq.Poller()
+        self._poller.register(self.inbox, zmq.POLLIN)
+        if self._shortcut is not None:
+            self._poller.register(self._shortcut.fileno(), zmq.POLLIN)
 
     def fileno(self) -> int:
         """Readable when frames may have come; edge triggered: `receive` until it returns none."""
@@ -76,6 +85,9 @@ class Channels:
     def send(self, send: Send) -> bool:
         """Queues the message. False: the peer is dead or gone, and the message is lost."""
         frame = self._encoder.encode(send.message)
+        if self._shortcut is not None and isinstance(send.message, Seal):
+            if self._shortcut.send(frame, socket_path(self._run_dir, send.to)):
+                return True
         socket = self._socket(send.to)
         if socket is None or len(frame) > FRAME_BYTES_MAX:
             return self._drop(send, "its incarnation is over" if socket is None else "too large")
@@ -94,34 +106,44 @@ class Channels:
 
     def receive(self, timeout_s: float | None) -> list[AnyMessage]:
         """Waits for a message (None: for ever), then takes all that wait, at most 1,024."""
-        messages = self._drain()
-        if messages or timeout_s == 0:
-            return messages
-        timeout_ms = None if timeout_s is None else max(1, round(timeout_s * 1000))
-        return self._drain() if self.inbox.poll(timeout_ms) else []
+        timeout_ms = None if timeout_s is None else math.ceil(timeout_s * 1000)
+        messages: list[AnyMessage] = []
+        for source, _ in self._poller.poll(timeout_ms):
+            if source is self.inbox:
+                self._drain_inbox(messages)
+            else:
+                self._drain_shortcut(messages)
+        return messages
 
     def close(self) -> None:
         for _, socket in self._peers.values():
             socket.close(linger=0)
         self._peers.clear()
+        if self._shortcut is not None:
+            self._shortcut.close()
         self.inbox.close(linger=0)
         self._context.term()
         socket_path(self._run_dir, self.me).unlink(missing_ok=True)
 
-    def _drain(self) -> list[AnyMessage]:
-        messages: list[AnyMessage] = []
+    def _drain_inbox(self, messages: list[AnyMessage]) -> None:
+        """Asks before it takes: an exception for an empty queue would cost more than a message."""
         for _ in range(BATCH_FRAMES_MAX):
-            try:
-                frame = self.inbox.recv(zmq.NOBLOCK)
-            except zmq.Again:
-                break
-            self.counts.received += 1
-            try:
-                messages.append(self._decoder.decode(frame))
-            except (msgspec.MsgspecError, ValueError, RecursionError) as error:
-                self.counts.malformed += 1
-                _log.error("dropped a malformed frame of %d bytes: %s", len(frame), error)
-        return messages
+            if not int(self.inbox.getsockopt(zmq.EVENTS)) & zmq.POLLIN:
+                return
+            self._decode(self.inbox.recv(zmq.NOBLOCK), messages)
+
+    def _drain_shortcut(self, messages: list[AnyMessage]) -> None:
+        assert self._shortcut is not None
+        while (frame := self._shortcut.receive()) is not None:
+            self._decode(frame, messages)
+
+    def _decode(self, frame: bytes, messages: list[AnyMessage]) -> None:
+        self.counts.received += 1
+        try:
+            messages.append(self._decoder.decode(frame))
+        except (msgspec.MsgspecError, ValueError, RecursionError) as error:
+            self.counts.malformed += 1
+            _log.error("dropped a malformed frame of %d bytes: %s", len(frame), error)
 
     def _socket(self, to: Address) -> "zmq.Socket[bytes] | None":
         name = process_name(to)

@@ -12,7 +12,8 @@ import pytest
 import zmq
 
 from diptych.engine.core.errors import ConfigError
-from diptych.engine.core.messages import Address, AnyMessage, ApiUp, SchedulerUp, SetDial
+from diptych.engine.core.messages import Address, AnyMessage, ApiUp, Seal, SchedulerUp, SetDial
+from diptych.engine.core.request import SeqRef
 from diptych.transfer.channels import AsyncChannels, Channels, socket_path
 
 WAIT_S = 5.0
@@ -46,6 +47,30 @@ def test_messages_arrive_in_order(run_dir: Path) -> None:
         sender.close()
         receiver.close()
     assert list(run_dir.iterdir()) == []
+
+
+def test_seals_take_the_short_cut_and_none_is_lost_when_it_is_full(run_dir: Path) -> None:
+    sender, receiver = (Channels(run_dir, Address("worker", number, 1)) for number in (0, 1))
+    try:
+        sent = [Seal(1, 0, 1, 1, SeqRef(f"r{i}", 0, 0), i, 5, None, None) for i in range(3000)]
+        assert all(sender.send_to(receiver.me, seal) for seal in sent)
+        got = receive_count(receiver, len(sent))
+        assert sorted(got, key=lambda seal: seal.num_computed) == sent  # type: ignore[union-attr]
+        assert got[0] == sent[0]
+    finally:
+        sender.close()
+        receiver.close()
+    assert list(run_dir.iterdir()) == []
+
+
+def test_a_seal_to_nobody_is_refused_by_the_short_cut_and_queued(run_dir: Path) -> None:
+    sender = Channels(run_dir, Address("worker", 0, 1), queue_frames=2)
+    try:
+        seal = Seal(1, 0, 1, 1, SeqRef("r", 0, 0), 1, 5, None, None)
+        peer = Address("worker", 1, 1)
+        assert [sender.send_to(peer, seal) for _ in range(3)] == [True, True, False]
+    finally:
+        sender.close()
 
 
 def test_full_queue_is_refused_at_once(run_dir: Path) -> None:
