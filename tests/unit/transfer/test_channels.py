@@ -12,7 +12,7 @@ import pytest
 import zmq
 
 from diptych.engine.core.errors import ConfigError
-from diptych.engine.core.messages import Address, AnyMessage, ApiUp, Seal, SchedulerUp, SetDial
+from diptych.engine.core.messages import Address, AnyMessage, ApiUp, SchedulerUp, Seal, SetDial
 from diptych.engine.core.request import SeqRef
 from diptych.transfer.channels import AsyncChannels, Channels, socket_path
 
@@ -56,7 +56,6 @@ def test_seals_take_the_short_cut_and_none_is_lost_when_it_is_full(run_dir: Path
         assert all(sender.send_to(receiver.me, seal) for seal in sent)
         got = receive_count(receiver, len(sent))
         assert sorted(got, key=lambda seal: seal.num_computed) == sent  # type: ignore[union-attr]
-        assert got[0] == sent[0]
     finally:
         sender.close()
         receiver.close()
