@@ -5,6 +5,7 @@ before and after each.
 """
 
 from collections.abc import Callable
+from typing import Final
 
 from diptych.engine.core.config import CacheOptions
 from diptych.engine.core.errors import OverloadedError
@@ -31,6 +32,9 @@ from tests.sim.model import RequestSpec
 from tests.sim.watch import Watch
 from tests.sim.world import Process, World, check
 
+IDLE_S: Final = 2.0
+"""Virtual seconds for which rows may wait while nothing runs."""
+
 
 class SchedulerProcess(Process):
     """One incarnation of the scheduler."""
@@ -48,6 +52,7 @@ class SchedulerProcess(Process):
         self.quiet = quiet  # (pool, epoch) -> does no worker hold anything of an older epoch
         self.inbox: list[Message] = []
         self.wakes = False
+        self.idle_since: float | None = None  # rows wait, and nothing runs
         self.preemptions: dict[tuple[RequestId, int], int] = {}
         self.recovering: set[RequestId] = set()
         self.num_recovering = 0  # rows that are queued whatever the cap
@@ -108,11 +113,22 @@ class SchedulerProcess(Process):
         if isinstance(message, Stats):
             most = self.world.scenario.scheduler.max_waiting + self.num_recovering
             check(message.waiting <= most, "{} rows wait, the cap is {}", message.waiting, most)
+            self._check_idle(message)
         if isinstance(message, Rejected):
             check(message.request not in self.recovering, "{} is rejected", message.request)
         if isinstance(message, Rejected) and message.retry_after_s is not None:
             most_s = self.world.scenario.scheduler.retry_after_max_s
             check(0 < message.retry_after_s <= most_s, "retry after {}", message.retry_after_s)
+
+    def _check_idle(self, stats: Stats) -> None:
+        """Work is conserved: while something waits and everybody lives, something runs."""
+        now = self.world.now
+        if stats.running or not stats.waiting or not stats.ready:
+            self.idle_since = None
+        elif self.idle_since is None:
+            self.idle_since = now
+        since = now if self.idle_since is None else self.idle_since
+        check(now - since < IDLE_S, "{} rows wait and nothing runs", stats.waiting)
 
 
 class ApiProcess(Process):

@@ -5,6 +5,7 @@ and then nothing is left over anywhere.
 """
 
 from dataclasses import dataclass
+from hashlib import sha256
 from typing import Final
 
 from diptych.engine.core.messages import Stats
@@ -34,6 +35,12 @@ class Outcome:
     kind: str  # of the violation, without this run's values
     trace: list[tuple[float, str, object]]
     ends: dict[str, int]
+
+    @property
+    def digest(self) -> str:
+        """Equal for equal runs."""
+        last = repr((self.num_events, self.violation, self.trace, self.ends))
+        return sha256(last.encode()).hexdigest()
 
 
 class Simulation:
@@ -113,6 +120,7 @@ class Simulation:
             check(False, "{} still holds {} at rest", key, hold.table)
         for process in self.supervisor.workers.values():
             check(process.batcher.num_sequences == 0, "{} has sequences at rest", process.slot)
+            check(not process.batcher._seals._early, "{} has seals at rest", process.slot)
             check(process.plan is None, "{} is in a step at rest", process.slot)
         stats = self._stats()
         check(stats is not None, "no statistics at rest")

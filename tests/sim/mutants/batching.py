@@ -4,9 +4,11 @@ from contextlib import ExitStack
 
 from msgspec import structs
 
+from diptych.engine.core.hashing import extend_chain
 from diptych.engine.core.messages import Join, Seal
 from diptych.engine.core.plan import StepPlan
 from diptych.engine.core.request import Sequence
+from diptych.engine.core.types import pack_ids
 from diptych.scheduler.batcher import Batcher, BatcherInput
 from diptych.scheduler.commands import CommitBlock
 from diptych.scheduler.lineup import Lineup
@@ -22,14 +24,14 @@ def commit_before_step(stack: ExitStack) -> None:
 
     def plan(self: Batcher) -> StepPlan:
         planned = original(self)
+        size = self._block_size
         for row in planned.rows:
-            run = self._lineup.get(row.seq.ref)
-            assert run is not None
-            for index in range(row.start // 16, (row.start + row.length) // 16):
-                if (index + 1) * self._block_size <= len(run.tokens):
-                    name = run._hash(index, self._block_size)
-                    block, generation = run.seq.block_table[index], run.seq.generations[index]
-                    self._commands.append(CommitBlock(block, generation, name, b"\0" * 32))
+            seq, root = row.seq, row.seq.request.root
+            names = extend_chain(root, pack_ids(seq.tokens[: row.start + row.length]), size)
+            for i in range(row.start // size, len(names)):
+                block, generation = seq.block_table[i], seq.generations[i]
+                parent = names[i - 1] if i else root
+                self._commands.append(CommitBlock(block, generation, names[i], parent))
         return planned
 
     replace(stack, Batcher, "plan", plan)
@@ -119,4 +121,5 @@ def starved_not_fed(stack: ExitStack) -> None:
 @mutant("prefix")
 def wrong_parent_hash(stack: ExitStack) -> None:
     """The hash chain of a generated block starts over."""
-    edit(stack, Running, "_hash", "hashes[-1] if hashes else root", "root")
+    chain = "hashes[-1] if hashes else self.seq.request.root"
+    edit(stack, Running, "_hashes", chain, "self.seq.request.root")
