@@ -67,6 +67,9 @@ class Children:
             if fence.pid == pid:
                 fence.wait_status = wait_status
 
+    def num_running(self) -> int:
+        return len(self._fences)
+
     def events(self, now: float) -> list[ProcessExited]:
         events: list[ProcessExited] = []
         for address, fence in list(self._fences.items()):

@@ -60,6 +60,10 @@ class Launcher(Protocol):
         """Descriptors that become readable when `events` may have something new."""
         ...
 
+    def num_running(self) -> int:
+        """Workers whose exit was not told yet."""
+        ...
+
     def events(self, now: float) -> list[LauncherEvent]: ...
 
     def reaped(self, pid: int, wait_status: int) -> None:
@@ -67,5 +71,5 @@ class Launcher(Protocol):
         ...
 
     def close(self) -> None:
-        """Kills everything that was started and returns when it is gone."""
+        """Kills everything that was started; `events` goes on telling the exits."""
         ...

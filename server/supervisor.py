@@ -197,8 +197,8 @@ class Supervisor:
                 self._table.started(address, pid)
             case ProcessExited(address, cause, how):
                 if not self._ending:
-                    name = process_name(address)
-                    _log.warning("%s.%d ended: %s (%s)", name, address.epoch, how, cause)
+                    level = logging.INFO if self._drain_until_s is not None else logging.WARNING
+                    _log.log(level, "%s.%d ended: %s", process_name(address), address.epoch, how)
                 self._table.exited(address)
                 self._fleet.exited(address, cause, now)
 
@@ -310,7 +310,7 @@ class Supervisor:
         """Until every child, and every worker adopted from the warm parent, was reaped."""
         until_s = time.monotonic() + timeout_s
         while time.monotonic() < until_s:
-            if not self._launcher.fds() and not self._children.fds():
+            if not self._launcher.num_running() + self._children.num_running():
                 return
             self._wait(TICK_S)
             self._take_signals()

@@ -82,6 +82,9 @@ class WarmLauncher:
         fds = [fence.pidfd for fence in self._fences.values() if not fence.exited]
         return fds if self._wire is None else [self._wire.fileno(), *fds]
 
+    def num_running(self) -> int:
+        return len(self._fences) + len(self._ordered)
+
     def events(self, now: float) -> list[LauncherEvent]:
         events: list[LauncherEvent] = []
         idle = self._wire is None and self._process is None
@@ -114,6 +117,7 @@ class WarmLauncher:
         if self._wire is not None:
             self._wire.close()
             self._wire = None
+        self._ordered.clear()
 
     def _open(self) -> None:
         self._wire, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
