@@ -11,10 +11,11 @@ from typing import Final
 from diptych.engine.core.messages import Stats
 from diptych.engine.core.types import PoolId
 from tests.sim.clients import Clients
+from tests.sim.host import Host
 from tests.sim.memory import Memory
 from tests.sim.model import Oracle, RequestSpec
 from tests.sim.scenario import Scenario
-from tests.sim.supervisor import Supervisor
+from tests.sim.supervisor import make_supervisor
 from tests.sim.watch import Watch
 from tests.sim.world import Violation, World, check
 
@@ -63,7 +64,8 @@ class Simulation:
             scenario.scheduler.max_num_seqs,
             scenario.prefix_caching,
         )
-        self.supervisor = Supervisor(self.world, self.memories, self.watch, self.clients)
+        self.host = Host(self.world, self.memories, self.watch, self.clients)
+        self.supervisor = make_supervisor(self.host)
 
     def run(self) -> Outcome:
         """Runs to rest, or to the first violation."""
@@ -93,7 +95,7 @@ class Simulation:
         while True:
             world.run_one()
             check(world.num_events < EVENTS_MAX, "more than {} events", EVENTS_MAX)
-            if world.now > last and not self.clients.num_open and self.supervisor.whole:
+            if world.now > last and not self.clients.num_open and self.host.whole:
                 break
             overdue = max(last, world.last_fault) + REST_S
             if world.now > overdue:
@@ -102,7 +104,7 @@ class Simulation:
         self._settle()
 
     def _arrive(self, spec: RequestSpec) -> None:
-        process = self.supervisor.apis.get(spec.api)
+        process = self.host.apis.get(spec.api)
         if process is None or not process.alive:
             self.clients.num_skipped += 1  # connection refused
             return
@@ -114,11 +116,11 @@ class Simulation:
         end = world.now + SETTLE_S
         while world.now < end:
             world.run_one()
-        if world.last_fault + SETTLE_S > world.now or not self.supervisor.whole:
+        if world.last_fault + SETTLE_S > world.now or not self.host.whole:
             return self._again()
         for key, hold in self.watch.holds.items():
             check(False, "{} still holds {} at rest", key, hold.table)
-        for process in self.supervisor.workers.values():
+        for process in self.host.workers.values():
             check(process.batcher.num_sequences == 0, "{} has sequences at rest", process.slot)
             check(not process.batcher._seals._early, "{} has seals at rest", process.slot)
             check(process.plan is None, "{} is in a step at rest", process.slot)
@@ -128,21 +130,21 @@ class Simulation:
             left = (stats.running, stats.waiting, stats.blocks_used)
             check(left == (0, 0, 0), "left at rest: running, waiting, blocks {}", left)
             check(stats.ready, "the scheduler is not ready at rest")
-        assert self.supervisor.scheduler is not None
-        audit = self.supervisor.scheduler.machine.audit()
+        assert self.host.scheduler is not None
+        audit = self.host.scheduler.machine.audit()
         check(not audit.rows, "the scheduler still has rows at rest: {}", audit.rows)
         waiting = (audit.waiting, audit.waiting_tokens, audit.ignored_commits)
         check(waiting == (0, 0, 0), "left at rest: rows, tokens, lies {}", waiting)
         for pool in audit.pools.values():
             used = pool.private + pool.shared + pool.hungry + pool.draining
             check(used == 0, "pool is not at rest: {}", pool)
-        for api in self.supervisor.apis.values():
+        for api in self.host.apis.values():
             check(api.machine.num_open == 0, "{} has open requests at rest", api.slot)
 
     def _again(self) -> None:
         """A fault came while settling: wait once more for the whole."""
         limit = self.world.now + REST_S
-        while not self.supervisor.whole:
+        while not self.host.whole:
             self.world.run_one()
             check(self.world.now < limit, "the processes never come back")
         self._settle()

@@ -1,13 +1,13 @@
-"""The supervisor's behaviour: start, watch, fence, restart, and who is told what.
+"""Two supervisors: the product's own `Fleet` for hosts with one pool, and a model for several.
 
-Owns the memories and the current incarnation of every process. Invariants: `WorkerDown` leaves
-only after the death; a new scheduler hears of every worker that is not fenced before it hears of
-the pools, so that it waits for all of them.
+Own who is started, fenced and told. Invariants of both: `WorkerDown` leaves only after the exit was
+awaited; a new scheduler hears of every worker that is not gone before it hears of the pool, so that
+it waits for all of them.
 """
 
-from collections.abc import Callable
-from typing import Final
+from typing import Final, Protocol
 
+from diptych.engine.core.config import WorkerSpec
 from diptych.engine.core.messages import (
     Address,
     ApiDown,
@@ -16,141 +16,160 @@ from diptych.engine.core.messages import (
     PoolUp,
     SchedulerDown,
     SchedulerUp,
+    Send,
     WorkerDown,
     WorkerUp,
 )
-from diptych.engine.core.types import ApiId, DownCause, PoolId, WorkerId
-from tests.sim.clients import Clients
-from tests.sim.control import ApiProcess, SchedulerProcess
-from tests.sim.memory import Memory
-from tests.sim.scenario import WorkerSetup
-from tests.sim.watch import Watch
-from tests.sim.worker import WorkerProcess
-from tests.sim.world import Process, World
+from diptych.engine.core.types import DownCause
+from diptych.server.fleet import Fleet, Kill, Start
+from tests.sim.host import Host
+from tests.sim.world import Process, check
 
-SUPERVISOR: Final = Address("supervisor", 0, 1)
+TICK_S: Final = 0.05
 
 
-class Supervisor:
-    """See the module docstring. It never dies: with it, everything on its host would end."""
+class Supervisor(Protocol):
+    """Starts everything and keeps it running; it never dies (everything would end with it)."""
 
-    def __init__(
-        self, world: World, memories: dict[PoolId, Memory], watch: Watch, clients: Clients
-    ) -> None:
-        self.world = world
-        self.memories = memories
-        self.watch = watch
-        self.clients = clients
-        self.workers: dict[WorkerId, WorkerProcess] = {}  # ready and not fenced
-        self.apis: dict[ApiId, ApiProcess] = {}  # ready and not known to be dead
-        self.scheduler: SchedulerProcess | None = None  # ready and not known to be dead
-        world.on_death = self._on_death
-        world.on_hang = self._on_hang
+    host: Host
+
+    def start(self) -> None: ...
+
+
+def make_supervisor(host: Host) -> Supervisor:
+    return FleetSupervisor(host) if len(host.memories) == 1 else ModelSupervisor(host)
+
+
+class FleetSupervisor:
+    """The shell of the real `Fleet`."""
+
+    def __init__(self, host: Host) -> None:
+        self.host = host
+        scenario = host.world.scenario
+        memory = host.memories[0]
+        self.fleet = Fleet(
+            [WorkerSpec(s.worker, s.pool, s.dial) for s in scenario.workers],
+            num_apis=scenario.apis,
+            external_api=False,
+            pool=PoolUp(0, memory.num_blocks, memory.block_size),
+            hang_s=host.world.timing.hang_s,
+        )
+        host.world.on_death = self._on_death
 
     def start(self) -> None:
-        self._start_later(lambda: self._start_scheduler(1))
-        for api in range(self.world.scenario.apis):
-            self._start_later(lambda api=api: self._start_api(api, 1))  # type: ignore[misc]
-        for setup in self.world.scenario.workers:
-            self._start_later(lambda setup=setup: self._start_worker(setup, 1))  # type: ignore[misc]
+        self.fleet.model_ready()
+        self._tick()
 
-    @property
-    def whole(self) -> bool:
-        """Whether every process runs."""
-        scenario = self.world.scenario
-        return (
-            self.scheduler is not None
-            and self.scheduler.alive
-            and len(self.apis) == scenario.apis
-            and len(self.workers) == len(scenario.workers)
-            and all(p.alive for p in self.apis.values())
-            and all(p.alive and not p.stuck for p in self.workers.values())
-        )
+    def _tick(self) -> None:
+        world = self.host.world
+        running = (*self.host.workers.values(), *filter(None, [self.host.scheduler]))
+        beats = {p.address: -1 if p.stuck else world.num_events for p in running if p.alive}
+        self.fleet.beats(beats, world.now)
+        self.fleet.tick(world.now)
+        self._carry_out()
+        world.at(TICK_S, self._tick)
 
-    # ---- start ---------------------------------------------------------------------------------
+    def _carry_out(self) -> None:
+        for command in self.fleet.take():
+            if isinstance(command, Send):
+                self.host.tell(command.to, command.message)
+            elif isinstance(command, Start):
+                address = command.address
+                self.host.later(
+                    self.host.world.timing.restart_s,
+                    lambda address=address: self._ready(address),  # type: ignore[misc]
+                )
+            elif isinstance(command, Kill):
+                process = self.host.world.processes[command.address]
+                process.cause = DownCause.HUNG
+                self.host.world.kill(process)
+            else:
+                check(False, "the fleet gives up: {}", command.reason)
 
-    def _start_later(self, action: Callable[[], None]) -> None:
-        self.world.at(self.world.rng.random() * self.world.timing.restart_s, action)
-
-    def _start_worker(self, setup: WorkerSetup, epoch: int) -> None:
-        address = Address("worker", setup.worker, epoch)
-        memory = self.memories[setup.pool]
-        process = WorkerProcess(self.world, address, setup, memory, self.watch, self.clients)
-        self.world.processes[address] = process
-        self.workers[setup.worker] = process
-        self._tell_scheduler(WorkerUp(setup.worker, epoch, setup.pool, setup.dial))
-
-    def _start_api(self, api: ApiId, epoch: int) -> None:
-        address = Address("api", api, epoch)
-        process = ApiProcess(self.world, address, self.clients)
-        self.world.processes[address] = process
-        self.apis[api] = process
-        self._tell_scheduler(ApiUp(api, epoch))
-        if self.scheduler is not None:
-            self._tell(address, SchedulerUp(self.scheduler.address.epoch))
-
-    def _start_scheduler(self, epoch: int) -> None:
-        address = Address("scheduler", 0, epoch)
-        process = SchedulerProcess(self.world, address, self.watch, self._quiet)
-        self.world.processes[address] = process
-        self.scheduler = process
-        for worker, other in self.workers.items():
-            setup = other.setup
-            self._tell_scheduler(WorkerUp(worker, other.address.epoch, setup.pool, setup.dial))
-        for api, server in self.apis.items():
-            self._tell_scheduler(ApiUp(api, server.address.epoch))
-        for pool, memory in self.memories.items():
-            self._tell_scheduler(PoolUp(pool, memory.num_blocks, memory.block_size))
-        for server in self.apis.values():
-            self._tell(server.address, SchedulerUp(epoch))
-
-    # ---- death ---------------------------------------------------------------------------------
+    def _ready(self, address: Address) -> None:
+        self.host.create(address)
+        self.fleet.ready(address, self.host.world.now)
+        self._carry_out()
 
     def _on_death(self, process: Process) -> None:
-        delay = self.world.rng.random() * self.world.timing.detect_s
-        self.world.at(delay, lambda: self._fenced(process))
+        self.host.later(self.host.world.timing.detect_s, lambda: self._exited(process))
+
+    def _exited(self, process: Process) -> None:
+        self.host.forget(process)
+        cause = DownCause.KILLED if process.cause is DownCause.HUNG else process.cause
+        self.fleet.exited(process.address, cause, self.host.world.now)
+        self._carry_out()
+
+
+class ModelSupervisor:
+    """What a supervisor of several memory domains does."""
+
+    def __init__(self, host: Host) -> None:
+        self.host = host
+        host.world.on_death = self._on_death
+        host.world.on_hang = self._on_hang
+
+    def start(self) -> None:
+        scenario = self.host.world.scenario
+        self._start_later(Address("scheduler", 0, 1))
+        for api in range(scenario.apis):
+            self._start_later(Address("api", api, 1))
+        for setup in scenario.workers:
+            self._start_later(Address("worker", setup.worker, 1))
+
+    def _start_later(self, address: Address) -> None:
+        self.host.later(self.host.world.timing.restart_s, lambda: self._start(address))
+
+    def _start(self, address: Address) -> None:
+        host = self.host
+        host.create(address)
+        if address.kind == "scheduler":
+            self._tell_everything(address)
+        elif address.kind == "worker":
+            self._tell_scheduler(self._worker_up(address))
+        else:
+            self._tell_scheduler(ApiUp(address.number, address.epoch))
+            if host.scheduler is not None:
+                host.tell(address, SchedulerUp(host.scheduler.address.epoch))
+
+    def _tell_everything(self, scheduler: Address) -> None:
+        host = self.host
+        for worker in host.workers.values():
+            host.tell(scheduler, self._worker_up(worker.address))
+        for api in host.apis.values():
+            host.tell(scheduler, ApiUp(api.address.number, api.address.epoch))
+        for pool, memory in host.memories.items():
+            host.tell(scheduler, PoolUp(pool, memory.num_blocks, memory.block_size))
+        for api in host.apis.values():
+            host.tell(api.address, SchedulerUp(scheduler.epoch))
+
+    def _worker_up(self, address: Address) -> WorkerUp:
+        setup = self.host.setups[address.number]
+        return WorkerUp(setup.worker, address.epoch, setup.pool, setup.dial)
+
+    def _on_death(self, process: Process) -> None:
+        self.host.later(self.host.world.timing.detect_s, lambda: self._fenced(process))
 
     def _on_hang(self, process: Process) -> None:
         def fence() -> None:
             process.cause = DownCause.HUNG
-            self.world.kill(process)
+            self.host.world.kill(process)
 
-        self.world.note(f"{process.slot} hangs")
-        self.world.at(self.world.timing.hang_s, fence)
+        self.host.world.at(self.host.world.timing.hang_s, fence)
 
     def _fenced(self, process: Process) -> None:
         """The process group is gone: say so, and start the next incarnation."""
-        number, epoch = process.address.number, process.address.epoch
-        if isinstance(process, WorkerProcess):
-            setup = process.setup
-            if self.workers.get(number) is process:
-                del self.workers[number]
-            self.watch.fenced(number, epoch)
-            self._tell_scheduler(WorkerDown(number, epoch, process.cause))
-            self._start_later(lambda: self._start_worker(setup, epoch + 1))
-        elif isinstance(process, ApiProcess):
-            self.apis.pop(number, None)
-            self._tell_scheduler(ApiDown(number, epoch))
-            self._start_later(lambda: self._start_api(number, epoch + 1))
+        address = process.address
+        self.host.forget(process)
+        if address.kind == "worker":
+            self._tell_scheduler(WorkerDown(address.number, address.epoch, process.cause))
+        elif address.kind == "api":
+            self._tell_scheduler(ApiDown(address.number, address.epoch))
         else:
-            self.scheduler = None
-            for server in self.apis.values():
-                self._tell(server.address, SchedulerDown(epoch))
-            self._start_later(lambda: self._start_scheduler(epoch + 1))
-
-    # ---- helpers -------------------------------------------------------------------------------
-
-    def _tell(self, to: Address, message: Message) -> None:
-        self.world.transmit(SUPERVISOR, to, message)
+            for api in self.host.apis.values():
+                self.host.tell(api.address, SchedulerDown(address.epoch))
+        self._start_later(Address(address.kind, address.number, address.epoch + 1))
 
     def _tell_scheduler(self, message: Message) -> None:
-        if self.scheduler is not None:
-            self._tell(self.scheduler.address, message)
-
-    def _quiet(self, pool: PoolId, epoch: int) -> bool:
-        """Whether no worker that could still run holds a sequence of an older scheduler."""
-        return all(
-            process.epoch in (0, epoch)
-            for process in self.world.processes.values()
-            if isinstance(process, WorkerProcess) and process.alive and process.setup.pool == pool
-        )
+        if self.host.scheduler is not None:
+            self.host.tell(self.host.scheduler.address, message)
