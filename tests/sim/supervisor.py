@@ -82,7 +82,10 @@ class FleetSupervisor:
             elif isinstance(command, Kill):
                 process = self.host.world.processes[command.address]
                 process.cause = DownCause.HUNG
-                self.host.world.kill(process)
+                self.host.later(
+                    self.host.world.timing.detect_s,
+                    lambda process=process: self.host.world.kill(process),  # type: ignore[misc]
+                )
             else:
                 check(False, "the fleet gives up: {}", command.reason)
 

@@ -222,6 +222,8 @@ class Watch:
         elif isinstance(message, Joined) and message.scheduler_epoch == epoch:
             self._drop_all(message.worker, message.worker_epoch, before=epoch)
         elif isinstance(message, WorkerDown):
+            gone = (message.worker, message.worker_epoch) in self.gone
+            check(gone, "worker {} is called down before its exit", message.worker)
             self._drop_all(message.worker, message.worker_epoch, before=None)
 
     def fenced(self, worker: WorkerId, worker_epoch: Epoch) -> None:

@@ -30,7 +30,7 @@ _MUTANTS: dict[str, Mutant] = {}
 
 def all_mutants() -> dict[str, Mutant]:
     """Every mutant by name."""
-    for module in ("ledger", "placing", "batching", "journal"):
+    for module in ("ledger", "placing", "batching", "journal", "fleet"):
         import_module(f"tests.sim.mutants.{module}")
     return _MUTANTS
 
