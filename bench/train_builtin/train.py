@@ -44,22 +44,22 @@ SHARES_MIDDLE = {  # retrieval is the slowest to appear: most of the practice
     "completion": 0.7,
     "multi_turn": 0.3,
 }
-SHARES_END = {
-    "add_drill": 3.0,
-    "reverse_drill": 1.2,
-    "lookup_drill": 2.5,
-    "lookup_long_drill": 0.6,
-    "json_drill": 2.0,
-    "lookup": 2.0,
-    "json": 2.0,
+SHARES_END = {  # then sums, which need the most practice, and long lists
+    "add_drill": 5.0,
+    "reverse_drill": 2.0,
+    "lookup_drill": 1.5,
+    "lookup_long_drill": 0.4,
+    "json_drill": 1.5,
+    "lookup": 1.2,
+    "json": 1.2,
     "add": 2.0,
-    "reverse": 2.0,
-    "free_text": 1.0,
-    "completion": 1.2,
-    "multi_turn": 0.8,
+    "reverse": 1.2,
+    "free_text": 0.8,
+    "completion": 1.0,
+    "multi_turn": 0.5,
 }
 _START_UNTIL = 0.12  # of the schedule
-_MIDDLE_UNTIL = 0.6
+_MIDDLE_UNTIL = 0.38
 _DECAY_FROM = 0.55  # of the schedule, then linearly to zero
 _WARMUP_STEPS = 50
 _SAVE_EVERY = 100  # steps
