@@ -19,7 +19,7 @@ from tests.sim.supervisor import make_supervisor
 from tests.sim.watch import Watch
 from tests.sim.world import Violation, World, check
 
-REST_S: Final = 120.0
+REST_S: Final = 60.0
 """Virtual seconds after the last disturbance within which every request must have ended."""
 SETTLE_S: Final = 3.0
 """Virtual seconds after the last end within which everything must be given back."""

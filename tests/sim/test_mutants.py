@@ -4,6 +4,7 @@ import pytest
 
 from tests.sim.mutants.registry import all_mutants, mutated
 from tests.sim.scenario import generate
+from tests.sim.shrink import shrink
 from tests.sim.simulation import simulate
 
 EVENTS_MAX = 150_000
@@ -33,3 +34,16 @@ def test_a_mutant_leaves_no_trace() -> None:
         with mutated(name):
             pass
     assert simulate(generate(0)).violation is None
+
+
+def test_a_failure_shrinks_and_replays() -> None:
+    """The shrunk scenario fails in the same way, and again when it is run again."""
+    with mutated("abort_leaks"):
+        seed = 0
+        while (outcome := simulate(generate(seed))).violation is None:
+            seed += 1
+        small = shrink(outcome.scenario, outcome)
+        assert len(small.requests) < len(outcome.scenario.requests)
+        kept = generate(seed).keep(set(small.requests), set(small.faults))
+        assert simulate(kept).digest == small.outcome.digest
+    assert simulate(kept).violation is None
