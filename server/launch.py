@@ -11,6 +11,7 @@ import socket
 import subprocess
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 
 import msgspec
@@ -55,6 +56,8 @@ class Launched:
 
     def close(self) -> None:
         """Ends all processes of the engine and returns when they are gone. Idempotent."""
+        with suppress(OSError):  # also when a fork of this process holds the socket too
+            self._control.shutdown(socket.SHUT_RDWR)
         self._control.close()
         try:
             self._process.wait(_CLOSE_S_MAX)

@@ -174,6 +174,9 @@ class WarmLauncher:
             self._process.kill()  # the wire ended: if it is not dead it is of no use
         self._open_at_s = now + min(RELOAD_S_MAX, RELOAD_S * 2.0 ** min(self._failed_loads, 10))
         self._failed_loads += 1
+        if self._info is None:
+            message = "The process that loads the model ended before it was done; see the log."
+            events.append(ModelFailed("EngineDeadError", message))
         events.append(ModelLost())
         for address in self._ordered:
             events.append(ProcessExited(address, DownCause.KILLED, "never forked"))

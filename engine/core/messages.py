@@ -371,7 +371,7 @@ class Drain(Message, frozen=True):
 
 
 class Ready(Message, frozen=True):
-    """`name` ("w0", "sched", "api0") of this epoch listens at its address."""
+    """`name` ("worker0", "scheduler0", "api0") of this epoch listens at its address."""
 
     name: str
     epoch: Epoch

@@ -227,6 +227,20 @@ def test_an_api_server_that_cannot_start_ends_the_server(tmp_path: Path, clean: 
     assert process.wait(WAIT_S) == 1
 
 
+def test_a_warm_parent_that_dies_while_loading_is_an_error_of_the_start(
+    tmp_path: Path, clean: str
+) -> None:
+    before = run_dirs()
+
+    def kill_warm(_: str) -> None:
+        (run_dir,) = run_dirs() - before
+        wait_for("the warm parent", lambda: "warm" in read_processes(run_dir))
+        kill(run_dir, "warm")
+
+    with pytest.raises(EngineDeadError, match="loads the model"):
+        start_engine(tiny_options(tmp_path), on_progress=kill_warm)
+
+
 def test_errors_of_the_start_reach_the_caller(tmp_path: Path, clean: str) -> None:
     options = tiny_options(tmp_path)
     model = msgspec.structs.replace(options.model, load_format="auto")
