@@ -47,7 +47,8 @@ class WorkerProcess(Process):
         self.memory = memory
         self.watch = watch
         self.clients = clients
-        self.mid_step = "mid_step" in scenario.features
+        self.mid_step = "mid_step" in scenario.features  # hears while a step runs
+        self.eager = self.mid_step or scenario.seed % 2 == 0  # carries out after each message
         self.options = scenario.batch
         self.batcher = Batcher(
             setup.worker,
@@ -68,6 +69,7 @@ class WorkerProcess(Process):
         if self.plan is not None:
             if self.mid_step:
                 self._handle(message)
+                self._carry_out(self.batcher.take())
             else:
                 self.inbox.append(message)
             return
@@ -86,6 +88,8 @@ class WorkerProcess(Process):
         inbox, self.inbox = self.inbox, []
         for message in inbox:
             self._handle(message)
+            if self.eager:
+                self._carry_out(self.batcher.take())
         self.op("plan")
         plan = self.batcher.plan()
         self.op("planned")
@@ -97,11 +101,11 @@ class WorkerProcess(Process):
     def _handle(self, message: Message) -> None:
         assert isinstance(message, Join | Assign | Grant | Revoke | SetDial | Seal), message
         self.op("handle")
-        stale = message.scheduler_epoch < self.epoch and self.plan is None
+        before = (self.batcher.num_sequences, len(self.batcher._commands))
         self.batcher.handle(message)
-        commands = self.batcher.take()
-        check(not (stale and commands), "{}: an old {} changes it", self.slot, message)
-        self._carry_out(commands)
+        after = (self.batcher.num_sequences, len(self.batcher._commands))
+        stale = message.scheduler_epoch < self.epoch
+        check(not stale or before == after, "{}: an old {} changes it", self.slot, message)
         self.batcher.check_integrity()
 
     def _carry_out(self, commands: list[BatcherCommand]) -> None:
