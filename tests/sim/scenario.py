@@ -33,7 +33,11 @@ FEATURES: Final = (
     "two_pools",
     "no_cache",
     "token_loss",
+    "minimal_pool",
+    "crowd",
+    "crash_loop",
 )
+RARE: Final = ("minimal_pool", "crowd", "crash_loop")
 
 _COMMON: Final = ("any", "any", "send")
 LABELS: Final = {  # of the places where a process may die, by its kind
@@ -112,11 +116,13 @@ def generate(seed: int, features: frozenset[str] | None = None) -> Scenario:
     """The scenario of a seed; `features` given: exactly these, instead of a random subset."""
     rng = Random(f"scenario-{seed}")
     chance = rng.choice((0.15, 0.3, 0.5))
-    drawn = tuple(f for f in FEATURES if rng.random() < chance)
+    drawn = tuple(f for f in FEATURES if rng.random() < chance * (f not in RARE or 0.3))
     chosen = drawn if features is None else tuple(f for f in FEATURES if f in features)
     has = frozenset(chosen)
     block_size = 32 if rng.random() < 0.1 else 16
     num_blocks = rng.randint(6, 12) if "tiny_pool" in has else rng.randint(12, 64)
+    if "minimal_pool" in has:
+        num_blocks = rng.randint(2, 5)
     pools = 2 if "two_pools" in has else 1
     apis = rng.choice((1, 1, 2))
     max_model_len = min(160, (num_blocks - 1) * block_size)
@@ -128,7 +134,7 @@ def generate(seed: int, features: frozenset[str] | None = None) -> Scenario:
         block_size=block_size,
         pools=pools,
         apis=apis,
-        workers=_workers(rng, pools),
+        workers=_workers(rng, pools, "crowd" in has),
         token_loss=0.03 if "token_loss" in has else 0.0,
         scheduler=scheduler,
         batch=batch,
@@ -143,10 +149,10 @@ def generate(seed: int, features: frozenset[str] | None = None) -> Scenario:
     return replace(scenario, requests=_requests(rng, has, scenario))
 
 
-def _workers(rng: Random, pools: int) -> tuple[WorkerSetup, ...]:
+def _workers(rng: Random, pools: int, crowd: bool) -> tuple[WorkerSetup, ...]:
     workers: list[WorkerSetup] = []
     for pool in range(pools):
-        shape = rng.choice(
+        shape: tuple[int, ...] = rng.choice(
             (
                 (100, 0),
                 (100, 0),
@@ -158,6 +164,10 @@ def _workers(rng: Random, pools: int) -> tuple[WorkerSetup, ...]:
                 (100, 0, 50),
             )
         )
+        if crowd:
+            shape: tuple[int, ...] = rng.choice(
+                ((100, 100, 0, 0), (100, 0, 0, 0), (50, 50, 50), (100, 30, 0, 70))
+            )
         workers += [WorkerSetup(len(workers) + i, pool, dial) for i, dial in enumerate(shape)]
     return tuple(workers)
 
@@ -204,6 +214,9 @@ def _faults(rng: Random, has: frozenset[str], apis: int) -> tuple[Fault, ...]:
     if "worker_crash" in has:
         for _ in range(rng.randint(2, 8)):
             crash(f"w{rng.choice((0, 0, 1, 2))}")
+    if "crash_loop" in has:
+        for _ in range(rng.randint(5, 25)):
+            crash(rng.choice(("w0", "w0", "w1", "s")))
     if "scheduler_crash" in has:
         for _ in range(rng.randint(1, 3)):
             crash("s")
@@ -221,7 +234,7 @@ def _requests(rng: Random, has: frozenset[str], s: Scenario) -> tuple[RequestSpe
     gap = 0.0 if "burst" in has else rng.choice((0.002, 0.01, 0.05, 0.1))
     specs: list[RequestSpec] = []
     at = 0.0
-    for index in range(rng.randint(4, 32)):
+    for index in range(rng.randint(60, 200) if "crowd" in has else rng.randint(4, 32)):
         at += rng.expovariate(1.0 / gap) if gap else rng.choice((0.0, 0.0, 0.0, 0.3))
         lengths = (1, 15, 17, 30) if "tiny_pool" in has else (1, 15, 16, 17, 33, 70, 110)
         prompt = _tokens(rng, int(rng.choice(lengths) * rng.uniform(0.5, 1)))

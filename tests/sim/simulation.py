@@ -20,7 +20,8 @@ from tests.sim.watch import Watch
 from tests.sim.world import Violation, World, check
 
 REST_S: Final = 60.0
-"""Virtual seconds after the last disturbance within which every request must have ended."""
+"""Virtual seconds after the last disturbance within which every request must have ended, beyond
+those that the requests take one after the other and token by token."""
 SETTLE_S: Final = 3.0
 """Virtual seconds after the last end within which everything must be given back."""
 EVENTS_MAX: Final = 60_000
@@ -88,16 +89,18 @@ class Simulation:
     def _run(self) -> None:
         world = self.world
         self.supervisor.start()
-        last = 0.0
+        last = serial_s = 0.0
         for spec in self.scenario.requests:
             last = max(last, spec.at)
+            steps = spec.n * (spec.max_tokens + len(spec.prompt))
+            serial_s += steps * self.scenario.timing.step_s
             world.at(spec.at, lambda spec=spec: self._arrive(spec))  # type: ignore[misc]
         while True:
             world.run_one()
             check(world.num_events < EVENTS_MAX, "more than {} events", EVENTS_MAX)
             if world.now > last and not self.clients.num_open and self.host.whole:
                 break
-            overdue = max(last, world.last_fault) + REST_S
+            overdue = max(last, world.last_fault) + REST_S + serial_s
             if world.now > overdue:
                 waiting = [c.request.id for c in self.clients.by_id.values() if c.over is None]
                 check(False, "no progress: {} never end", waiting)
