@@ -106,7 +106,7 @@ class ReferenceKernels:
             for t in range(rows[s], rows[s + 1]):
                 end = length - (rows[s + 1] - t) + 1  # keys this row sees: [start, end)
                 start = max(0, end - window) if window > 0 else 0
-                query = q[t].double().unflatten(0, (-1, group))  # [Hk, group, D]
+                query = q[t].double().reshape(-1, group, q.shape[2])  # [Hk, group, D]
                 scores = query @ keys[:, start:end].transpose(1, 2) * scale
                 weights = torch.softmax(scores, dim=-1)  # [Hk, group, seen]
                 out[t] = (weights @ values[:, start:end]).flatten(0, 1)

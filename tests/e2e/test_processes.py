@@ -38,8 +38,10 @@ PARAMS = SamplingParams(temperature=0.0, max_tokens=160, ignore_eos=True)
 
 
 @pytest.fixture
-def clean(monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+def clean(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[str]:
     """A mark that all processes of the test carry; at its end none of them may be left."""
+    monkeypatch.setenv("TMPDIR", str(tmp_path))  # run directories of others are not our business
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
     mark = uuid.uuid4().hex
     monkeypatch.setenv(MARK, mark)
     segments = set(os.listdir("/dev/shm"))
