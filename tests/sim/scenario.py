@@ -151,8 +151,9 @@ def generate(seed: int, features: frozenset[str] | None = None) -> Scenario:
 
 def _workers(rng: Random, pools: int, crowd: bool) -> tuple[WorkerSetup, ...]:
     workers: list[WorkerSetup] = []
+    shape: tuple[int, ...]
     for pool in range(pools):
-        shape: tuple[int, ...] = rng.choice(
+        shape = rng.choice(
             (
                 (100, 0),
                 (100, 0),
@@ -165,7 +166,7 @@ def _workers(rng: Random, pools: int, crowd: bool) -> tuple[WorkerSetup, ...]:
             )
         )
         if crowd:
-            shape: tuple[int, ...] = rng.choice(
+            shape = rng.choice(
                 ((100, 100, 0, 0), (100, 0, 0, 0), (50, 50, 50), (100, 30, 0, 70))
             )
         workers += [WorkerSetup(len(workers) + i, pool, dial) for i, dial in enumerate(shape)]
