@@ -166,9 +166,7 @@ def _workers(rng: Random, pools: int, crowd: bool) -> tuple[WorkerSetup, ...]:
             )
         )
         if crowd:
-            shape = rng.choice(
-                ((100, 100, 0, 0), (100, 0, 0, 0), (50, 50, 50), (100, 30, 0, 70))
-            )
+            shape = rng.choice(((100, 100, 0, 0), (100, 0, 0, 0), (50, 50, 50), (100, 30, 0, 70)))
         workers += [WorkerSetup(len(workers) + i, pool, dial) for i, dial in enumerate(shape)]
     return tuple(workers)
 
