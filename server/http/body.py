@@ -4,6 +4,7 @@ Owns nothing. Invariant: no more than `body_bytes_max` bytes of one body are eve
 """
 
 import asyncio
+from typing import Final
 
 from starlette.requests import ClientDisconnect, Request
 
@@ -12,6 +13,8 @@ from diptych.server.http.errors import BodyTimeoutError, BodyTooLargeError, Medi
 from diptych.server.http.front import Front
 from diptych.server.http.requests import decode_object
 from diptych.server.http.stream import ClientGoneError
+
+_DISCARD_FACTOR: Final = 8  # of body_bytes_max: so much is read of a body that is refused
 
 
 async def read_object(front: Front, request: Request) -> dict[str, object]:
@@ -35,17 +38,29 @@ async def read_object(front: Front, request: Request) -> dict[str, object]:
 
 
 async def _read(request: Request, most: int) -> bytes:
+    """The whole body. One that is too large is read to its end first (within limits of its own and
+    of time), for a client that still sends would see a reset connection instead of the answer."""
     said = request.headers.get("content-length", "")
-    if said.isdigit() and int(said) > most:
+    if said.isdigit() and int(said) > most and _waits_or_is_endless(request, int(said), most):
         raise _too_large(most)
     parts: list[bytes] = []
     size = 0
     async for part in request.stream():
         size += len(part)
+        if size > most * _DISCARD_FACTOR:
+            break
         if size > most:
-            raise _too_large(most)
-        parts.append(part)
+            parts.clear()
+        else:
+            parts.append(part)
+    if size > most:
+        raise _too_large(most)
     return b"".join(parts)
+
+
+def _waits_or_is_endless(request: Request, said: int, most: int) -> bool:
+    """The client asks before it sends (`Expect`), or there is too much to read and throw away."""
+    return "expect" in request.headers or said > most * _DISCARD_FACTOR
 
 
 def _too_large(most: int) -> BodyTooLargeError:
