@@ -2,7 +2,8 @@
 
 Owns the event heap, every link between two incarnations and every random number of a run. A link
 is FIFO, as ZeroMQ over ipc is (a seal may take a short cut past it); a message to a dead
-incarnation is lost, and a kill may lose what the dead one had sent last. Invariant: nothing here reads a clock or a global random state.
+incarnation is lost, and a kill may lose what the dead one had sent last. Invariant: nothing here
+reads a clock or a global random state.
 """
 
 import heapq
