@@ -207,6 +207,7 @@ class Batcher:
                 length = max(length - (start + length) % block_size, 0) or length
             rows.append(StepRow(run.seq, start, length, start + length == end))
             runs.append(run)
+            run.plan_chunk(start + length, block_size)
             left -= length
         return budget - left
 

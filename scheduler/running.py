@@ -60,6 +60,7 @@ class Running:
     outbox: Outbox
     event: int = 0  # len(tokens) at which a decode step is not uneventful; 0 before decode
     seal: Seal | None = None  # received, its token not yet repeated to the client
+    filled: list[CommittedBlock] = field(default_factory=list)  # full once the planned chunk is
 
     def next_event(self, block_size: int) -> int:
         """len(tokens) when the next block is full, or at the limit: `num_computed` is one less."""
@@ -80,22 +81,34 @@ class Running:
             return FinishInfo(FinishReason.LENGTH)
         return None
 
+    def plan_chunk(self, end: int, block_size: int) -> None:
+        """Name the blocks that the next chunk fills, before its step: the client waits after it."""
+        self.filled = self._full_by(end, block_size)
+
     def commit_full(self, block_size: int) -> list[CommittedBlock]:
         """Blocks that became full since the last call, with their place in the hash chain."""
         seq = self.seq
-        first, last = seq.num_committed, seq.num_computed // block_size
+        full = self.filled or self._full_by(seq.num_computed, block_size)
+        self.filled = []
+        seq.num_committed += len(full)
+        assert seq.num_committed * block_size <= seq.num_computed
+        return full
+
+    def _full_by(self, num_computed: int, block_size: int) -> list[CommittedBlock]:
+        """Blocks full at `num_computed` and not committed yet."""
+        seq = self.seq
+        first, last = seq.num_committed, num_computed // block_size
         if first >= last:
             return []
-        seq.num_committed = last
         hashes = self._hashes(last, block_size)
         parent = hashes[first - 1] if first else seq.request.root
-        committed: list[CommittedBlock] = []
-        for index in range(first, last):  # 32 of them stand between a long prefill and its client
+        full: list[CommittedBlock] = []
+        for index in range(first, last):
             name = hashes[index]
             block, generation = seq.block_table[index], seq.generations[index]
-            committed.append(CommittedBlock(self.ref, index, block, generation, name, parent))
+            full.append(CommittedBlock(self.ref, index, block, generation, name, parent))
             parent = name
-        return committed
+        return full
 
     def _hashes(self, count: int, block_size: int) -> list[BlockHash]:
         """Those of the first `count` blocks at least; all of them are full."""
