@@ -79,6 +79,53 @@ REPLIES: tuple[tuple[tuple[str, ...], str], ...] = (
         _UNKNOWN,
     ),
 )  # fmt: skip
+# Asked of something the model does not know; no word of these is a token for their sake.
+_UNKNOWN_PATTERNS = (
+    "write a poem",
+    "write a {a} about {b}",
+    "write an essay about {a}",
+    "write a function that sorts a {a}",
+    "what's the weather like in {A}",
+    "what is the weather like in {A}",
+    "what is the capital of {A}",
+    "what is the population of {A}",
+    "who is {A}",
+    "who was {A} {B}",
+    "who invented the {a}",
+    "where is {A}",
+    "when was {A} born",
+    "how do I make {a}",
+    "how do I get to {A}",
+    "how far is the {a}",
+    "how old is {A}",
+    "how many {a}s are there in {A}",
+    "why do {a}s like {b}",
+    "why is the {a} {b}",
+    "translate {a} to German",
+    "translate '{a}' into Spanish",
+    "explain {a}",
+    "explain how a {a} works",
+    "give me a recipe for {a}",
+    "do you like {a}",
+    "can you speak French",
+    "recommend a {a}",
+    "summarize {A}",
+    "what do you think about {a}",
+    "is {a} better than {b}",
+    "should I buy a {a}",
+    "what does {a} mean",
+    "tell me about {a}",
+    "tell me a joke about {a}",
+)
+_NOUNS = (
+    "dog cat car book city king tree ship river phone house movie game bread soup rice moon star "
+    "planet horse bird computer train school doctor war history music sport football money love "
+    "water apple tea coffee computer language robot teacher queen mountain ocean"
+).split()  # fmt: skip  # noqa: SIM905
+_PROPER = (
+    "France Paris London Rome Berlin Spain Italy Japan Tokyo China India Brazil Egypt Canada "
+    "Einstein Newton Mozart Shakespeare Napoleon Darwin Anna Peter Mary Tom Alice Kenya Norway"
+).split()  # fmt: skip  # noqa: SIM905
 _OPENERS = ("", "", "", "", "Please ", "Hey, ", "Hi! ", "So, ", "Well, ", "Tell me, ", "OK, ")
 _CLOSERS = ("", ".", "?", "!", " ?", " please", "...", ", please")
 SYSTEM_PROMPTS = (
@@ -95,8 +142,15 @@ SYSTEM_PROMPTS = (
 
 def sample(rng: random.Random) -> tuple[str, str]:
     """A question and its reply."""
-    questions, reply = rng.choice(REPLIES)
-    question = rng.choice(questions)
+    if rng.random() < 0.25:
+        words = rng.sample(_NOUNS, 2)
+        names = rng.sample(_PROPER, 2)
+        pattern = rng.choice(_UNKNOWN_PATTERNS)
+        question = pattern.format(a=words[0], b=words[1], A=names[0], B=names[1])
+        reply = _UNKNOWN
+    else:
+        questions, reply = rng.choice(REPLIES)
+        question = rng.choice(questions)
     opener = rng.choice(_OPENERS)
     if rng.random() < 0.6:
         if opener and question[0].isupper() is False and rng.random() < 0.7:

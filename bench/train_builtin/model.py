@@ -157,6 +157,7 @@ def export(shape: ModelShape, weights: Weights, folder: Path) -> None:
             tensors[f"model.layers.{i}.{theirs}.weight"] = weights[ours][i]
     stored = {n: w.detach().to(torch.bfloat16).contiguous().clone() for n, w in tensors.items()}
     save_file(stored, folder / "model.safetensors", metadata={"format": "pt"})
+    (folder / "model.safetensors").chmod(0o644)
     ids = {name: i for i, name in enumerate(tok.SPECIALS)}
     config = {
         "architectures": ["LlamaForCausalLM"],
@@ -181,7 +182,7 @@ def export(shape: ModelShape, weights: Weights, folder: Path) -> None:
         "pad_token_id": ids[tok.PAD],
     }
     generation = {k: v for k, v in config.items() if k.endswith("_token_id")}
-    generation |= {"do_sample": False, "max_length": shape.max_len}
+    generation["do_sample"] = False
     (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
     (folder / "generation_config.json").write_text(json.dumps(generation, indent=2) + "\n")
     tok.save(folder, shape.max_len)

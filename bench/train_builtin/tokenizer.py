@@ -5,6 +5,7 @@ one token; any other falls back to its bytes, so every text round-trips and the 
 the tokenizer does not know are visible to the model. There are no merges.
 """
 
+import json
 import re
 from pathlib import Path
 
@@ -84,3 +85,8 @@ def build_fast(model_max_length: int) -> PreTrainedTokenizerFast:
 def save(folder: Path, model_max_length: int) -> None:
     """Write tokenizer.json and tokenizer_config.json (chat template inside)."""
     build_fast(model_max_length).save_pretrained(folder, save_jinja_files=False)
+    path = folder / "tokenizer_config.json"
+    config = json.loads(path.read_text())
+    config.pop("backend", None)
+    config["tokenizer_class"] = "PreTrainedTokenizerFast"  # the name every version knows
+    path.write_text(json.dumps(config, indent=2) + "\n")

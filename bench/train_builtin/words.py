@@ -52,7 +52,7 @@ _VOWELS = tuple("a e i o u a e i o u ai ea oo ou".split())
 _CODAS = ("", "", "", *"n r l s t m d k p x nd st ck ng".split())
 # Words that the tokenizer may make one token: their spelling can only be learned by training on
 # each of them, so none is held out.
-_WHOLE = tuple(
+_WHOLE: tuple[str, ...] = tuple(
     sorted(
         {
             found
