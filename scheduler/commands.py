@@ -19,6 +19,7 @@ from diptych.engine.core.messages import (
     Join,
     Joined,
     Lost,
+    Placed,
     PoolUp,
     Progress,
     Rejected,
@@ -79,11 +80,15 @@ class CommitBlock(msgspec.Struct, frozen=True):
 class Delivered(msgspec.Struct, frozen=True):
     """Journal -> shell: new tokens for the client, each index once and in order.
 
-    `tokens.first_index` and `tokens.ids` are already trimmed to what is new.
+    `tokens.first_index` and `tokens.ids` are already trimmed to what is new. `queued_s` is the
+    time until the request was first placed (None while that is not known), `preemptions` how often
+    the scheduler took a choice of it back so far.
     """
 
     request: RequestId
     tokens: Tokens
+    queued_s: float | None = None
+    preemptions: int = 0
 
 
 class Refused(msgspec.Struct, frozen=True):
@@ -114,7 +119,7 @@ SchedulerInput = (
 )
 SchedulerCommand = Send | ReadPool
 JournalInput = (
-    Accepted | Rejected | Lost | Failed | TokenBatch | Stats | SchedulerUp | SchedulerDown
+    Accepted | Rejected | Placed | Lost | Failed | TokenBatch | Stats | SchedulerUp | SchedulerDown
 )
 JournalCommand = Send | Delivered | Refused | Ended
 BatcherInput = Join | Assign | Grant | Revoke | SetDial | Seal

@@ -22,6 +22,7 @@ from diptych.engine.core.messages import (
     Failed,
     Lost,
     Message,
+    Placed,
     Rejected,
     SchedulerDown,
     SchedulerUp,
@@ -32,7 +33,7 @@ from diptych.engine.core.messages import (
     Tokens,
 )
 from diptych.engine.core.request import Request, SeqRef
-from diptych.engine.core.types import ApiId, Epoch, RequestId
+from diptych.engine.core.types import ApiId, Epoch, LossCause, RequestId
 from diptych.scheduler.commands import Delivered, Ended, JournalCommand, JournalInput, Refused
 from diptych.scheduler.log_row import ChoiceRow, LogRow, row_of
 
@@ -86,7 +87,7 @@ class Journal:
                 retry_after_s=RETRY_FULL_S,
             )
         deadline = None if timeout_s is None else now + timeout_s
-        row = self._rows[request.id] = row_of(request, deadline, self._block_size)
+        row = self._rows[request.id] = row_of(request, now, deadline, self._block_size)
         if deadline is not None:
             self._next_tick = min(self._next_tick, deadline)
         if self._up and not self._backlog:
@@ -142,9 +143,11 @@ class Journal:
         elif isinstance(message, Stats):
             self._stats = message
         elif isinstance(message, Lost):
-            self._again(message.ref)
+            self._again(message)
         elif isinstance(message, Failed):
             self._failed(message)
+        elif isinstance(message, Placed):
+            self._placed(message, now)
         else:
             self._answered(message, now)
         self._pump()
@@ -171,15 +174,21 @@ class Journal:
         new = choice.accept(item)
         if new is None:
             return
-        self._commands.append(Delivered(row.request.id, new))
+        self._commands.append(Delivered(row.request.id, new, row.queued_s, row.preemptions))
         if choice.done:
             self._end_choice(row)
 
-    def _again(self, ref: SeqRef) -> None:
+    def _placed(self, message: Placed, now: float) -> None:
+        row, _ = self._current(message.ref)
+        if row is not None and row.queued_s is None:
+            row.queued_s = now - row.opened_at
+
+    def _again(self, lost: Lost) -> None:
         """The attempt was taken away: the next one starts from the log."""
-        row, choice = self._current(ref)
+        row, choice = self._current(lost.ref)
         if row is not None:
             row.accepted = True
+            row.preemptions += lost.cause is LossCause.PREEMPTED
             self._submit(row, choice)
 
     def _failed(self, failed: Failed) -> None:

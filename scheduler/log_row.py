@@ -60,16 +60,19 @@ class LogRow:
     request: Request
     choices: list[ChoiceRow]
     num_open: int  # choices not done
+    opened_at: float
     deadline: float | None
+    queued_s: float | None = None  # until a choice of it was placed for the first time
+    preemptions: int = 0  # of all choices together
     accepted: bool = False  # from here on the request may only end well, or by its deadline
     epoch: Epoch | None = None  # of the scheduler that it was submitted to last
     retry_at: float | None = None  # an accepted request that was turned away is submitted again
 
 
-def row_of(request: Request, deadline: float | None, block_size: int) -> LogRow:
+def row_of(request: Request, now: float, deadline: float | None, block_size: int) -> LogRow:
     """A new row. All choices share the hashes of the prompt; choice 0 brings its logprobs."""
     hashes = extend_chain(request.root, request.prompt_ids, block_size)
     params = request.params
     choices = [ChoiceRow(index, hashes=list(hashes)) for index in range(params.n)]
     choices[0].want_prompt_logprobs = params.prompt_logprobs is not None
-    return LogRow(request, choices, len(choices), deadline)
+    return LogRow(request, choices, len(choices), now, deadline)

@@ -10,7 +10,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from diptych.engine.core.config import CacheOptions, SchedulerOptions
-from diptych.engine.core.messages import Assign, CommittedBlock, Grant
+from diptych.engine.core.messages import Assign, CommittedBlock, Grant, Placed
 from diptych.engine.core.request import SeqRef
 from diptych.engine.core.types import BlockHash, LossCause, Role, blocks_for
 from diptych.scheduler.lifecycle import RowEvent, RowState
@@ -86,6 +86,8 @@ class Runs:
             priority, rank, arrival, choice = row.order
             pool.victims.push(row, (-priority, -rank, -arrival, -choice))
         self._announce(pool, row)
+        assert row.ref is not None
+        self._outbox.to_owner(row.entry, Placed(self._outbox.epoch, row.ref))
         if decoder is not seats.first:
             self._assign(row, pool, decoder, Role.DECODE, seats.first)
             self._assign(row, pool, seats.first, Role.PREFILL, decoder)

@@ -41,6 +41,8 @@ class Delta(msgspec.Struct, frozen=True):
     finish: FinishInfo | None = None
     num_cached: int = 0
     prompt_logprobs: list[TokenLogprobs] | None = None
+    queued_s: float | None = None  # until the request was first placed, None while not known
+    preemptions: int = 0  # of the request so far
 
 
 class Health(msgspec.Struct, frozen=True):

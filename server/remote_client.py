@@ -17,6 +17,7 @@ from diptych.engine.core.messages import (
     Drain,
     Failed,
     Lost,
+    Placed,
     Rejected,
     SchedulerDown,
     SchedulerUp,
@@ -34,7 +35,16 @@ from diptych.transfer.channels import AsyncChannels
 _TICK_S: Final = 0.1
 _STATS_AGE_S_MAX: Final = 2.0
 _STALL_S_MAX: Final = 10.0
-_FOR_JOURNAL: Final = (Accepted, Rejected, Lost, Failed, TokenBatch, SchedulerUp, SchedulerDown)
+_FOR_JOURNAL: Final = (
+    Accepted,
+    Rejected,
+    Placed,
+    Lost,
+    Failed,
+    TokenBatch,
+    SchedulerUp,
+    SchedulerDown,
+)
 
 
 class RemoteClient:

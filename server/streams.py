@@ -18,7 +18,7 @@ from msgspec.structs import replace
 from diptych.engine.core.errors import DiptychError, EngineDeadError, InvalidRequestError
 from diptych.engine.core.hashing import cache_salt as salt_of
 from diptych.engine.core.hashing import hash_root
-from diptych.engine.core.messages import Send, Tokens
+from diptych.engine.core.messages import Send
 from diptych.engine.core.params import SamplingParams
 from diptych.engine.core.request import Request
 from diptych.engine.core.types import pack_ids
@@ -123,7 +123,7 @@ class Streams:
             if isinstance(command, Send):
                 sends.append(command)
             elif isinstance(command, Delivered):
-                self._deliver(command.request, command.tokens)
+                self._deliver(command)
             elif isinstance(command, Refused):
                 self._end(command.request, command.error)
             else:
@@ -132,8 +132,9 @@ class Streams:
         if sends:
             self._send(sends)
 
-    def _deliver(self, request_id: str, tokens: Tokens) -> None:
-        stream = self._streams.get(request_id)
+    def _deliver(self, command: Delivered) -> None:
+        tokens = command.tokens
+        stream = self._streams.get(command.request)
         if stream is None:
             return  # the reader has gone; the journal has closed the request
         stream.items.append(
@@ -145,6 +146,8 @@ class Streams:
                 finish=tokens.finish,
                 num_cached=tokens.num_cached,
                 prompt_logprobs=tokens.prompt_logprobs,
+                queued_s=command.queued_s,
+                preemptions=command.preemptions,
             )
         )
         stream.wake.set()

@@ -108,6 +108,13 @@ class Rejected(Message, frozen=True):
     retry_after_s: float | None
 
 
+class Placed(Message, frozen=True):
+    """This attempt is on its worker(s): its waiting is over. Only for the API server's clocks."""
+
+    scheduler_epoch: Epoch
+    ref: SeqRef
+
+
 class Lost(Message, frozen=True):
     """This attempt was taken away; submit the next one. Nothing of the attempt is used later."""
 
@@ -383,6 +390,7 @@ AnyMessage = (
     | Closed
     | Accepted
     | Rejected
+    | Placed
     | Lost
     | Failed
     | Stats

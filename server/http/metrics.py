@@ -67,10 +67,10 @@ class Metrics:
         )
         self.e2e = histogram("e2e_request_latency_seconds", "Arrival to end.", LATENCY_BUCKETS)
         self.queue = histogram(
-            "request_queue_time_seconds", "Waiting for a worker, where known.", LATENCY_BUCKETS
+            "request_queue_time_seconds", "Waiting for a worker.", LATENCY_BUCKETS
         )
         self.prefill = histogram(
-            "request_prefill_time_seconds", "Arrival to first token.", LATENCY_BUCKETS
+            "request_prefill_time_seconds", "On a worker until the first token.", LATENCY_BUCKETS
         )
         self.decode = histogram(
             "request_decode_time_seconds", "First token to last.", LATENCY_BUCKETS
@@ -85,9 +85,7 @@ class Metrics:
         )
         self.params_n = histogram("request_params_n", "Parameter n.", few)
         self.params_max_tokens = histogram("request_params_max_tokens", "Resolved.", tokens)
-        self.preemptions = histogram(
-            "request_num_preemptions", "Per request, where known.", (0.0, *few)
-        )
+        self.preemptions = histogram("request_num_preemptions", "Per request.", (0.0, *few))
         self.prompt_tokens = self._counter("prompt_tokens", "Prompt tokens accepted.")
         self.prompt_cached = self._counter("prompt_tokens_cached", "Found in the prefix cache.")
         self._generation_tokens = self._counter("generation_tokens", "Tokens delivered.")

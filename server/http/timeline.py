@@ -23,10 +23,13 @@ class Timeline:
         self._choice_s = [0.0] * params.n  # last token of each choice
         self._num_tokens = [0] * params.n
         self._open = set(range(params.n))
+        self._queued_s: float | None = None
+        self._preemptions = 0
 
     def saw(self, delta: OutputDelta) -> None:
         now = time.monotonic()
         count = len(delta.token_ids)
+        self._queued_s, self._preemptions = delta.queued_s, delta.preemptions
         if self._first_s is None:
             self._first_s = now
             self._accepted(delta)
@@ -51,6 +54,10 @@ class Timeline:
         metrics.e2e.observe(time.monotonic() - self._arrived_s)
         metrics.inference.observe(self._last_s - self._arrived_s)
         metrics.decode.observe(self._last_s - self._first_s)
+        queued_s = self._queued_s or 0.0  # not known: the first token overtook the news
+        metrics.queue.observe(queued_s)
+        metrics.prefill.observe(max(0.0, self._first_s - self._arrived_s - queued_s))
+        metrics.preemptions.observe(self._preemptions)
         if most > 1:
             metrics.tpot.observe((self._last_s - self._first_s) / (most - 1))
 
@@ -58,7 +65,6 @@ class Timeline:
         assert self._first_s is not None
         metrics = self._metrics
         metrics.ttft.observe(self._first_s - self._arrived_s)
-        metrics.prefill.observe(self._first_s - self._arrived_s)
         metrics.prompt_tokens.inc(self._num_prompt)
         metrics.prompt_cached.inc(delta.num_cached)
         metrics.prompt_len.observe(self._num_prompt)

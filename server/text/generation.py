@@ -49,6 +49,8 @@ class OutputDelta(msgspec.Struct, frozen=True):
     num_cached: int = 0
     prompt_logprobs: list[PositionLogprobs] | None = None
     message: str | None = None  # of an error
+    queued_s: float | None = None  # until the request was first placed, None while not known
+    preemptions: int = 0  # of the request so far
 
 
 def readable(entry: TokenLogprobs, tokenizer: Tokenizer) -> PositionLogprobs:
@@ -138,6 +140,8 @@ class ChoiceText:
             num_cached=delta.num_cached,
             prompt_logprobs=self._readable(prompt),
             message=None if finish is None else finish.message,
+            queued_s=delta.queued_s,
+            preemptions=delta.preemptions,
         )
 
     def _readable(self, entries: Sequence[TokenLogprobs] | None) -> list[PositionLogprobs] | None:

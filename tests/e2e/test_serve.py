@@ -63,6 +63,8 @@ def test_tokens_came_from_two_workers(server: Serving) -> None:
     metrics = server.get("/metrics")
     assert 'vllm:prompt_tokens_total{engine="0",model_name="m"}' in metrics
     assert "vllm:kv_cache_usage_perc" in metrics
+    for name in ("queue_time_seconds", "prefill_time_seconds", "num_preemptions"):
+        assert _gauge(server, f"vllm:request_{name}_count") > 0, name
 
 
 BAD: list[tuple[str, object, int, str]] = [

@@ -20,6 +20,7 @@ from diptych.engine.core.messages import (
     Failed,
     Lost,
     Message,
+    Placed,
     Rejected,
     SchedulerDown,
     SchedulerUp,
@@ -463,3 +464,19 @@ def test_random_losses_never_show(seed: int) -> None:
     for (name, choice), answer in world.answers.items():
         if world.ended[name] == "ended":
             assert answer == token_list(name, choice, world.lengths[name]), f"seed {seed}"
+
+
+def test_the_wait_ends_at_the_first_placement_and_preemptions_are_counted() -> None:
+    journal = journal_up()
+    journal.open(request_of("r"), 10.0)
+    drain(journal)
+    first = SeqRef("r", 0, 0)
+    journal.handle(TokenBatch(1, 0, 1, [Tokens(first, 0, [7], None, None, 0, None)]), 10.5)
+    journal.handle(Placed(1, first), 11.0)  # overtaken by the first token
+    journal.handle(Lost(1, first, LossCause.PREEMPTED), 12.0)
+    again = SeqRef("r", 0, 1)
+    journal.handle(Placed(1, again), 15.0)
+    journal.handle(Placed(1, first), 16.0)
+    journal.handle(TokenBatch(1, 0, 1, [Tokens(again, 1, [8], None, STOP, 0, None)]), 17.0)
+    told = [c for c in drain(journal) if isinstance(c, Delivered)]
+    assert [(c.queued_s, c.preemptions) for c in told] == [(None, 0), (1.0, 1)]
