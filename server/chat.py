@@ -116,8 +116,11 @@ def converse(reply: Reply, system: str | None, console: Console) -> None:
             return
         if line == "/help":
             console.print(_HELP, style="dim", highlight=False)
-        elif line == "/reset" or line.startswith("/system"):
-            messages = _begin(line.removeprefix("/system").strip() or system)
+        elif line == "/reset":
+            messages = _begin(system)
+        elif line.startswith("/system"):
+            system = line.removeprefix("/system").strip() or None
+            messages = _begin(system)
         elif line:
             messages.append({"role": "user", "content": line})
             messages.append({"role": "assistant", "content": _answer(reply, messages, console)})

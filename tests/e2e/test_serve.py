@@ -1,5 +1,6 @@
 """`diptych serve` as a user meets it: real processes, real HTTP, the openai package, bad input."""
 
+import io
 import json
 import socket
 import threading
@@ -132,6 +133,25 @@ def test_seeded_sampling_repeats(server: Serving) -> None:
     first, second = (completion(server, **ask)[1]["choices"] for _ in range(2))
     assert first == second
     assert len({tuple(choice["token_ids"]) for choice in first}) == 3
+
+
+def test_bench_and_chat_talk_to_it(
+    server: Serving, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: Any
+) -> None:
+    out = tmp_path / "load.json"
+    words = ["--num-prompts", "12", "--max-concurrency", "4", "--random-output-len", "8"]
+    assert cli.main(["bench", "--base-url", server.url, "--out", str(out), *words]) == 0
+    result = json.loads(out.read_text())
+    assert result["completed"] == 12
+    assert result["total_output_tokens"] == 12 * 8
+    assert result["ttft_ms"]["median"] > 0
+
+    monkeypatch.setattr("sys.stdin", io.StringIO("hello\n"))
+    capsys.readouterr()
+    assert cli.main(["chat", "--url", server.url, "--max-tokens", "12"]) == 0
+    whole = {"model": "m", "messages": [{"role": "user", "content": "hello"}], "max_tokens": 12}
+    answer = server.post("/v1/chat/completions", whole | {"temperature": 0})[1]
+    assert capsys.readouterr().out.rstrip("\n") == answer["choices"][0]["message"]["content"]
 
 
 def test_sigterm_drains_and_ends_with_0(tmp_path: Path) -> None:
