@@ -20,7 +20,8 @@ import zmq
 
 from diptych.engine.core.errors import ConfigError
 from diptych.engine.core.messages import Address, AnyMessage, Message, Ready, Seal, Send
-from diptych.transfer.shortcut import Shortcut
+from diptych.engine.core.types import Epoch
+from diptych.transfer.shortcut import ShortcutInbox, ShortcutPeer
 
 QUEUE_FRAMES_MAX: Final = 16_384
 """Frames waiting for one peer; a peer that lets so many wait is dead."""
@@ -52,6 +53,20 @@ class ChannelCounts:
     dropped: int = 0  # sends refused: full queue, oversized frame, or an incarnation that is over
 
 
+@dataclass(slots=True)
+class _Peer:
+    """The ways to one incarnation of a peer."""
+
+    epoch: Epoch
+    socket: "zmq.Socket[bytes]"
+    shortcut: ShortcutPeer | None
+
+    def close(self) -> None:
+        self.socket.close(linger=0)
+        if self.shortcut is not None:
+            self.shortcut.close()
+
+
 class Channels:
     """One process's inbox and its outgoing queues. Not thread safe; `close` when done."""
 
@@ -63,7 +78,7 @@ class Channels:
         self.counts = ChannelCounts()
         self._run_dir = run_dir
         self._queue_frames = queue_frames
-        self._peers: dict[str, tuple[Address, zmq.Socket[bytes]]] = {}
+        self._peers: dict[tuple[str, int], _Peer] = {}
         self._encoder = msgspec.msgpack.Encoder()
         self._decoder: msgspec.msgpack.Decoder[AnyMessage] = msgspec.msgpack.Decoder(AnyMessage)
         self._context = zmq.Context()
@@ -72,7 +87,7 @@ class Channels:
         self.inbox.setsockopt(zmq.RCVHWM, queue_frames)
         self.inbox.setsockopt(zmq.MAXMSGSIZE, FRAME_BYTES_MAX)
         self.inbox.bind(f"ipc://{path}")
-        self._shortcut = Shortcut(path) if me.kind == "worker" else None
+        self._shortcut = ShortcutInbox(path) if me.kind == "worker" else None
         self._poller = zmq.Poller()
         self._poller.register(self.inbox, zmq.POLLIN)
         if self._shortcut is not None:
@@ -85,14 +100,14 @@ class Channels:
     def send(self, send: Send) -> bool:
         """Queues the message. False: the peer is dead or gone, and the message is lost."""
         frame = self._encoder.encode(send.message)
-        if self._shortcut is not None and isinstance(send.message, Seal):
-            if self._shortcut.send(frame, socket_path(self._run_dir, send.to)):
+        peer = self._peer(send.to)
+        if peer is None or len(frame) > FRAME_BYTES_MAX:
+            return self._drop(send, "its incarnation is over" if peer is None else "too large")
+        if peer.shortcut is not None and isinstance(send.message, Seal):
+            if peer.shortcut.send(frame):
                 return True
-        socket = self._socket(send.to)
-        if socket is None or len(frame) > FRAME_BYTES_MAX:
-            return self._drop(send, "its incarnation is over" if socket is None else "too large")
         try:
-            socket.send(frame, zmq.NOBLOCK)
+            peer.socket.send(frame, zmq.NOBLOCK)
         except zmq.Again:
             return self._drop(send, "the peer's queue is full")
         return True
@@ -116,8 +131,8 @@ class Channels:
         return messages
 
     def close(self) -> None:
-        for _, socket in self._peers.values():
-            socket.close(linger=0)
+        for peer in self._peers.values():
+            peer.close()
         self._peers.clear()
         if self._shortcut is not None:
             self._shortcut.close()
@@ -137,7 +152,7 @@ class Channels:
         while (frame := self._shortcut.receive()) is not None:
             self._decode(frame, messages)
 
-    def _decode(self, frame: bytes, messages: list[AnyMessage]) -> None:
+    def _decode(self, frame: bytes | memoryview, messages: list[AnyMessage]) -> None:
         self.counts.received += 1
         try:
             messages.append(self._decoder.decode(frame))
@@ -145,23 +160,25 @@ class Channels:
             self.counts.malformed += 1
             _log.error("dropped a malformed frame of %d bytes: %s", len(frame), error)
 
-    def _socket(self, to: Address) -> "zmq.Socket[bytes] | None":
-        name = process_name(to)
-        known = self._peers.get(name)
+    def _peer(self, to: Address) -> "_Peer | None":
+        """None: this incarnation is over, a newer one is known."""
+        known = self._peers.get((to.kind, to.number))
         if known is not None:
-            address, socket = known
-            if address.epoch == to.epoch:
-                return socket
-            if address.epoch > to.epoch:
+            if known.epoch == to.epoch:
+                return known
+            if known.epoch > to.epoch:
                 return None
-            socket.close(linger=0)
+            known.close()
         socket = self._context.socket(zmq.PUSH)
         socket.setsockopt(zmq.LINGER, 0)
         socket.setsockopt(zmq.SNDHWM, self._queue_frames)
         socket.setsockopt(zmq.RECONNECT_IVL, 10)  # ms
-        socket.connect(f"ipc://{socket_path(self._run_dir, to)}")
-        self._peers[name] = (to, socket)
-        return socket
+        inbox = socket_path(self._run_dir, to)
+        socket.connect(f"ipc://{inbox}")
+        between_workers = self.me.kind == to.kind == "worker"
+        peer = _Peer(to.epoch, socket, ShortcutPeer(inbox) if between_workers else None)
+        self._peers[to.kind, to.number] = peer
+        return peer
 
     def _drop(self, send: Send, reason: str) -> bool:
         self.counts.dropped += 1

@@ -1,48 +1,66 @@
 """A datagram socket beside a worker's inbox: one system call, one wake-up, no thread between.
 
-For messages whose order to others does not matter and whose delay a client feels. Owns one unix
-socket. Invariant: a send never blocks and never loses silently: what does not fit, or finds the
-peer's short queue full, is refused, and the caller takes the ordinary way.
+For messages whose order to others does not matter and whose delay a client feels. Owns one socket.
+Invariant: a send never blocks and never loses silently: what does not fit, or finds the peer's
+short queue full, is refused, and the caller takes the ordinary way.
 """
 
+import select
 import socket
-from contextlib import suppress
 from pathlib import Path
 from typing import Final
 
 FRAME_BYTES_MAX: Final = 32 << 10
 
 
-class Shortcut:
-    """`path` is that of the process's inbox, whose name it extends."""
+class ShortcutInbox:
+    """`inbox` is the path of the process's ordinary one, whose name it extends."""
 
-    def __init__(self, path: Path) -> None:
-        self._path = _beside(path)
-        self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM | socket.SOCK_NONBLOCK)
+    def __init__(self, inbox: Path) -> None:
+        self._path = _beside(inbox)
+        self._socket = _datagram_socket()
         self._socket.bind(self._path)
+        self._poll = select.poll()
+        self._poll.register(self._socket, select.POLLIN)
+        self._buffer = memoryview(bytearray(FRAME_BYTES_MAX))
 
     def fileno(self) -> int:
         return self._socket.fileno()
 
-    def send(self, frame: bytes, inbox: Path) -> bool:
-        """False: not sent."""
-        if len(frame) > FRAME_BYTES_MAX:
-            return False
-        try:
-            self._socket.sendto(frame, _beside(inbox))
-        except OSError:  # a full queue, or nobody there
-            return False
-        return True
-
-    def receive(self) -> bytes | None:
-        """None: nothing waits."""
-        with suppress(BlockingIOError):
-            return self._socket.recv(FRAME_BYTES_MAX)
-        return None
+    def receive(self) -> memoryview | None:
+        """None: nothing waits. The frame is valid until the next call."""
+        if not self._poll.poll(0):  # cheaper than an exception
+            return None
+        return self._buffer[: self._socket.recv_into(self._buffer)]
 
     def close(self) -> None:
         self._socket.close()
         Path(self._path).unlink(missing_ok=True)
+
+
+class ShortcutPeer:
+    """The way to one incarnation of a peer; if nobody is there, every send is refused."""
+
+    def __init__(self, inbox: Path) -> None:
+        self._socket = _datagram_socket()
+        self._connected = self._socket.connect_ex(_beside(inbox)) == 0
+
+    def send(self, frame: bytes) -> bool:
+        """False: not sent."""
+        if not self._connected or len(frame) > FRAME_BYTES_MAX:
+            return False
+        try:
+            self._socket.send(frame)
+        except OSError:  # a full queue, or the peer ended
+            return False
+        return True
+
+    def close(self) -> None:
+        self._socket.close()
+
+
+def _datagram_socket() -> socket.socket:
+    return socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM | socket.SOCK_NONBLOCK)
 
 
 def _beside(inbox: Path) -> str:
