@@ -138,7 +138,9 @@ async def bench(folder: Path, args: argparse.Namespace) -> dict[str, object]:
             "model": args.size,
             "kv_bytes_of_sequence": held,
             "pool_bytes_touched": grown,
-            "kv_bytes_copied": max(0, grown - held) if grown >= 2 * held else 0,
+            # A copy would take its bytes again; less than that is rounding to (huge) pages.
+            "kv_bytes_copied": grown - held if grown >= 2 * held else 0,
+            "load_average": os.getloadavg()[0],  # of the machine, this benchmark included
             "idle_handoff_ms": percentiles(handoffs),
             "idle_client_gap_ms": percentiles(gaps),
             "first_handoff_ms": first[0],
