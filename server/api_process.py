@@ -23,12 +23,17 @@ def load_target(target: str) -> Callable[[ApiBoot], None]:
 
 
 def main() -> None:
-    boot = msgspec.json.decode(sys.stdin.buffer.read(), type=ApiProcessBoot)
+    """`python -m diptych.server.api_process TARGET`, orders on standard input."""
+    target = load_target(sys.argv[1])  # while the model loads
+    orders = sys.stdin.buffer.read()
+    if not orders:
+        return  # the supervisor ended before there was anything to serve
+    boot = msgspec.json.decode(orders, type=ApiProcessBoot)
     configure_logs(f"api{boot.api.api}.{boot.api.api_epoch}", boot.api.log_level)
     name_process(f"api{boot.api.api}")
     die_by_thread(boot.lifeline_fd, lambda: None)
     try:
-        load_target(boot.target)(boot.api)
+        target(boot.api)
     except Exception:
         logging.getLogger("diptych").exception("the API server ends by an uncaught exception")
         sys.exit(EXIT_FAULT)

@@ -15,7 +15,6 @@ from diptych.engine.core.config import EngineOptions
 from diptych.server.boot import ApiBoot
 from diptych.server.http.serve import run_api
 from diptych.server.http.settings import HttpSettings
-from diptych.server.inline import InlineClient
 from diptych.server.logs import configure_logs
 from diptych.server.remote_client import RemoteClient
 
@@ -59,6 +58,8 @@ async def _serve_inline(
     drain = asyncio.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
         asyncio.get_running_loop().add_signal_handler(number, drain.set)
+    from diptych.server.inline import InlineClient  # torch: an API server of its own has none
+
     client = InlineClient(options)
     try:
         await run_api(

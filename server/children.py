@@ -17,7 +17,7 @@ from diptych.server.fence import Fence
 from diptych.server.launcher import ProcessExited
 from diptych.server.lifeline import EXIT_FAULT, cause_of, describe_exit
 from diptych.server.scheduler_process import run_scheduler
-from diptych.server.spawn import close_other_fds, spawn
+from diptych.server.spawn import close_other_fds, give_orders, spawn_waiting
 
 _log = logging.getLogger("diptych")
 
@@ -29,6 +29,7 @@ class Children:
         self._boot = boot
         self._fences: dict[Address, Fence] = {}
         self._spawned: dict[int, subprocess.Popen[bytes]] = {}  # pid -> its handle
+        self._prepared: list[subprocess.Popen[bytes]] = []
 
     def start_scheduler(self, address: Address) -> int:
         """Forked, because all it needs is imported here: it serves again after milliseconds."""
@@ -42,12 +43,18 @@ class Children:
         self._watch(address, pid)
         return pid
 
-    def start_api(self, address: Address, boot: ApiProcessBoot) -> int:
-        fds = [boot.lifeline_fd]
-        if boot.api.listen_fd is not None:
-            fds.append(boot.api.listen_fd)
-        process = spawn("diptych.server.api_process", boot, fds)
+    def prepare_api(self, target: str, listen_fd: int | None) -> None:
+        """Lets an API server import its code while the model loads; it waits for `start_api`."""
+        fds = [self._boot.lifeline_fd, *([] if listen_fd is None else [listen_fd])]
+        process = spawn_waiting("diptych.server.api_process", [target], fds)
         self._spawned[process.pid] = process
+        self._prepared.append(process)
+
+    def start_api(self, address: Address, boot: ApiProcessBoot) -> int:
+        if not self._prepared:
+            self.prepare_api(boot.target, boot.api.listen_fd)
+        process = self._prepared.pop()
+        give_orders(process, boot)
         self._watch(address, process.pid)
         return process.pid
 
@@ -81,6 +88,8 @@ class Children:
         return events
 
     def close(self) -> None:
+        for process in self._prepared:
+            process.kill()
         for fence in self._fences.values():
             fence.kill()
 

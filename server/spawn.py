@@ -18,18 +18,27 @@ import diptych
 
 def spawn(module: str, boot: msgspec.Struct, fds: Sequence[int]) -> subprocess.Popen[bytes]:
     """`python -m module` with `boot` as JSON on its standard input."""
-    process = subprocess.Popen(
-        [sys.executable, "-P", "-m", module],
+    process = spawn_waiting(module, [], fds)
+    give_orders(process, boot)
+    return process
+
+
+def spawn_waiting(module: str, words: Sequence[str], fds: Sequence[int]) -> subprocess.Popen[bytes]:
+    """A process that imports what it needs and then waits for `give_orders`."""
+    return subprocess.Popen(
+        [sys.executable, "-P", "-m", module, *words],
         stdin=subprocess.PIPE,
         pass_fds=fds,
         start_new_session=True,
         env=python_environment(),
     )
+
+
+def give_orders(process: subprocess.Popen[bytes], boot: msgspec.Struct) -> None:
     assert process.stdin is not None
     with suppress(BrokenPipeError):  # it died already, which its exit status tells
         process.stdin.write(msgspec.json.encode(boot))
         process.stdin.close()
-    return process
 
 
 def python_environment() -> dict[str, str]:

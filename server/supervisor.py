@@ -104,6 +104,9 @@ class Supervisor:
         self._children = Children(self._host)
         self._launcher: Launcher = WarmLauncher(self._host)
         try:
+            if self._boot.api_target is not None:
+                for _ in range(self._boot.num_apis):
+                    self._children.prepare_api(self._boot.api_target, self._boot.listen_fd)
             self._progress(f"starting {self._host.layout.num_workers} workers, loading the model")
             while not self._ending:
                 self._turn()
