@@ -90,10 +90,11 @@ class Intake:
     def drained(self, row: Row) -> None:
         """The row's blocks were released: it moves on to what it was taken back for."""
         if row.poison and row.state in (RowState.LOSING, RowState.RESTARTING):
-            self._rows.move(row, RowEvent.FAIL)
-            ref = SeqRef(row.key[0], row.key[1], row.wanted.attempt)
-            reason = f"request {row.key[0]} crashed a worker while it ran alone on it"
-            self._outbox.to_owner(row.entry, Failed(self._outbox.epoch, ref, reason))
+            self._fail(row)
+            for other in row.entry.rows.values():  # each would take a worker with it
+                if other.state is RowState.QUEUED:
+                    self._room.leave(other)
+                    self._fail(other)
             return
         state = self._rows.move(row, RowEvent.DRAIN)
         if state is RowState.LOST:
@@ -102,6 +103,13 @@ class Intake:
             self._room.enter(row)
         elif state is RowState.GONE:
             self._remove(row)
+
+    def _fail(self, row: Row) -> None:
+        """The request fails as a whole as soon as its API server hears of one choice."""
+        self._rows.move(row, RowEvent.FAIL)
+        ref = SeqRef(row.key[0], row.key[1], row.wanted.attempt)
+        reason = f"request {row.key[0]} crashed a worker while it ran alone on it"
+        self._outbox.to_owner(row.entry, Failed(self._outbox.epoch, ref, reason))
 
     def doubt(self, row: Row) -> None:
         """The worker on which it ended was fenced; its last tokens may never have left."""
