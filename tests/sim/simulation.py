@@ -90,10 +90,12 @@ class Simulation:
         world = self.world
         self.supervisor.start()
         last = serial_s = 0.0
+        timing = self.scenario.timing
         for spec in self.scenario.requests:
             last = max(last, spec.at)
             steps = spec.n * (spec.max_tokens + len(spec.prompt))
-            serial_s += steps * self.scenario.timing.step_s
+            trips = spec.n * (4 + spec.max_tokens // self.scenario.block_size)
+            serial_s += steps * timing.step_s + trips * timing.spike_s
             world.at(spec.at, lambda spec=spec: self._arrive(spec))  # type: ignore[misc]
         while True:
             world.run_one()

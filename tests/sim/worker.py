@@ -209,12 +209,12 @@ class WorkerProcess(Process):
     def _fault(self) -> None:
         self.cause = DownCause.FAULT
         assert self.plan is not None
-        for row in self.plan.rows:
-            if self._poisons(row):
-                client = self.clients.by_id[row.seq.ref.request]
-                client.faults += 1
-                most = (client.spec.n + 1) * self.epoch + 1
-                check(client.faults <= most, "{} crashed {} workers", row.seq.ref, client.faults)
+        guilty = {row.seq.ref.request for row in self.plan.rows if self._poisons(row)}
+        for request in sorted(guilty):
+            client = self.clients.by_id[request]
+            client.faults += 1
+            most = (client.spec.n + 1) * self.epoch + 1
+            check(client.faults <= most, "{} crashed {} workers", request, client.faults)
         self.world.kill(self)
 
     def _finish(self) -> None:
