@@ -36,6 +36,10 @@ IDLE_S: Final = 2.0
 """Virtual seconds for which rows may wait while nothing runs."""
 
 
+RELEASE_S: Final = 1.0
+"""Virtual seconds until the blocks of a closed request are free, if nobody dies or stands still."""
+
+
 class SchedulerProcess(Process):
     """One incarnation of the scheduler."""
 
@@ -52,6 +56,10 @@ class SchedulerProcess(Process):
         self.quiet = quiet  # (pool, epoch) -> does no worker hold anything of an older epoch
         self.inbox: list[Message] = []
         self.wakes = False
+        scenario_features = frozenset(scenario.features)
+        self.clogged = "clog" in scenario_features
+        self.undisturbed = not scenario.faults and scenario_features.isdisjoint(("clog", "poison"))
+        self.closed: dict[RequestId, float] = {}  # when their end was heard
         self.idle_since: float | None = None  # rows wait, and nothing runs
         self.preemptions: dict[tuple[RequestId, int], int] = {}
         self.recovering: set[RequestId] = set()
@@ -66,7 +74,10 @@ class SchedulerProcess(Process):
     def _wake_up(self) -> None:
         if not self.wakes:
             self.wakes = True
-            self.world.at(self.world.rng.random() * 0.0003, self._wake, self)
+            delay = self.world.rng.random() * 0.0003
+            if self.clogged and self.world.rng.random() < 0.02:
+                delay += self.world.rng.random() * self.world.timing.spike_s  # it stands still
+            self.world.at(delay, self._wake, self)
 
     def _wake(self) -> None:
         self.wakes = False
@@ -75,6 +86,7 @@ class SchedulerProcess(Process):
 
     def _tick(self) -> None:
         self._step([])
+        self._check_closed()
         self.world.at(self.world.timing.tick_s, self._tick, self)
 
     def _step(self, inputs: list[Message]) -> None:
@@ -86,6 +98,8 @@ class SchedulerProcess(Process):
             if isinstance(message, Submit) and message.recovering:
                 self.num_recovering += len(message.choices)
                 self.recovering.add(message.request.id)
+            elif isinstance(message, Closed):
+                self.closed.setdefault(message.request, self.world.now)
             self.watch.scheduler_hears(epoch, message)
         self.op("stepped")
         self.machine.check_integrity()
@@ -119,6 +133,15 @@ class SchedulerProcess(Process):
         if isinstance(message, Rejected) and message.retry_after_s is not None:
             most_s = self.world.scenario.scheduler.retry_after_max_s
             check(0 < message.retry_after_s <= most_s, "retry after {}", message.retry_after_s)
+
+    def _check_closed(self) -> None:
+        """What runs for nobody is given back as soon as its step is over."""
+        if self.undisturbed:
+            late = {r for r, since in self.closed.items() if self.world.now - since > RELEASE_S}
+            for _, _, ref in self.watch.holds:
+                check(ref.request not in late, "{} runs though it is closed", ref)
+            for request in late:
+                del self.closed[request]
 
     def _check_idle(self, stats: Stats) -> None:
         """Work is conserved: while something waits and everybody lives, something runs."""
