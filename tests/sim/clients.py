@@ -193,7 +193,6 @@ class Clients:
         self.oracle = oracle
         self._scenario = scenario
         self.by_id: dict[str, Client] = {}
-        self.num_skipped = 0
 
     def open(self, spec: RequestSpec, now: float) -> Client:
         request = make_request(spec, now)

@@ -35,7 +35,6 @@ from tests.sim.world import Process, World, check
 IDLE_S: Final = 2.0
 """Virtual seconds for which rows may wait while nothing runs."""
 
-
 RELEASE_S: Final = 1.0
 """Virtual seconds until the blocks of a closed request are free, if nobody dies or stands still."""
 
@@ -56,9 +55,9 @@ class SchedulerProcess(Process):
         self.quiet = quiet  # (pool, epoch) -> does no worker hold anything of an older epoch
         self.inbox: list[Message] = []
         self.wakes = False
-        scenario_features = frozenset(scenario.features)
-        self.clogged = "clog" in scenario_features
-        self.undisturbed = not scenario.faults and scenario_features.isdisjoint(("clog", "poison"))
+        features = frozenset(scenario.features)
+        self.clogged = "clog" in features
+        self.undisturbed = not scenario.faults and features.isdisjoint(("clog", "poison"))
         self.closed: dict[RequestId, float] = {}  # when their end was heard
         self.idle_since: float | None = None  # rows wait, and nothing runs
         self.preemptions: dict[tuple[RequestId, int], int] = {}

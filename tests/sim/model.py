@@ -92,10 +92,6 @@ class RequestSpec:
     poison_at: int | None = None  # computing this position crashes the worker
     nan_at: int | None = None  # emitted index whose sampling fails
 
-    @property
-    def asks_too_much(self) -> bool:
-        return self.poison_at is not None
-
 
 @dataclass(slots=True, frozen=True)
 class Answer:

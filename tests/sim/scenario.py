@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from random import Random
 from typing import Final
 
-from diptych.engine.core.config import BatchOptions, SchedulerOptions
+from diptych.engine.core.config import BatchOptions, SchedulerOptions, WorkerSpec
 from tests.sim.model import STOP, Oracle, RequestSpec
 
 FEATURES: Final = (
@@ -53,13 +53,6 @@ LABELS: Final = {  # of the places where a process may die, by its kind
 
 
 @dataclass(slots=True, frozen=True)
-class WorkerSetup:
-    worker: int
-    pool: int
-    dial: int
-
-
-@dataclass(slots=True, frozen=True)
 class Timing:
     """Virtual seconds."""
 
@@ -93,7 +86,7 @@ class Scenario:
     block_size: int
     pools: int
     apis: int
-    workers: tuple[WorkerSetup, ...]
+    workers: tuple[WorkerSpec, ...]
     token_loss: float  # chance that a batch of tokens is dropped on its way
     scheduler: SchedulerOptions
     batch: BatchOptions
@@ -149,8 +142,8 @@ def generate(seed: int, features: frozenset[str] | None = None) -> Scenario:
     return replace(scenario, requests=_requests(rng, has, scenario))
 
 
-def _workers(rng: Random, pools: int, crowd: bool) -> tuple[WorkerSetup, ...]:
-    workers: list[WorkerSetup] = []
+def _workers(rng: Random, pools: int, crowd: bool) -> tuple[WorkerSpec, ...]:
+    workers: list[WorkerSpec] = []
     shape: tuple[int, ...]
     for pool in range(pools):
         shape = rng.choice(
@@ -167,7 +160,7 @@ def _workers(rng: Random, pools: int, crowd: bool) -> tuple[WorkerSetup, ...]:
         )
         if crowd:
             shape = rng.choice(((100, 100, 0, 0), (100, 0, 0, 0), (50, 50, 50), (100, 30, 0, 70)))
-        workers += [WorkerSetup(len(workers) + i, pool, dial) for i, dial in enumerate(shape)]
+        workers += [WorkerSpec(len(workers) + i, pool, dial) for i, dial in enumerate(shape)]
     return tuple(workers)
 
 

@@ -111,8 +111,7 @@ class Simulation:
     def _arrive(self, spec: RequestSpec) -> None:
         process = self.host.apis.get(spec.api)
         if process is None or not process.alive:
-            self.clients.num_skipped += 1  # connection refused
-            return
+            return  # connection refused
         self.world.at(0.0, lambda: process.open(spec), process)
 
     def _settle(self) -> None:

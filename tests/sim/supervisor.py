@@ -7,7 +7,6 @@ it waits for all of them.
 
 from typing import Final, Protocol
 
-from diptych.engine.core.config import WorkerSpec
 from diptych.engine.core.messages import (
     Address,
     ApiDown,
@@ -48,7 +47,7 @@ class FleetSupervisor:
         scenario = host.world.scenario
         memory = host.memories[0]
         self.fleet = Fleet(
-            [WorkerSpec(s.worker, s.pool, s.dial) for s in scenario.workers],
+            list(scenario.workers),
             num_apis=scenario.apis,
             external_api=False,
             pool=PoolUp(0, memory.num_blocks, memory.block_size),

@@ -19,7 +19,7 @@ from diptych.engine.core.messages import (
     WorkerDown,
 )
 from diptych.engine.core.request import SeqRef, Sequence
-from diptych.engine.core.types import BlockId, Epoch, Generation, PoolId, Role, WorkerId, unpack_ids
+from diptych.engine.core.types import BlockId, Epoch, Generation, PoolId, WorkerId, unpack_ids
 from tests.sim.memory import Memory
 from tests.sim.model import Oracle
 from tests.sim.names import Names
@@ -34,7 +34,6 @@ class Hold:
 
     pool: PoolId
     epoch: Epoch  # of the scheduler that gave them
-    role: Role
     peer: WorkerId | None
     table: list[BlockId]
     generations: list[Generation]
@@ -120,9 +119,7 @@ class Watch:
         check(on_worker < self.sequences_max, "worker {} gets {} sequences", worker, on_worker + 1)
         check(key not in self.holds, "{} is assigned twice", key)
         peer = message.peer[0] if message.peer is not None else None
-        hold = self.holds[key] = Hold(
-            pool, message.scheduler_epoch, message.role, peer, [], [], computed // size
-        )
+        hold = self.holds[key] = Hold(pool, message.scheduler_epoch, peer, [], [], computed // size)
         for i, (block, generation) in enumerate(
             zip(message.block_table, message.generations, strict=True)
         ):

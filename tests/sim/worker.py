@@ -4,6 +4,7 @@ Owns one incarnation's batcher and its step in flight. Commands are carried out 
 process may die between any two of them, and between the parts of a page entry.
 """
 
+from diptych.engine.core.config import WorkerSpec
 from diptych.engine.core.messages import (
     Address,
     Assign,
@@ -24,7 +25,6 @@ from diptych.scheduler.commands import BatcherCommand, ClearBlock, CommitBlock
 from tests.sim.clients import Clients
 from tests.sim.memory import Memory
 from tests.sim.model import EOS, first_cell, logits_of, logprob_of, next_cell, sample
-from tests.sim.scenario import WorkerSetup
 from tests.sim.watch import Watch
 from tests.sim.world import Crashed, Process, World, check
 
@@ -36,7 +36,7 @@ class WorkerProcess(Process):
         self,
         world: World,
         address: Address,
-        setup: WorkerSetup,
+        setup: WorkerSpec,
         memory: Memory,
         watch: Watch,
         clients: Clients,

@@ -88,7 +88,6 @@ class World:
         self.num_events = 0
         self.processes: dict[Address, Process] = {}
         self.links: dict[tuple[Address, Address], Link] = {}
-        self.in_flight = 0
         self.trace: deque[tuple[float, str, object]] = deque(maxlen=TRACE_KEPT)
         self.on_death: Callable[[Process], None] = lambda process: None
         self.on_hang: Callable[[Process], None] = lambda process: None
@@ -137,7 +136,6 @@ class World:
             if source == process.address and link.queue and self.rng.random() < 0.6:
                 for _ in range(self.rng.randint(0, len(link.queue))):
                     link.queue.pop()  # still in its own send buffer
-                    self.in_flight -= 1
         process.died()
         self.on_death(process)
 
@@ -180,12 +178,10 @@ class World:
             return
         if isinstance(message, Seal) and link.rng.random() < 0.3:  # past the queue, at once
             frame = Link(link.rng, queue=deque((_ENCODER.encode(message),)))
-            self.in_flight += 1
             self.at(delay, lambda: self._deliver(frame, to))
             return
         link.last = max(link.last, self.now + delay)
         link.queue.append(_ENCODER.encode(message))
-        self.in_flight += 1
         self.at(link.last - self.now, lambda: self._deliver(link, to))
 
     def _drops(self, link: Link, message: Message) -> bool:
@@ -202,7 +198,6 @@ class World:
         if not link.queue:
             return  # lost with its sender
         data = link.queue.popleft()
-        self.in_flight -= 1
         process = self.processes.get(to)
         if process is None or not process.alive:
             return
