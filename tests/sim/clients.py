@@ -58,8 +58,10 @@ class Client:
     answers: list[Answer]
     seen: list[list[int]]
     fits: bool  # it is not impossible from the start
+    lossy: bool  # single batches of tokens may be lost
     attempts: dict[int, int] = field(default_factory=dict)  # choice -> the newest submitted
     submitted_to: int = 0  # scheduler epoch
+    causes: dict[int, int] = field(default_factory=dict)  # choice -> reasons for an attempt
     faults: int = 0  # workers that it crashed
     accepted: bool = False
     finished: set[int] = field(default_factory=set)
@@ -139,6 +141,8 @@ class Client:
             check(unpack_ids(state.emitted) == self.seen[choice], "{}: its log is wrong", name)
             last = self.attempts.get(choice, -1)
             check(state.attempt > last, "{}: attempt {} after {}", name, state.attempt, last)
+            most = epoch + self.causes.get(choice, 0)
+            check(self.lossy or state.attempt < most, "{}: attempt {} for nothing", name, most)
             self.attempts[choice] = state.attempt
 
     def _logprobs(self, tokens: Tokens, answer: Answer, first: bool) -> None:
@@ -200,7 +204,9 @@ class Clients:
         for answer in answers:
             self.oracle.register(request.root, answer, spec.prompt + answer.tokens)
         fits = self._fits(spec)
-        client = Client(spec, request, now, answers, [[] for _ in range(spec.n)], fits)
+        seen: list[list[int]] = [[] for _ in range(spec.n)]
+        lossy = self._scenario.token_loss > 0
+        client = Client(spec, request, now, answers, seen, fits, lossy)
         self.by_id[request.id] = client
         return client
 

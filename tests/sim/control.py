@@ -206,6 +206,9 @@ class ApiProcess(Process):
             self.scheduler_up = False
         if isinstance(message, Accepted) and message.request in self.mine:
             self.mine[message.request].accepted |= epoch == self.epoch
+        if isinstance(message, Lost) and message.ref.request in self.mine:
+            causes = self.mine[message.ref.request].causes
+            causes[message.ref.choice] = causes.get(message.ref.choice, 0) + 1
         before = self.machine.stats
         self.machine.handle(message, self.world.now)  # type: ignore[arg-type]
         same = epoch == self.epoch or self.machine.stats is before

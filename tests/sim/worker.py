@@ -60,6 +60,7 @@ class WorkerProcess(Process):
         )
         self.inbox: list[Message] = []
         self.plan: StepPlan | None = None  # the step in flight
+        self.work = (0, 0, 0)  # steps, prefill and decode tokens since the last report
         self.epoch = 0  # of the scheduler that it said to have joined
         self.wakes = False
 
@@ -125,6 +126,8 @@ class WorkerProcess(Process):
                 if isinstance(command.message, Progress):
                     self._check_progress(command.message)
                 elif isinstance(command.message, Joined):
+                    if self.epoch != command.message.scheduler_epoch:
+                        self.work = (0, 0, 0)
                     self.epoch = command.message.scheduler_epoch
                 self.send(command.to, command.message)
 
@@ -159,6 +162,9 @@ class WorkerProcess(Process):
         )
 
     def _check_progress(self, progress: Progress) -> None:
+        told = (progress.steps, progress.prefill_tokens, progress.decode_tokens)
+        check(told == self.work, "{} did {} but reports {}", self.slot, self.work, told)
+        self.work = (0, 0, 0)
         for row in progress.committed:
             check(
                 self.memory.committed(row.block) == row.generation,
@@ -232,6 +238,9 @@ class WorkerProcess(Process):
         self.op("commit")
         self.batcher.commit(plan, result)
         self.plan = None
+        steps, prefill, decode = self.work
+        prefill += plan.num_tokens - plan.num_decodes
+        self.work = (steps + 1, prefill, decode + plan.num_decodes)
         self.op("committed")
         self._carry_out(self.batcher.take())
         self.batcher.check_integrity()
