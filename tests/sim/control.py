@@ -24,7 +24,7 @@ from diptych.engine.core.messages import (
     Submit,
 )
 from diptych.engine.core.types import LossCause, RequestId
-from diptych.scheduler.commands import Delivered, Ended, Refused
+from diptych.scheduler.commands import Delivered, Ended, Refused, SchedulerCommand
 from diptych.scheduler.journal import Journal
 from diptych.scheduler.scheduler import Scheduler
 from tests.sim.clients import Client, Clients
@@ -58,7 +58,8 @@ class SchedulerProcess(Process):
         features = frozenset(scenario.features)
         self.clogged = "clog" in features
         self.undisturbed = not scenario.faults and features.isdisjoint(("clog", "poison"))
-        self.closed: dict[RequestId, float] = {}  # when their end was heard
+        self.apis_die = any(fault.slot[0] == "a" for fault in scenario.faults)
+        self.closed: dict[tuple[RequestId, int | None], float] = {}  # when their end was heard
         self.idle_since: float | None = None  # rows wait, and nothing runs
         self.preemptions: dict[tuple[RequestId, int], int] = {}
         self.recovering: set[RequestId] = set()
@@ -98,9 +99,12 @@ class SchedulerProcess(Process):
                 self.num_recovering += len(message.choices)
                 self.recovering.add(message.request.id)
             elif isinstance(message, Closed):
-                self.closed.setdefault(message.request, self.world.now)
+                self.closed.setdefault((message.request, None), self.world.now)
+            elif isinstance(message, Abort):
+                self.closed.setdefault((message.request, message.choice), self.world.now)
             self.watch.scheduler_hears(epoch, message)
         self.op("stepped")
+        self._check_answers(inputs, commands)
         self.machine.check_integrity()
         for command in commands:
             if isinstance(command, Send):
@@ -133,14 +137,26 @@ class SchedulerProcess(Process):
             most_s = self.world.scenario.scheduler.retry_after_max_s
             check(0 < message.retry_after_s <= most_s, "retry after {}", message.retry_after_s)
 
+    def _check_answers(self, inputs: list[Message], commands: list[SchedulerCommand]) -> None:
+        """Every Submit is accepted or rejected at once, unless its API server is gone."""
+        answers = {
+            command.message.request
+            for command in commands
+            if isinstance(command, Send) and isinstance(command.message, Accepted | Rejected)
+        }
+        for message in inputs:
+            if isinstance(message, Submit) and not self.apis_die:
+                check(message.request.id in answers, "{} is not answered", message.request.id)
+
     def _check_closed(self) -> None:
         """What runs for nobody is given back as soon as its step is over."""
         if self.undisturbed:
-            late = {r for r, since in self.closed.items() if self.world.now - since > RELEASE_S}
+            late = {key for key, at in self.closed.items() if self.world.now - at > RELEASE_S}
             for _, _, ref in self.watch.holds:
-                check(ref.request not in late, "{} runs though it is closed", ref)
-            for request in late:
-                del self.closed[request]
+                over = (ref.request, None) in late or (ref.request, ref.choice) in late
+                check(not over, "{} runs for nobody", ref)
+            for key in late:
+                del self.closed[key]
 
     def _check_idle(self, stats: Stats) -> None:
         """Work is conserved: while something waits and everybody lives, something runs."""

@@ -12,6 +12,7 @@ from diptych.engine.core.types import pack_ids
 from diptych.scheduler.batcher import Batcher, BatcherInput
 from diptych.scheduler.commands import CommitBlock
 from diptych.scheduler.lineup import Lineup
+from diptych.scheduler.report import Report
 from diptych.scheduler.running import Running
 from diptych.scheduler.seals import Seals
 from tests.sim.mutants.registry import edit, mutant, replace
@@ -110,6 +111,18 @@ def writes_without_room(stack: ExitStack) -> None:
         return 1
 
     replace(stack, Running, "room", room)
+
+
+@mutant()
+def uneventful_tokens_not_sent(stack: ExitStack) -> None:
+    """Tokens of uneventful steps are not sent, so that only a gap brings them back."""
+    edit(stack, Batcher, "_commit_decodes", "items = outbox.items", "items = []")
+
+
+@mutant()
+def steps_not_reported(stack: ExitStack) -> None:
+    """The scheduler never hears how much was computed."""
+    replace(stack, Report, "add_step", lambda self, compute_s, prefill, decode: None)
 
 
 @mutant("tiny_pool")

@@ -73,6 +73,18 @@ def abort_leaks(stack: ExitStack) -> None:
     edit(stack, Intake, "_end", "if before is RowState.RUNNING:", "if False:")
 
 
+@mutant("stop", "choices")
+def abort_ignored(stack: ExitStack) -> None:
+    """A choice that its client needs no more goes on."""
+    replace(stack, Intake, "abort", lambda self, message: None)
+
+
+@mutant()
+def submit_not_answered(stack: ExitStack) -> None:
+    """A request is taken without a word."""
+    edit(stack, Intake, "submit", "self._outbox.accept(api, request.id)", "pass")
+
+
 @mutant("small_caps", "burst")
 def admission_leaks(stack: ExitStack) -> None:
     """Tokens that waited count for ever."""
