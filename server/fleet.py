@@ -178,6 +178,13 @@ class Fleet:
                 found.hung = True
                 self._kill(found, f"no progress for {now - found.beat_at_s:.1f} s", now)
 
+    def stuck(self, address: Address, now: float) -> None:
+        """A peer's queue to it is full: it has stopped reading, and messages to it were lost."""
+        found = self._find(address)
+        if found is not None and found.state is State.UP and not found.external:
+            found.hung = True
+            self._kill(found, "it has stopped reading its messages", now)
+
     def tick(self, now: float) -> None:
         """Starts what is due, kills what does not come up."""
         for member in self._all():

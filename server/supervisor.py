@@ -17,7 +17,7 @@ import msgspec
 import zmq
 
 from diptych.engine.core.errors import ConfigError, DiptychError, EngineDeadError, ModelLoadError
-from diptych.engine.core.messages import Address, Drain, PoolUp, Ready, Send
+from diptych.engine.core.messages import Address, Drain, PoolUp, Ready, Send, Stuck
 from diptych.engine.core.model_config import load_model_config
 from diptych.server.boot import ApiBoot, ApiProcessBoot, HostBoot, HostLayout, SupervisorBoot
 from diptych.server.children import Children
@@ -129,6 +129,8 @@ class Supervisor:
                 for address, _ in self._fleet.states():
                     if (process_name(address), address.epoch) == (message.name, message.epoch):
                         self._fleet.ready(address, now)
+            elif isinstance(message, Stuck):
+                self._fleet.stuck(message.peer, now)
         self._fleet.beats(self._read_pulses(), now)
         self._fleet.tick(now)
         self._carry_out()

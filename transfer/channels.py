@@ -3,8 +3,8 @@
 Every process binds one PULL socket named after its incarnation and connects a PUSH socket to each
 peer it speaks to. Workers also have a short cut (shortcut.py) for the one message that a client's
 next token waits for, the seal. Owns the sockets and the frame codec. Invariants: a send never
-blocks; every queue is bounded; a frame that does not decode is counted and dropped, it never ends
-a process.
+blocks; every queue is bounded, and a peer whose queue is full is reported, to be fenced; a frame
+that does not decode is counted and dropped, it never ends a process.
 """
 
 import asyncio
@@ -19,7 +19,7 @@ import msgspec
 import zmq
 
 from diptych.engine.core.errors import ConfigError
-from diptych.engine.core.messages import Address, AnyMessage, Message, Ready, Seal, Send
+from diptych.engine.core.messages import Address, AnyMessage, Message, Ready, Seal, Send, Stuck
 from diptych.engine.core.types import Epoch
 from diptych.transfer.shortcut import ShortcutInbox, ShortcutPeer
 
@@ -79,6 +79,7 @@ class Channels:
         self._run_dir = run_dir
         self._queue_frames = queue_frames
         self._peers: dict[tuple[str, int], _Peer] = {}
+        self._stuck: set[Address] = set()  # reported to the supervisor
         self._encoder = msgspec.msgpack.Encoder()
         self._decoder: msgspec.msgpack.Decoder[AnyMessage] = msgspec.msgpack.Decoder(AnyMessage)
         self._context = zmq.Context()
@@ -109,6 +110,7 @@ class Channels:
         try:
             peer.socket.send(frame, zmq.NOBLOCK)
         except zmq.Again:
+            self._report_stuck(send.to)
             return self._drop(send, "the peer's queue is full")
         return True
 
@@ -179,6 +181,12 @@ class Channels:
         peer = _Peer(to.epoch, socket, ShortcutPeer(inbox) if between_workers else None)
         self._peers[to.kind, to.number] = peer
         return peer
+
+    def _report_stuck(self, peer: Address) -> None:
+        """Once per incarnation: only its end makes good what it has missed."""
+        if peer.kind != "supervisor" and peer not in self._stuck:
+            self._stuck.add(peer)
+            self.send_to(SUPERVISOR, Stuck(peer))
 
     def _drop(self, send: Send, reason: str) -> bool:
         self.counts.dropped += 1

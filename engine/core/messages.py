@@ -384,6 +384,12 @@ class Ready(Message, frozen=True):
     epoch: Epoch
 
 
+class Stuck(Message, frozen=True):
+    """The sender's queue to this incarnation is full: it has stopped reading. Fence it."""
+
+    peer: Address
+
+
 AnyMessage = (
     Submit
     | Abort
@@ -412,4 +418,5 @@ AnyMessage = (
     | SchedulerDown
     | Drain
     | Ready
+    | Stuck
 )

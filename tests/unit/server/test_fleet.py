@@ -186,6 +186,17 @@ def test_a_hang_is_killed_once_and_announced_as_such() -> None:
     assert fleet.take() == to_scheduler(1, WorkerDown(0, 1, DownCause.HUNG))
 
 
+def test_who_stops_reading_is_killed_and_an_older_incarnation_is_nobody() -> None:
+    fleet = serving()
+    fleet.stuck(worker(0, 9), 1.0)
+    assert fleet.take() == []
+    fleet.stuck(worker(1), 1.0)
+    fleet.stuck(worker(1), 1.1)
+    assert [c.address for c in fleet.take() if isinstance(c, Kill)] == [worker(1)]
+    fleet.exited(worker(1), DownCause.KILLED, 1.2)
+    assert fleet.take() == to_scheduler(1, WorkerDown(1, 1, DownCause.HUNG))
+
+
 def test_a_supervisor_that_stood_still_itself_blames_nobody() -> None:
     fleet = serving()
     fleet.beats({worker(0): 5}, 1.0)

@@ -12,9 +12,17 @@ import pytest
 import zmq
 
 from diptych.engine.core.errors import ConfigError
-from diptych.engine.core.messages import Address, AnyMessage, ApiUp, SchedulerUp, Seal, SetDial
+from diptych.engine.core.messages import (
+    Address,
+    AnyMessage,
+    ApiUp,
+    SchedulerUp,
+    Seal,
+    SetDial,
+    Stuck,
+)
 from diptych.engine.core.request import SeqRef
-from diptych.transfer.channels import AsyncChannels, Channels, socket_path
+from diptych.transfer.channels import SUPERVISOR, AsyncChannels, Channels, socket_path
 
 WAIT_S = 5.0
 
@@ -81,6 +89,21 @@ def test_full_queue_is_refused_at_once(run_dir: Path) -> None:
         assert sender.counts.dropped == 12
     finally:
         sender.close()
+
+
+def test_a_peer_that_stops_reading_is_reported_once(run_dir: Path) -> None:
+    supervisor = Channels(run_dir, SUPERVISOR)
+    sender = Channels(run_dir, Address("api", 0, 1), queue_frames=8)
+    try:
+        for epoch in (1, 1, 2):
+            for _ in range(20):
+                sender.send_to(Address("worker", 0, epoch), ApiUp(0, 1))
+        peers = [Address("worker", 0, 1), Address("worker", 0, 2)]
+        assert receive_count(supervisor, 2) == [Stuck(peer) for peer in peers]
+        assert supervisor.receive(0) == []
+    finally:
+        sender.close()
+        supervisor.close()
 
 
 def test_a_newer_incarnation_replaces_the_older(run_dir: Path) -> None:
