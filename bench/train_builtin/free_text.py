@@ -4,6 +4,8 @@ Phrasings are multiplied by openers, case and punctuation, so that evaluation se
 very strings that were trained on.
 """
 
+# ruff: noqa: SIM905  # words read better as text than as a list of literals
+
 import random
 
 _CAN_DO = (
@@ -121,11 +123,11 @@ _NOUNS = (
     "dog cat car book city king tree ship river phone house movie game bread soup rice moon star "
     "planet horse bird computer train school doctor war history music sport football money love "
     "water apple tea coffee computer language robot teacher queen mountain ocean"
-).split()  # fmt: skip  # noqa: SIM905
+).split()
 _PROPER = (
     "France Paris London Rome Berlin Spain Italy Japan Tokyo China India Brazil Egypt Canada "
     "Einstein Newton Mozart Shakespeare Napoleon Darwin Anna Peter Mary Tom Alice Kenya Norway"
-).split()  # fmt: skip  # noqa: SIM905
+).split()
 _OPENERS = ("", "", "", "", "Please ", "Hey, ", "Hi! ", "So, ", "Well, ", "Tell me, ", "OK, ")
 _CLOSERS = ("", ".", "?", "!", " ?", " please", "...", ", please")
 SYSTEM_PROMPTS = (

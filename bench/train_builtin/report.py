@@ -84,7 +84,9 @@ def main() -> None:
     parser.add_argument("--count", type=int, default=400, help="prompts per task")
     parser.add_argument("--seed", type=int, default=2024)
     parser.add_argument("--show", type=int, default=0, help="wrong answers to print per task")
+    parser.add_argument("--threads", type=int, default=1)
     args = parser.parse_args()
+    torch.set_num_threads(args.threads)
     tokenizer = AutoTokenizer.from_pretrained(args.model)
     model = AutoModelForCausalLM.from_pretrained(args.model, dtype=torch.bfloat16).eval()
     exact: dict[str, float] = {}
