@@ -1,4 +1,4 @@
-"""The `diptych` command: serve, chat, bench.
+"""The `diptych` command: serve, chat, status, bench.
 
 Owns the table of commands. Only the module of the chosen command is imported, so `diptych --help`
 answers at once and `diptych serve` loads nothing that a supervisor does not need.
@@ -19,12 +19,14 @@ Diptych serves large language models through separate prefill and decode workers
   diptych serve                     serve the built-in model on http://127.0.0.1:8000
   diptych serve ./my-model          serve a Hugging Face checkpoint (safetensors)
   diptych chat                      talk to the server in the terminal
+  diptych status                    see what its workers do
   diptych bench                     measure the server under load
 """
 
 COMMANDS: Final = {
     "serve": ("diptych.server.serve", "serve a model over an OpenAI-compatible HTTP API"),
     "chat": ("diptych.server.chat", "talk to a server or a model in the terminal"),
+    "status": ("diptych.server.status_command", "show what a running server does"),
     "bench": (
         "diptych.server.load.run",
         "put a load on a server and report latencies and throughput",

@@ -29,6 +29,7 @@ from diptych.server.http.errors import (
 from diptych.server.http.front import Front
 from diptych.server.http.gate import Gate
 from diptych.server.http.replies import ModelCard, ModelList
+from diptych.server.http.server_info import server_info
 from diptych.server.http.settings import HttpSettings
 from diptych.server.http.stream import ClientGoneError
 from diptych.server.http.tokens import detokenize, tokenize
@@ -65,6 +66,7 @@ def make_app(client: EngineClient, tokenizer: Tokenizer, settings: HttpSettings)
         ("GET", "/metrics", _metrics),
         ("GET", "/version", _version),
         ("GET", "/load", _load),
+        ("GET", "/server_info", _server_info),
     ]
     for method, path, handler in routes:
         app.add_api_route(path, _bound(handler, front), methods=[method], response_model=None)
@@ -124,6 +126,10 @@ def _card(front: Front, name: str) -> ModelCard:
         root=front.settings.model_names[0],
         max_model_len=front.client.info.max_model_len,
     )
+
+
+async def _server_info(front: Front, request: Request) -> Response:
+    return _json(server_info(front))
 
 
 async def _models(front: Front, request: Request) -> Response:

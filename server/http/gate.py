@@ -22,6 +22,7 @@ _COUNTED: Final = frozenset(
         *OPEN_PATHS,
         "/detokenize",
         "/load",
+        "/server_info",
         "/tokenize",
         "/v1/chat/completions",
         "/v1/completions",

@@ -89,7 +89,7 @@ class Metrics:
         self.prompt_tokens = self._counter("prompt_tokens", "Prompt tokens accepted.")
         self.prompt_cached = self._counter("prompt_tokens_cached", "Found in the prefix cache.")
         self._generation_tokens = self._counter("generation_tokens", "Tokens delivered.")
-        self._num_generated = 0
+        self.num_generated = 0
         self._success = self._family("request_success", "Choices ended.", "finished_reason")
         for reason in FinishReason:
             self._success.labels(**self._labels, finished_reason=reason.value)
@@ -107,7 +107,7 @@ class Metrics:
         self._http = Counter(
             "diptych:http_responses", "Responses.", ("path", "status"), registry=self.registry
         )
-        self.registry.register(EngineCollector(self._labels, client, lambda: self._num_generated))
+        self.registry.register(EngineCollector(self._labels, client, lambda: self.num_generated))
         ProcessCollector(registry=self.registry)
         GCCollector(registry=self.registry)
 
@@ -115,7 +115,7 @@ class Metrics:
         return generate_latest(self.registry)
 
     def generated(self, num_tokens: int) -> None:
-        self._num_generated += num_tokens
+        self.num_generated += num_tokens
         self._generation_tokens.inc(num_tokens)
 
     def rejected(self, reason: str) -> None:

@@ -154,6 +154,23 @@ def test_bench_and_chat_talk_to_it(
     assert capsys.readouterr().out.rstrip("\n") == answer["choices"][0]["message"]["content"]
 
 
+def test_status_shows_workers_and_memory(
+    server: Serving, capsys: pytest.CaptureFixture[str]
+) -> None:
+    completion(server)
+    assert cli.main(["status", "--url", server.url, "--json"]) == 0
+    info = json.loads(capsys.readouterr().out)
+    assert info["models"] == ["m", "alias"]
+    assert info["health"]["ok"]
+    assert info["generated_tokens"] >= 24
+    assert [worker["dial"] for worker in info["engine"]["workers"]] == [100, 0]
+    assert info["engine"]["blocks_total"] == info["model"]["num_blocks"]
+    assert cli.main(["status", "--url", server.url]) == 0
+    shown = capsys.readouterr().out
+    for word in ("healthy", "prefill", "decode", "blocks in use", "generated"):
+        assert word in shown, shown
+
+
 def test_sigterm_drains_and_ends_with_0(tmp_path: Path) -> None:
     folder = write_model(tmp_path, "tiny")
     flags = ["--load-format", "dummy", "--served-model-name", "m"]
@@ -177,6 +194,7 @@ def test_mistakes_on_the_command_line_are_one_line(
         (["serve", str(folder), "--prefill", "1", "--decode", "0"], "--prefill"),
         (["serve", str(folder), "--block-size", "10"], "multiple of 16"),
         (["chat", "--url", "http://127.0.0.1:9"], "no server answers"),
+        (["status", "--url", "http://127.0.0.1:9"], "no server answers"),
     ):
         assert cli.main(words) == 2
         error = capsys.readouterr().err

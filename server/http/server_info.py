@@ -1,0 +1,46 @@
+"""GET /server_info: what is served and what its workers do right now, for people and scripts.
+
+Owns nothing; the numbers are the scheduler's newest sums and this API server's own counts.
+"""
+
+import msgspec
+
+import diptych
+from diptych.engine.core.messages import Stats
+from diptych.server.client import EngineInfo, Health
+from diptych.server.http.front import Front
+
+
+class ServerInfo(msgspec.Struct, frozen=True):
+    """`engine` is null until the scheduler's first report. Counters run since its start."""
+
+    version: str
+    models: list[str]
+    model: EngineInfo
+    health: Health
+    in_flight: int  # HTTP requests of this API server
+    generated_tokens: int  # by this API server, since its start
+    engine: Stats | None
+
+
+def server_info(front: Front) -> dict[str, object]:
+    client = front.client
+    info = ServerInfo(
+        version=diptych.__version__,
+        models=front.settings.model_names,
+        model=client.info,
+        health=client.health(),
+        in_flight=front.in_flight,
+        generated_tokens=front.metrics.num_generated,
+        engine=client.stats(),
+    )
+    named: dict[str, object] = msgspec.to_builtins(info)
+    if info.engine is not None:  # structs of the wire are arrays; here they get their names
+        fields = _named(info.engine)
+        fields["workers"] = [_named(worker) for worker in info.engine.workers]
+        named["engine"] = fields
+    return named
+
+
+def _named(struct: msgspec.Struct) -> dict[str, object]:
+    return {name: getattr(struct, name) for name in struct.__struct_fields__}
