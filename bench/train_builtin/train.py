@@ -44,7 +44,7 @@ SHARES_MIDDLE = {  # retrieval is the slowest to appear: most of the practice
     "completion": 0.7,
     "multi_turn": 0.3,
 }
-SHARES_END = {  # then sums, which need the most practice, and long lists
+SHARES_SUMS = {  # then sums, which need the most practice, and long lists
     "add_drill": 5.0,
     "reverse_drill": 2.0,
     "lookup_drill": 1.5,
@@ -58,8 +58,23 @@ SHARES_END = {  # then sums, which need the most practice, and long lists
     "completion": 1.0,
     "multi_turn": 0.5,
 }
-_START_UNTIL = 0.12  # of the schedule
-_MIDDLE_UNTIL = 0.38
+SHARES_LAST = {
+    "add_drill": 3.0,
+    "reverse_drill": 1.2,
+    "lookup_drill": 1.5,
+    "lookup_long_drill": 1.2,
+    "lookup_long": 0.4,
+    "json_drill": 1.5,
+    "lookup": 1.5,
+    "json": 1.5,
+    "add": 1.0,
+    "reverse": 1.0,
+    "free_text": 0.7,
+    "completion": 1.5,
+    "multi_turn": 1.0,
+}
+# (until this part of the schedule, shares)
+PHASES = ((0.12, SHARES_START), (0.38, SHARES_MIDDLE), (0.8, SHARES_SUMS), (1.0, SHARES_LAST))
 _DECAY_FROM = 0.55  # of the schedule, then linearly to zero
 _WARMUP_STEPS = 50
 _SAVE_EVERY = 100  # steps
@@ -185,13 +200,7 @@ def main() -> None:
     smooth = math.nan
     with (args.out / "log.jsonl").open("a") as log:
         for progress in steps(args, run):
-            shares = (
-                SHARES_START
-                if progress < _START_UNTIL
-                else SHARES_MIDDLE
-                if progress < _MIDDLE_UNTIL
-                else SHARES_END
-            )
+            shares = next(shares for until, shares in PHASES if progress < until)
             rows = batches.step_rows(
                 encoder, args.seed, run.step, shares, args.tokens, shape.max_len
             )

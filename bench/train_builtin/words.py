@@ -74,7 +74,7 @@ def is_held_out(fact: str) -> bool:
 def any_word(rng: random.Random) -> str:
     """A lower-case word of 2 to 12 letters, from either side of the split."""
     kind = rng.random()
-    if kind < 0.05:
+    if kind < 0.07:
         return rng.choice(_WHOLE)
     if kind < 0.45:
         return rng.choice(COMMON)
