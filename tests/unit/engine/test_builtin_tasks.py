@@ -6,10 +6,12 @@ Answers are recomputed here from the prompt text alone, by other means than the 
 import json
 import random
 import re
+from pathlib import Path
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tokenizers import Tokenizer
 
 from bench.train_builtin import batches, tasks, tokenizer
 from bench.train_builtin.tasks import Example
@@ -129,3 +131,14 @@ def test_training_rows_equal_the_chat_template() -> None:
         for token in (*ENCODER.text(content), ENCODER.special(tokenizer.END))
     ]
     assert said == expected
+
+
+def test_shipped_folder_is_complete_small_and_has_this_tokenizer() -> None:
+    folder = Path(__file__).resolve().parents[3] / "server" / "builtin_model"
+    sizes = {path.name: path.stat().st_size for path in folder.iterdir()}
+    assert {"config.json", "generation_config.json", "model.safetensors"} <= sizes.keys()
+    assert sum(sizes.values()) <= 12_000_000
+    shipped = Tokenizer.from_file(str(folder / "tokenizer.json"))
+    assert json.loads(shipped.to_str()) == json.loads(ENCODER.tokenizer.to_str())
+    config = json.loads((folder / "tokenizer_config.json").read_text())
+    assert config["chat_template"] == tokenizer.CHAT_TEMPLATE
