@@ -11,7 +11,12 @@ from collections.abc import Callable
 import msgspec
 
 from diptych.server.boot import ApiBoot, ApiProcessBoot
-from diptych.server.lifeline import EXIT_FAULT, die_by_thread, name_process
+from diptych.server.lifeline import (
+    EXIT_FAULT,
+    die_by_thread,
+    leave_signals_to_supervisor,
+    name_process,
+)
 from diptych.server.logs import configure_logs
 
 
@@ -24,6 +29,7 @@ def load_target(target: str) -> Callable[[ApiBoot], None]:
 
 def main() -> None:
     """`python -m diptych.server.api_process TARGET`, orders on standard input."""
+    leave_signals_to_supervisor()
     target = load_target(sys.argv[1])  # while the model loads
     orders = sys.stdin.buffer.read()
     if not orders:

@@ -15,7 +15,7 @@ from diptych.engine.core.messages import Address
 from diptych.server.boot import ApiProcessBoot, HostBoot
 from diptych.server.fence import Fence
 from diptych.server.launcher import ProcessExited
-from diptych.server.lifeline import EXIT_FAULT, cause_of, describe_exit
+from diptych.server.lifeline import EXIT_FAULT, cause_of, describe_exit, leave_signals_to_supervisor
 from diptych.server.scheduler_process import run_scheduler
 from diptych.server.spawn import close_other_fds, give_orders, spawn_waiting
 
@@ -101,8 +101,8 @@ class Children:
         status = EXIT_FAULT
         try:
             signal.set_wakeup_fd(-1)
-            for number in (signal.SIGCHLD, signal.SIGTERM, signal.SIGINT):
-                signal.signal(number, signal.SIG_DFL)
+            signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+            leave_signals_to_supervisor()
             os.setsid()
             close_other_fds({self._boot.layout.page_fd, self._boot.lifeline_fd})
             run_scheduler(self._boot, address.epoch)

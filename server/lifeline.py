@@ -61,6 +61,13 @@ def lifeline_ended(fd: int) -> bool:
     return any(events & select.POLLHUP for _, events in poll.poll(0))
 
 
+def leave_signals_to_supervisor() -> None:
+    """A service manager tells every process of a group to end; only the supervisor answers, by a
+    drain, and the others go on until it ends them (with SIGKILL, or over their channels)."""
+    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
+        signal.signal(number, signal.SIG_IGN)
+
+
 def name_process(name: str) -> None:
     """What `ps` and `top` show in their command column, at most 15 bytes: "dt-worker0"."""
     buffer = ctypes.create_string_buffer(f"dt-{name}".encode()[:15])

@@ -22,7 +22,12 @@ from diptych.engine.core.errors import ConfigError, DiptychError
 from diptych.engine.runner import LoadedModel, load_model
 from diptych.server.boot import HostBoot
 from diptych.server.client import EngineInfo
-from diptych.server.lifeline import EXIT_FAULT, die_by_kernel, name_process
+from diptych.server.lifeline import (
+    EXIT_FAULT,
+    die_by_kernel,
+    leave_signals_to_supervisor,
+    name_process,
+)
 from diptych.server.logs import configure_logs
 from diptych.server.warm_wire import (
     PACKET_BYTES_MAX,
@@ -139,6 +144,7 @@ def main() -> None:
     boot = msgspec.json.decode(sys.stdin.buffer.read(), type=WarmBoot)
     configure_logs("warm", boot.host.log_level)
     name_process("warm")
+    leave_signals_to_supervisor()  # its workers inherit that
     die_by_kernel(boot.host.lifeline_fd)
     torch.set_num_threads(1)  # no thread may exist at a fork; workers compute with the kernels'
     wire = socket.socket(fileno=boot.socket_fd)

@@ -2,6 +2,8 @@
 
 import io
 import json
+import os
+import signal
 import socket
 import threading
 import time
@@ -14,6 +16,7 @@ import openai
 import pytest
 
 from bench.models import write_model
+from bench.procs import descendants
 from bench.serving import Serving
 from diptych.server import cli
 
@@ -178,6 +181,8 @@ def test_sigterm_drains_and_ends_with_0(tmp_path: Path) -> None:
         running = pool.submit(completion, server, max_tokens=1500)
         while not _gauge(server, "vllm:num_requests_running"):
             assert not running.done()
+        for pid in descendants(server.process.pid):  # as a service manager does: all of them
+            os.kill(pid, signal.SIGTERM)
         assert server.stop() == 0
         status, answer = running.result()
     assert status == 200
