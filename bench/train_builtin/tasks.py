@@ -218,8 +218,8 @@ def completion(rng: random.Random, held_out: bool) -> Example:
             item = word(rng, held_out=held_out)
             lines.append((f"reverse {item} ->", f" {item[::-1]}"))
         else:
-            question, answer = free_text.sample(rng)
-            lines.append((f"Q: {question}\nA:", f" {answer}"))
+            turn = talk(rng, held_out).messages
+            lines.append((f"Q: {turn[0][1]}\nA:", f" {turn[1][1]}"))
     done = "".join(f"{q}{a}\n" for q, a in lines[:-1])
     question, answer = lines[-1]
     return Example("completion", (("user", done + question), ("assistant", answer)), True)
