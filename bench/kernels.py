@@ -17,7 +17,7 @@ import torch
 
 from bench.record import spread, write
 from diptych.kernels import library
-from diptych.kernels.cpp import CppKernels, available_levels
+from diptych.kernels.cpp import CppKernels, available_levels, level_index
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 LAYERS = {"qkv": (3072, 2048), "gate_up": (16384, 2048), "down": (2048, 8192)}  # N, K
@@ -54,7 +54,7 @@ def rates(times: list[float], work: Work) -> dict[str, object]:
 
 
 def limits(level: str, num_bytes: int) -> dict[str, float]:
-    lib, index = library.load(), available_levels().index(level)
+    lib, index = library.load(), level_index(level)
     data = torch.zeros(num_bytes // 4)
     copy = torch.empty_like(data)
     read = min(seconds(lambda: lib.probe_read(index, data)))

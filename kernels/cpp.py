@@ -14,10 +14,10 @@ from diptych.engine.core.errors import ConfigError
 from diptych.kernels import library
 from diptych.kernels.base import PackedLinear
 
-__all__ = ["CppKernels", "available_levels"]
+__all__ = ["CppKernels", "available_levels", "level_index"]
 
 # Raised with every change of the C++ code that may change a bit of a result.
-_NUMERICS_VERSION = 1
+_NUMERICS_VERSION = 2
 
 _MODEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -25,8 +25,15 @@ _MODEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 def available_levels() -> list[str]:
     """The levels that this machine can run, the slowest first."""
     lib = library.load()
-    levels = range(lib.num_levels())
-    return [str(lib.level_name(level)) for level in levels if lib.machine_has(level)]
+    levels = [level for level in range(lib.num_levels()) if lib.machine_has(level)]
+    return [str(lib.level_name(level)) for level in sorted(levels, key=lib.level_rank)]
+
+
+def level_index(level: str) -> int:
+    """The library's own number of a level."""
+    lib = library.load()
+    names = [str(lib.level_name(index)) for index in range(lib.num_levels())]
+    return names.index(level)
 
 
 class CppKernels:
@@ -58,7 +65,7 @@ class CppKernels:
         if level not in levels:
             raise ConfigError(f"kernel level {level!r} is not one of this machine's: {levels}")
         self._level_name = level
-        self._level = levels.index(level)
+        self._level = level_index(level)
 
     @property
     def level(self) -> str:
