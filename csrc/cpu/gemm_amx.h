@@ -1,6 +1,7 @@
 // The bf16 GEMM on AMX tiles, included by gemm.h on the level that has them.
 //
-// One step multiplies up to 16 rows by a panel over 32 inputs. Invariant: an output element is one
+// One step multiplies up to 16 rows by a panel over 32 inputs. Rows come in blocks of 16 (the last
+// one lower), each [K/32][rows of the block][32], so that a tile is one piece of memory. Invariant: an output element is one
 // accumulator that takes its steps in order of k, whatever tiles lie around it; a tile row never
 // meets another row. So its bits do not depend on the rows and columns computed beside it.
 #pragma once
@@ -80,16 +81,15 @@ inline void tiles_two_by_two(const TileArgs<BF16Pairs>& a, int64_t row, int64_t 
   DIPTYCH_OPEN_TILE(1, r1)
   DIPTYCH_OPEN_TILE(2, r2)
   DIPTYCH_OPEN_TILE(3, r3)
-  const uint32_t* x = a.x + row * a.x_stride;
-  const uint32_t* x_low = x + high * a.x_stride;
+  const uint32_t* x = a.x + row * a.x_stride + a.first_step * high;
+  const uint32_t* x_low = a.x + (row + high) * a.x_stride + a.first_step * low;
   const uint16_t* w = a.w + panel * a.panel_stride;
-  const int64_t stride = a.x_stride * 4;
   for (int64_t s = 0; s < a.steps; s += kTileSteps) {
-    _tile_loadd(4, x + s, stride);
+    _tile_loadd(4, x + s * high, 64);
     _tile_loadd(6, w + s * 2 * kPanel, 64);
     _tile_loadd(7, w + a.panel_stride + s * 2 * kPanel, 64);
     _tile_dpbf16ps(0, 4, 6);
-    _tile_loadd(5, x_low + s, stride);
+    _tile_loadd(5, x_low + s * low, 64);
     _tile_dpbf16ps(1, 4, 7);
     _tile_dpbf16ps(2, 5, 6);
     _tile_dpbf16ps(3, 5, 7);
@@ -114,11 +114,11 @@ inline void tiles_four(const TileArgs<BF16Pairs>& a, int64_t row, int64_t rows, 
   DIPTYCH_OPEN_TILE(1, r[1])
   DIPTYCH_OPEN_TILE(2, r[2])
   DIPTYCH_OPEN_TILE(3, r[3])
-  const uint32_t* x = a.x + row * a.x_stride;
+  const uint32_t* x = a.x + row * a.x_stride + a.first_step * rows;
   const uint16_t* w = a.w + panel * a.panel_stride;
-  const int64_t stride = a.x_stride * 4, next = a.panel_stride;
+  const int64_t next = a.panel_stride;
   for (int64_t s = 0; s < a.steps; s += kTileSteps, w += kTileSteps * 2 * kPanel) {
-    _tile_loadd(4, x + s, stride);
+    _tile_loadd(4, x + s * rows, 64);
     _tile_loadd(6, w, 64);
     _tile_loadd(7, w + next, 64);
     _tile_dpbf16ps(0, 4, 6);
@@ -140,10 +140,10 @@ inline void tiles_one(const TileArgs<BF16Pairs>& a, int64_t row, int64_t rows, i
                       float* spare) {
   const TileRegion r = open_region(a, row, rows, panel, spare);
   DIPTYCH_OPEN_TILE(0, r)
-  const uint32_t* x = a.x + row * a.x_stride;
+  const uint32_t* x = a.x + row * a.x_stride + a.first_step * rows;
   const uint16_t* w = a.w + panel * a.panel_stride;
   for (int64_t s = 0; s < a.steps; s += kTileSteps) {
-    _tile_loadd(4, x + s, a.x_stride * 4);
+    _tile_loadd(4, x + s * rows, 64);
     _tile_loadd(6, w + s * 2 * kPanel, 64);
     _tile_dpbf16ps(0, 4, 6);
   }

@@ -8,12 +8,16 @@
 namespace diptych::cpu {
 namespace {
 
-constexpr int64_t kGroupPanels = 4;  // panels of one work item
-constexpr int64_t kRowsPerItem =
-    96;  // rows of one work item, where columns alone give too few items
+constexpr int64_t kGroupPanels = 4;      // panels of one work item with few rows
+constexpr int64_t kGroupPanelsMax = 16;  // on tiles, with many rows
+constexpr int64_t kRowsPerItem = 96;     // where columns alone give too few items
+constexpr int64_t kRowsPerItemMax = 512;
 constexpr int64_t kInlineProducts = 1 << 15;  // smaller problems are not worth waking a thread for
-constexpr int64_t kFewRows = 32;              // narrow weights: widened piece by piece up to here
-constexpr int64_t kPieceInputs = 128;         // four panels of them stay in the first cache
+constexpr int64_t kFewRows = 32;              // of an item
+constexpr int64_t kPieceFewRows = 128;  // inputs of narrow weights widened at once: first cache
+// Inputs of one pass over an item with many rows: on tiles, 32 rows of a pass stay in the first
+// cache and the whole pass in the second.
+constexpr int64_t kPieceManyRows = 512;
 
 inline int64_t round_up(int64_t n, int64_t unit) { return (n + unit - 1) / unit * unit; }
 
@@ -55,68 +59,98 @@ template <class E>
 struct LinearJob {
   const LinearArgs& a;
   const typename Operand<E>::Act* x;
-  int64_t x_stride, groups, rows_per_item;
+  int64_t x_stride, group_panels, groups, rows_per_item;
+
+  static constexpr bool kBf16 = Operand<E>::kRawPerStep == 2 * kPanel;
 
   static void item(void* context, int64_t index) {
     const auto& job = *static_cast<const LinearJob*>(context);
     const LinearArgs& a = job.a;
-    const int64_t first_panel = index % job.groups * kGroupPanels,
+    const int64_t first_panel = index % job.groups * job.group_panels,
                   row = index / job.groups * job.rows_per_item;
     const int64_t all_panels = (a.num_out + kPanel - 1) / kPanel;
     const int64_t panels_left = all_panels - first_panel, rows_left = a.rows - row;
-    const int64_t panels = panels_left < kGroupPanels ? panels_left : kGroupPanels,
+    const int64_t panels = panels_left < job.group_panels ? panels_left : job.group_panels,
                   rows = rows_left < job.rows_per_item ? rows_left : job.rows_per_item;
-    const int64_t column = first_panel * kPanel, padded = padded_inputs(a);
-    TileArgs<E> tile_args;
-    tile_args.x = job.x + row * job.x_stride;
-    tile_args.x_stride = job.x_stride;
-    tile_args.out = a.out + row * a.num_out + column;
-    tile_args.out_stride = a.num_out;
-    tile_args.columns = a.num_out - column;
-    if (a.width != Width::kModel) {
-      if constexpr (Operand<E>::kRawPerStep == 2 * kPanel)
-        narrow(job, tile_args, row, rows, first_panel, panels, padded);
-      return;
+    const int64_t column = first_panel * kPanel;
+    TileArgs<E> t;
+    t.x = job.x + row * job.x_stride;
+    t.x_stride = job.x_stride;
+    t.out = a.out + row * a.num_out + column;
+    t.out_stride = a.num_out;
+    t.columns = a.num_out - column;
+    if constexpr (kBf16) {
+      job.passes(t, row, rows, first_panel, panels);
+    } else {
+      t.panel_stride = a.num_in * kPanel;
+      t.w = static_cast<const typename E::Raw*>(a.w) + first_panel * t.panel_stride;
+      t.steps = a.num_in;
+      t.bias = a.bias == nullptr ? nullptr : a.bias + column;
+      gemm<E>(t, rows, panels);
     }
-    tile_args.panel_stride = padded * kPanel;
-    tile_args.w = static_cast<const typename E::Raw*>(a.w) + first_panel * tile_args.panel_stride;
-    tile_args.steps = kTiles ? padded / 2 : Operand<E>::steps(a.num_in);
-    if constexpr (Operand<E>::kRawPerStep == kPanel) tile_args.steps = a.num_in;
-    tile_args.bias = a.bias == nullptr ? nullptr : a.bias + column;
-    gemm<E>(tile_args, rows, panels);
   }
 
-  // Few rows: a piece of K is widened into the first cache and used at once. Many rows: all of K is
-  // widened once for all of them.
-  static void narrow(const LinearJob& job, TileArgs<E> tile_args, int64_t row, int64_t rows,
-                     int64_t first_panel, int64_t panels, int64_t padded) {
-    const int64_t piece = rows <= kFewRows && padded > kPieceInputs ? kPieceInputs : padded;
-    auto* wide = static_cast<uint16_t*>(
-        scratch(kScratchItem, static_cast<size_t>(kGroupPanels * piece * kPanel) * 2));
-    const typename Operand<E>::Act* x = tile_args.x;
-    tile_args.w = wide;
-    tile_args.panel_stride = piece * kPanel;
-    tile_args.bias = nullptr;
+  // Over K in pieces that suit the caches; the sums go on where the last piece left them, so the
+  // pieces are invisible in the result.
+  void passes(TileArgs<E> t, int64_t row, int64_t rows, int64_t first_panel,
+              int64_t panels) const {
+    const int64_t padded = padded_inputs(a), column = first_panel * kPanel;
+    const bool narrow = a.width != Width::kModel, few = rows <= kFewRows;
+    int64_t piece = padded;
+    if (narrow && few) piece = kPieceFewRows;
+    if (!few && (kTiles || narrow)) piece = kPieceManyRows;
+    // Rows of a wide `out` lie in few sets of the cache, so sums that are to stay there are apart.
+    const bool apart = kTiles && !few;
+    const int64_t columns = panels * kPanel, valid = t.columns < columns ? t.columns : columns;
+    const int64_t wide_bytes = narrow ? columns * piece * 2 : 0;
+    auto* memory = static_cast<char*>(scratch(
+        kScratchItem, static_cast<size_t>(wide_bytes + (apart ? rows * columns * 4 : 0))));
+    auto* wide = reinterpret_cast<uint16_t*>(memory);
+    t.panel_stride = (narrow ? piece : padded) * kPanel;
+    if (apart) {
+      t.out = reinterpret_cast<float*>(memory + wide_bytes);
+      t.out_stride = t.columns = columns;
+    }
+    const typename Operand<E>::Act* x = t.x;
     for (int64_t k = 0; k < padded; k += piece) {
       const int64_t inputs = padded - k < piece ? padded - k : piece;
-      for (int64_t p = 0; p < panels; ++p)
-        widen(job.a, padded, first_panel + p, k, inputs, wide + p * piece * kPanel);
-      tile_args.x = x + k / 2 * Operand<E>::kActsPerStep;
-      tile_args.steps = inputs / 2;
-      tile_args.accumulate = k > 0;
-      gemm<E>(tile_args, rows, panels);
+      if (narrow) {
+        for (int64_t p = 0; p < panels; ++p)
+          widen(a, padded, first_panel + p, k, inputs, wide + p * t.panel_stride);
+        t.w = wide;
+      } else {
+        t.w = static_cast<const uint16_t*>(a.w) + first_panel * t.panel_stride + k * kPanel;
+      }
+      if constexpr (kTiles) {
+        t.first_step = k / 2;
+      } else {
+        t.x = x + k / 2 * Operand<E>::kActsPerStep;
+      }
+      t.steps = inputs / 2;
+      t.accumulate = k > 0;
+      const bool add = !narrow && !apart && a.bias != nullptr && k + piece >= padded;
+      t.bias = add ? a.bias + column : nullptr;
+      gemm<E>(t, rows, panels);
     }
-    const int64_t left = tile_args.columns, columns = panels * kPanel;
-    finish_narrow(job.a, row, rows, first_panel * kPanel, left < columns ? left : columns);
+    if (narrow || apart) finish(a, t.out, t.out_stride, row, rows, column, valid);
   }
 };
 
 template <class E>
 void linear_with(const LinearArgs& a, const typename Operand<E>::Act* x, int64_t x_stride) {
-  const int64_t groups = ((a.num_out + kPanel - 1) / kPanel + kGroupPanels - 1) / kGroupPanels;
-  const int64_t rows_per_item = groups >= 4 * num_threads() || a.rows < 1 ? a.rows : kRowsPerItem;
-  LinearJob<E> job{a, x, x_stride, groups, rows_per_item};
   if (a.rows == 0) return;
+  const int64_t panels = (a.num_out + kPanel - 1) / kPanel, wanted = 4 * num_threads();
+  const bool narrow = a.width != Width::kModel;
+  int64_t group_panels = kGroupPanels;
+  if (kTiles && LinearJob<E>::kBf16 && a.rows > kFewRows) {
+    group_panels = kGroupPanelsMax;
+    while (group_panels > kGroupPanels && panels < wanted * group_panels) group_panels /= 2;
+  }
+  const int64_t groups = (panels + group_panels - 1) / group_panels;
+  // Items of narrow weights all widen their columns, so rows are the last thing to be cut.
+  int64_t rows_per_item = groups >= wanted || narrow ? kRowsPerItemMax : kRowsPerItem;
+  if (rows_per_item > a.rows) rows_per_item = a.rows;
+  LinearJob<E> job{a, x, x_stride, group_panels, groups, rows_per_item};
   const int64_t items = groups * ((a.rows + rows_per_item - 1) / rows_per_item);
   if (a.rows * a.num_out * a.num_in < kInlineProducts) {
     for (int64_t i = 0; i < items; ++i) LinearJob<E>::item(&job, i);
@@ -135,7 +169,19 @@ struct RoundJob {
     const auto& job = *static_cast<const RoundJob*>(context);
     const float* x = job.a.x + row * job.a.num_in;
     const int64_t k = job.a.num_in;
-    if constexpr (kPairs) {
+    if constexpr (kTiles) {
+      constexpr int64_t height = 16, width = kPairInputs;  // of a tile, see gemm_amx.h
+      const int64_t block = row / height * height, left = job.a.rows - block;
+      const int64_t rows = left < height ? left : height;
+      auto* out = static_cast<uint16_t*>(job.out) + block * job.stride + (row - block) * width;
+      int64_t i = 0;
+      for (; i + width <= k; i += width) convert_row<BF16>(out + i * rows, x + i, width);
+      for (; i < job.stride; i += width) {
+        const int64_t inside = k - i < 0 ? 0 : k - i;
+        convert_row<BF16>(out + i * rows, x + i, inside);
+        for (int64_t j = inside; j < width; ++j) out[i * rows + j] = 0;
+      }
+    } else if constexpr (kPairs) {
       auto* out = static_cast<uint16_t*>(job.out) + row * job.stride;
       convert_row<BF16>(out, x, k);
       for (int64_t i = k; i < job.stride; ++i) out[i] = 0;

@@ -93,18 +93,20 @@ inline void widen(const LinearArgs& a, int64_t padded, int64_t panel, int64_t be
   }
 }
 
-// out = out * scale + bias for `rows` rows and columns [column, column + columns).
-inline void finish_narrow(const LinearArgs& a, int64_t row, int64_t rows, int64_t column,
-                          int64_t columns) {
+// out = sums * scale + bias for `rows` rows and columns [column, column + columns); sums may lie in
+// `out` itself.
+inline void finish(const LinearArgs& a, const float* sums, int64_t stride, int64_t row,
+                   int64_t rows, int64_t column, int64_t columns) {
   const bool scaled = a.width == Width::kInt8;
-  if (!scaled && a.bias == nullptr) return;
-  for (int64_t c = 0; c < columns; c += Vec::W) {
-    const int n = columns - c < Vec::W ? static_cast<int>(columns - c) : Vec::W;
-    const F scale = scaled ? Vec::load_n(a.scales + column + c, n) : Vec::set1(1.0f);
-    const F bias = a.bias == nullptr ? Vec::set1(0.0f) : Vec::load_n(a.bias + column + c, n);
-    for (int64_t r = row; r < row + rows; ++r) {
-      float* out = a.out + r * a.num_out + column + c;
-      Vec::store_n(out, Vec::fma(Vec::load_n(out, n), scale, bias), n);
+  for (int64_t r = 0; r < rows; ++r) {
+    float* out = a.out + (row + r) * a.num_out + column;
+    const float* from = sums + r * stride;
+    for (int64_t c = 0; c < columns; c += Vec::W) {
+      const int n = columns - c < Vec::W ? static_cast<int>(columns - c) : Vec::W;
+      F y = Vec::load_n(from + c, n);
+      if (scaled) y = y * Vec::load_n(a.scales + column + c, n);
+      if (a.bias != nullptr) y = y + Vec::load_n(a.bias + column + c, n);
+      Vec::store_n(out + c, y, n);
     }
   }
 }
