@@ -13,6 +13,8 @@ from torch import Tensor
 from diptych.engine.core.errors import ConfigError
 from diptych.kernels import library
 from diptych.kernels.base import PackedLinear
+from diptych.kernels.narrow import Narrow
+from diptych.kernels.narrow_layout import pack_int4, pack_int8
 
 __all__ = ["CppKernels", "available_levels", "level_index"]
 
@@ -47,6 +49,7 @@ class CppKernels:
         self._packed_size: Callable[..., int] = lib.packed_size
         self._pack_linear: Callable[..., None] = lib.pack_linear
         self._linear: Callable[..., None] = lib.linear
+        self._linear_narrow: Callable[..., None] = lib.linear_narrow
         self._embedding: Callable[..., None] = lib.embedding
         self._rms_norm: Callable[..., None] = lib.rms_norm
         self._add_rms_norm: Callable[..., None] = lib.add_rms_norm
@@ -78,22 +81,37 @@ class CppKernels:
         assert num_threads >= 1
         self._set_num_threads(num_threads)
 
-    def pack_linear(self, weight: Tensor, bias: Tensor | None) -> PackedLinear:
+    def pack_linear(
+        self, weight: Tensor, bias: Tensor | None, narrow: Narrow | None = None
+    ) -> PackedLinear:
         assert weight.dtype in _MODEL_DTYPES
         num_out, num_in = weight.shape
-        size = self._packed_size(num_out, num_in, weight.dtype == torch.bfloat16)
-        packed = torch.empty(size, dtype=weight.dtype)
-        self._pack_linear(self._level, packed, weight.detach().contiguous())
+        weight = weight.detach()
+        scales: Tensor | None = None
+        if narrow is None:
+            size = self._packed_size(num_out, num_in, weight.dtype == torch.bfloat16)
+            packed = torch.empty(size, dtype=weight.dtype)
+            self._pack_linear(self._level, packed, weight.contiguous())
+        elif narrow.bits == 8:
+            packed, scales = pack_int8(weight)
+        else:
+            packed, scales = pack_int4(weight, narrow.group)
         return PackedLinear(
             data=packed,
             bias=None if bias is None else bias.detach().to(torch.float32, copy=True).contiguous(),
             num_out=num_out,
             num_in=num_in,
             dtype=weight.dtype,
+            narrow=narrow,
+            scales=scales,
         )
 
     def linear(self, out: Tensor, x: Tensor, w: PackedLinear) -> None:
-        self._linear(self._level, out, x, w.data, w.bias)
+        if w.narrow is None:
+            self._linear(self._level, out, x, w.data, w.bias)
+        else:
+            bits, group = w.narrow.bits, w.narrow.group
+            self._linear_narrow(self._level, out, x, w.data, w.scales, w.bias, bits, group)
 
     def embedding(self, out: Tensor, table: Tensor, ids: Tensor) -> None:
         self._embedding(self._level, out, table, ids)

@@ -147,10 +147,12 @@ void linear_narrow(int64_t level, TensorView out, TensorView x, TensorView packe
   const float* from = dense_floats(x, 2);
   CHECK(out.size(0) == rows && is_type(packed, kDLUInt, 8) && packed.IsContiguous());
   CHECK(packed.device().device_type == kDLCPU && packed.numel() == outputs * padded * bits / 8);
-  const float* factors = dense_floats(scales, 1);
+  CHECK(scales.ndim() == 1 && scales.IsContiguous() && scales.device().device_type == kDLCPU);
+  CHECK(model_dtype(scales) == (bits == 8 ? DType::kF32 : DType::kBF16));
   CHECK(scales.size(0) == (bits == 8 ? num_out : outputs * (padded / group)));
   table(level).linear({to, from, data<void>(packed), bias_of(bias, num_out), rows, num_out, num_in,
-                       DType::kBF16, bits == 8 ? Width::kInt8 : Width::kInt4, factors, group});
+                       DType::kBF16, bits == 8 ? Width::kInt8 : Width::kInt4,
+                       data<void>(scales), group});
 }
 
 void embedding(int64_t level, TensorView out, TensorView weights, TensorView ids) {

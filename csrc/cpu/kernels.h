@@ -29,7 +29,7 @@ struct LinearArgs {
   int64_t rows, num_out, num_in;
   DType dtype;          // of w, where width is kModel
   Width width;
-  const float* scales;  // kInt8: [num_out]; kInt4: [panels][groups][kPanel]; see narrow.h
+  const void* scales;   // kInt8: [num_out] fp32; kInt4: [panels][groups][kPanel] bf16
   int64_t group;        // kInt4: inputs that share a scale
 };
 

@@ -41,9 +41,10 @@ inline void widen_int8(const uint32_t* in, uint16_t* out, int64_t inputs) {
 }
 
 // The same for words of eight nibbles in one group; scales: [16].
-inline void widen_int4(const uint32_t* in, const float* scales, uint16_t* out, int64_t inputs) {
+inline void widen_int4(const uint32_t* in, const uint16_t* scales, uint16_t* out,
+                       int64_t inputs) {
 #ifdef __AVX512F__
-  const __m512 scale = _mm512_loadu_ps(scales);
+  const __m512 scale = Vec::load_as<BF16>(scales);
   const __m512i high = _mm512_set1_epi32(static_cast<int>(0xffff0000u));
   const __m512 values =
       _mm512_setr_ps(0, 1, 2, 3, 4, 5, 6, 7, -8, -7, -6, -5, -4, -3, -2, -1);
@@ -68,7 +69,7 @@ inline void widen_int4(const uint32_t* in, const float* scales, uint16_t* out, i
       for (int i = 0; i < 8; ++i) {
         const int nibble = static_cast<int>(in[c] << (28 - 4 * i)) >> 28;
         out[(i / 2) * 2 * kPanel + 2 * c + i % 2] =
-            upper_half(static_cast<float>(nibble) * scales[c]);
+            upper_half(static_cast<float>(nibble) * BF16::to_float(scales[c]));
       }
     }
 #endif
@@ -88,7 +89,7 @@ inline void widen(const LinearArgs& a, int64_t padded, int64_t panel, int64_t be
     const int64_t group = k / a.group, group_end = (group + 1) * a.group;
     const int64_t end = group_end < begin + inputs ? group_end : begin + inputs;
     widen_int4(words + panel * padded * kPanel / 8 + k / 8 * kPanel,
-               a.scales + (panel * groups + group) * kPanel, out + (k - begin) * kPanel, end - k);
+               static_cast<const uint16_t*>(a.scales) + (panel * groups + group) * kPanel, out + (k - begin) * kPanel, end - k);
     k = end;
   }
 }
@@ -97,14 +98,15 @@ inline void widen(const LinearArgs& a, int64_t padded, int64_t panel, int64_t be
 // `out` itself.
 inline void finish(const LinearArgs& a, const float* sums, int64_t stride, int64_t row,
                    int64_t rows, int64_t column, int64_t columns) {
-  const bool scaled = a.width == Width::kInt8;
+  const auto* scales =
+      a.width == Width::kInt8 ? static_cast<const float*>(a.scales) + column : nullptr;
   for (int64_t r = 0; r < rows; ++r) {
     float* out = a.out + (row + r) * a.num_out + column;
     const float* from = sums + r * stride;
     for (int64_t c = 0; c < columns; c += Vec::W) {
       const int n = columns - c < Vec::W ? static_cast<int>(columns - c) : Vec::W;
       F y = Vec::load_n(from + c, n);
-      if (scaled) y = y * Vec::load_n(a.scales + column + c, n);
+      if (scales != nullptr) y = y * Vec::load_n(scales + c, n);
       if (a.bias != nullptr) y = y + Vec::load_n(a.bias + column + c, n);
       Vec::store_n(out + c, y, n);
     }
