@@ -11,12 +11,16 @@
 namespace diptych::cpu {
 namespace {
 
+// Panels are read piece by piece in turn, too short a stretch for the machine to read ahead itself.
+constexpr int64_t kAheadWords = 512;
+
 inline uint16_t upper_half(float x) { return static_cast<uint16_t>(float_bits(x) >> 16); }
 
 // `inputs` (a multiple of 4) inputs of one panel: in [inputs/4][16] words of bytes, out
 // [inputs/2][16][2] bf16.
 inline void widen_int8(const uint32_t* in, uint16_t* out, int64_t inputs) {
   for (int64_t k = 0; k < inputs; k += 4, in += kPanel, out += 4 * kPanel) {
+    __builtin_prefetch(in + kAheadWords);
 #ifdef __AVX512F__
     const __m512i v = _mm512_loadu_si512(in);
     const __m512i high = _mm512_set1_epi32(static_cast<int>(0xffff0000u));
@@ -54,6 +58,7 @@ inline void widen_int4(const uint32_t* in, const uint16_t* scales, uint16_t* out
   };
 #endif
   for (int64_t k = 0; k < inputs; k += 8, in += kPanel, out += 8 * kPanel) {
+    __builtin_prefetch(in + kAheadWords);
 #ifdef __AVX512F__
     const __m512i v = _mm512_loadu_si512(in);
 #pragma GCC unroll 4
