@@ -33,8 +33,11 @@ EDITS_KEPT_CALLS: Final = 256
 """Calls of `sample` after which edits that were not used are forgotten: their sequence ended."""
 _CHUNK_ELEMENTS: Final = 1 << 16
 """Logits drawn from at a time: their float64 copies stay in the processor's cache."""
-_TOP_P_CUTOFFS: Final = (2.0**-6, 2.0**-12, 2.0**-24, 0.0)
-"""Weights, relative to the best, that top_p looks at first; a whole row is sorted last."""
+_TOP_P_LIKELY: Final = 2.0**-6
+"""Weights, relative to the best, that top_p looks at first: often they are enough, and few."""
+_TOP_P_SORTED_MAX: Final = 1024
+_TOP_P_BIN_SHIFT: Final = 16
+"""Bits of an fp32 weight that tell nothing about its bin: 128 bins for each power of two."""
 _SPAN: Final = 256
 """Tokens that are summed together before the sums are searched."""
 
@@ -206,17 +209,26 @@ def _places(seqs: Seq[Sequence]) -> list[int]:
 
 
 def _keep_top_p(weights: NDArray[np.float64], top_p: float) -> None:
-    """Zero all but the best tokens whose sum first reaches top_p of the whole; weights: [V]."""
+    """Zero all but the best tokens whose sum first reaches top_p of the whole; weights: [V] up to
+    1, ties by lower id.
+
+    Only the tokens around the cut are sorted: the others fall into bins of about equal weight.
+    """
     enough = top_p * float(weights.sum())
-    for cutoff in _TOP_P_CUTOFFS:
-        best = np.flatnonzero(weights >= cutoff) if cutoff else np.flatnonzero(weights)
-        if cutoff and weights[best].sum() < enough:
-            continue
-        best = best[np.argsort(-weights[best], kind="stable")]  # ties by lower id
-        reached = np.flatnonzero(np.cumsum(weights[best]) >= enough)
-        if reached.size:
-            best = best[: int(reached[0]) + 1]
-            break
-    kept = weights[best]
-    weights[:] = 0.0
-    weights[best] = kept
+    likely = np.flatnonzero(weights >= _TOP_P_LIKELY)
+    before, low = 0.0, likely  # the sum above the tokens to sort, and those
+    if likely.size > _TOP_P_SORTED_MAX or weights[likely].sum() < enough:
+        bins = weights.astype(np.float32).view(np.uint32) >> _TOP_P_BIN_SHIFT  # grow with weight
+        sums = np.bincount(bins, weights)[::-1].cumsum()  # from the heaviest bin down
+        reached = int(np.searchsorted(sums, enough))
+        if reached == sums.size:  # only by the rounding of the two sums
+            return
+        cut = sums.size - 1 - reached
+        before = float(sums[reached - 1]) if reached else 0.0
+        low = np.flatnonzero(bins == cut)
+        weights[bins < cut] = 0.0
+    else:
+        weights[weights < _TOP_P_LIKELY] = 0.0
+    low = low[np.argsort(-weights[low], kind="stable")]
+    kept = int(np.searchsorted(before + np.cumsum(weights[low]), enough)) + 1
+    weights[low[kept:]] = 0.0

@@ -51,7 +51,7 @@ def round_int4(weight: Tensor, group: int) -> tuple[Tensor, Tensor]:
 
     Each group takes the scale of `_INT4_STEPS`, of either sign, with the least squared error.
     """
-    groups = weight.float().unflatten(1, (-1, group))  # [N, G, group]
+    groups = weight.float().view(weight.shape[0], -1, group)  # [N, G, group]
     at = groups.abs().argmax(dim=2, keepdim=True)
     extreme = groups.gather(2, at)  # [N, G, 1], with its sign: -8 has no positive partner
     best_error = torch.full(extreme.shape, torch.inf)

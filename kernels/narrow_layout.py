@@ -21,7 +21,8 @@ _INPUTS: Final = 64  # K is padded to a multiple of this, and of the group
 def pack_int8(weight: Tensor) -> tuple[Tensor, Tensor]:
     """weight: [N, K] -> bytes, scales [N] fp32."""
     integers, scales = round_int8(weight)
-    panels = _pad(integers, _INPUTS).unflatten(0, (-1, _PANEL)).unflatten(2, (-1, 4))
+    padded = _pad(integers, _INPUTS)
+    panels = padded.view(-1, _PANEL, padded.shape[1] // 4, 4)
     packed = panels.transpose(1, 2).contiguous()  # [panels, K/4, 16, 4] int8
     return packed.view(torch.uint8).flatten(), scales
 
@@ -29,10 +30,10 @@ def pack_int8(weight: Tensor) -> tuple[Tensor, Tensor]:
 def pack_int4(weight: Tensor, group: int) -> tuple[Tensor, Tensor]:
     """weight: [N, K] -> bytes, scales [panels * groups * 16] bf16 (exact)."""
     integers, scales = round_int4(_pad(weight, max(_INPUTS, group)), group)
-    panels = integers.unflatten(0, (-1, _PANEL)).unflatten(2, (-1, 4, 2))
+    panels = integers.view(-1, _PANEL, integers.shape[1] // 8, 4, 2)
     pairs = (panels & 15).view(torch.uint8)  # [panels, 16, K/8, 4, 2]
     packed = (pairs[..., 0] | pairs[..., 1] << 4).transpose(1, 2)  # [panels, K/8, 16, 4]
-    steps = scales.unflatten(0, (-1, _PANEL)).transpose(1, 2)  # [panels, groups, 16]
+    steps = scales.view(-1, _PANEL, scales.shape[1]).transpose(1, 2)  # [panels, groups, 16]
     return packed.flatten(), steps.flatten().bfloat16()
 
 

@@ -39,7 +39,7 @@ class ReferenceKernels:
         elif narrow is not None:
             padded = -(-num_in // narrow.group) * narrow.group
             integers, steps = round_int4(_pad_columns(data, padded), narrow.group)
-            widened = integers.float().unflatten(1, (-1, narrow.group)) * steps[:, :, None]
+            widened = integers.float().view(num_out, -1, narrow.group) * steps[:, :, None]
             data = widened.flatten(1)[:, :num_in].contiguous()
         return PackedLinear(
             data=data,
