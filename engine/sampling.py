@@ -179,23 +179,31 @@ def _draw_random(work: NDArray[np.float32], seqs: Seq[Sequence]) -> list[int]:
             _keep_top_p(weights[i], p.top_p)
     spans = np.cumsum(np.add.reduceat(weights, range(0, work.shape[1], _SPAN), axis=1), axis=1)
     numbers = uniforms([_seed(seq) for seq in seqs], [s.ref.choice for s in seqs], _places(seqs))
-    return [_find(weights[i], spans[i], float(numbers[i])) for i in range(len(params))]
+    return _find(weights, spans, numbers)
 
 
-def _find(weights: NDArray[np.float64], spans: NDArray[np.float64], number: float) -> int:
-    """The first token (by id) up to which more than `number` of the whole weight lies.
+def _find(
+    weights: NDArray[np.float64], spans: NDArray[np.float64], numbers: NDArray[np.float64]
+) -> list[int]:
+    """For each row the first token (by id) up to which more than its number of the whole weight
+    lies.
 
-    weights: [V]; spans: [V / _SPAN, rounded up], the weight up to the end of each span.
+    weights: [R, V]; spans: [R, V / _SPAN, rounded up], the weight up to the end of each span;
+    numbers: [R] in [0, 1).
     """
-    whole = float(spans[-1])
-    target = number * whole  # below it, also as rounded: whole >= 1, number <= 1 - 2^-53
-    span = int(np.searchsorted(spans, target, side="right"))
-    part = weights[span * _SPAN : (span + 1) * _SPAN]
-    before = float(spans[span - 1]) if span else 0.0
-    index = int(np.searchsorted(before + np.cumsum(part), target, side="right"))
-    if index == part.size:  # only by the rounding of the two sums
-        index = int(np.flatnonzero(part)[-1])
-    return span * _SPAN + index
+    rows = np.arange(len(weights))
+    targets = numbers * spans[:, -1]  # below the whole, also as rounded: it is >= 1
+    span = (spans <= targets[:, None]).sum(axis=1)  # [R]
+    before = np.where(span > 0, spans[rows, span - 1], 0.0)
+    at = span[:, None] * _SPAN + np.arange(_SPAN)  # [R, _SPAN]
+    inside = at < weights.shape[1]
+    parts = np.where(inside, weights[rows[:, None], np.where(inside, at, 0)], 0.0)
+    sums = before[:, None] + np.cumsum(parts, axis=1)
+    index = (sums <= targets[:, None]).sum(axis=1)  # [R]
+    for r in np.flatnonzero(index == _SPAN):  # only by the rounding of the two sums
+        index[r] = np.flatnonzero(parts[r])[-1]
+    found: list[int] = (span * _SPAN + index).tolist()
+    return found
 
 
 def _seed(seq: Sequence) -> int:
