@@ -85,9 +85,9 @@ class Kernels(Protocol):
         """
         ...
 
-    def embedding(self, out: Tensor, table: Tensor, ids: Tensor) -> None:
-        """`out[t] = table[ids[t]]`; out: [T, D] fp32, table: [V, D] model dtype, ids: [T] int32 in
-        [0, V).
+    def embedding(self, out: Tensor, table: Tensor | PackedLinear, ids: Tensor) -> None:
+        """`out[t] = table[ids[t]]`; out: [T, D] fp32, table: [V, D] model dtype, or the packed
+        layer of such a table (not narrow); ids: [T] int32 in [0, V).
         """
         ...
 

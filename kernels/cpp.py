@@ -51,6 +51,7 @@ class CppKernels:
         self._linear: Callable[..., None] = lib.linear
         self._linear_narrow: Callable[..., None] = lib.linear_narrow
         self._embedding: Callable[..., None] = lib.embedding
+        self._embedding_packed: Callable[..., None] = lib.embedding_packed
         self._rms_norm: Callable[..., None] = lib.rms_norm
         self._add_rms_norm: Callable[..., None] = lib.add_rms_norm
         self._rope: Callable[..., None] = lib.rope
@@ -113,8 +114,12 @@ class CppKernels:
             bits, group = w.narrow.bits, w.narrow.group
             self._linear_narrow(self._level, out, x, w.data, w.scales, w.bias, bits, group)
 
-    def embedding(self, out: Tensor, table: Tensor, ids: Tensor) -> None:
-        self._embedding(self._level, out, table, ids)
+    def embedding(self, out: Tensor, table: Tensor | PackedLinear, ids: Tensor) -> None:
+        if isinstance(table, Tensor):
+            self._embedding(self._level, out, table, ids)
+        else:
+            assert table.narrow is None, "a narrow table"
+            self._embedding_packed(self._level, out, table.data, ids, table.num_out)
 
     def rms_norm(self, out: Tensor, x: Tensor, weight: Tensor, eps: float) -> None:
         self._rms_norm(self._level, out, x, weight, eps)

@@ -61,8 +61,9 @@ class ReferenceKernels:
         for t in range(x.shape[0]):
             out[t] = torch.mv(weight, x[t].double()) + bias
 
-    def embedding(self, out: Tensor, table: Tensor, ids: Tensor) -> None:
-        out.copy_(table[ids.long()])
+    def embedding(self, out: Tensor, table: Tensor | PackedLinear, ids: Tensor) -> None:
+        rows = table if isinstance(table, Tensor) else table.data  # [V, D]
+        out.copy_(rows[ids.long()])
 
     def rms_norm(self, out: Tensor, x: Tensor, weight: Tensor, eps: float) -> None:
         for t in range(x.shape[0]):

@@ -161,7 +161,21 @@ void embedding(int64_t level, TensorView out, TensorView weights, TensorView ids
   const int32_t* tokens = ints(ids, rows);
   check_range(tokens, rows, 0, weights.size(0));
   table(level).embedding(
-      {dense_floats(out, 2), data<void>(weights), tokens, rows, out.size(1), model_dtype(weights)});
+      {dense_floats(out, 2), data<void>(weights), tokens, rows, out.size(1), model_dtype(weights),
+       false});
+}
+
+// The same from the packed weights of a linear layer with `vocab` outputs.
+void embedding_packed(int64_t level, TensorView out, TensorView packed, TensorView ids,
+                      int64_t vocab) {
+  const int64_t rows = out.size(0), dim = out.size(1);
+  const DType dtype = model_dtype(packed);
+  const int32_t* tokens = ints(ids, rows);
+  CHECK(packed.IsContiguous() &&
+        packed.numel() == packed_size(vocab, dim, dtype == DType::kBF16));
+  check_range(tokens, rows, 0, vocab);
+  table(level).embedding(
+      {dense_floats(out, 2), data<void>(packed), tokens, rows, dim, dtype, true});
 }
 
 void rms_norm(int64_t level, TensorView out, TensorView x, TensorView weight, double eps) {
@@ -294,6 +308,7 @@ TVM_FFI_DLL_EXPORT_TYPED_FUNC(pack_linear, diptych::cpu::pack_linear)
 TVM_FFI_DLL_EXPORT_TYPED_FUNC(linear, diptych::cpu::linear)
 TVM_FFI_DLL_EXPORT_TYPED_FUNC(linear_narrow, diptych::cpu::linear_narrow)
 TVM_FFI_DLL_EXPORT_TYPED_FUNC(embedding, diptych::cpu::embedding)
+TVM_FFI_DLL_EXPORT_TYPED_FUNC(embedding_packed, diptych::cpu::embedding_packed)
 TVM_FFI_DLL_EXPORT_TYPED_FUNC(rms_norm, diptych::cpu::rms_norm)
 TVM_FFI_DLL_EXPORT_TYPED_FUNC(add_rms_norm, diptych::cpu::add_rms_norm)
 TVM_FFI_DLL_EXPORT_TYPED_FUNC(rope, diptych::cpu::rope)

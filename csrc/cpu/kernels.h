@@ -42,10 +42,11 @@ struct PackArgs {
 
 struct EmbeddingArgs {
   float* out;          // [rows, dim]
-  const void* table;   // [vocab, dim]
+  const void* table;   // [vocab, dim], or packed as the weights of a linear layer
   const int32_t* ids;  // [rows]
   int64_t rows, dim;
   DType dtype;
+  bool packed;
 };
 
 struct NormArgs {

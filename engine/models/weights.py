@@ -31,7 +31,7 @@ class LayerWeights:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class DecoderWeights:
-    embedding: Tensor  # [vocab, hidden] model dtype
+    embedding: Tensor | PackedLinear  # [vocab, hidden] model dtype; tied: the output head itself
     layers: list[LayerWeights]
     norm: Tensor  # [hidden] fp32
     lm_head: PackedLinear  # hidden -> vocab
@@ -46,15 +46,16 @@ def pack_weights(
     `narrow` rounds the layers' matrices. Embedding and output head stay in the model's dtype: their
     error goes into every logit unaveraged.
     """
-    embedding = source.get("model.embed_tokens.weight").clone()
-    head = embedding if config.tied_embeddings else source.get("lm_head.weight")
+    table = source.get("model.embed_tokens.weight")  # [vocab, hidden]
+    tied = config.tied_embeddings
+    lm_head = kernels.pack_linear(table if tied else source.get("lm_head.weight"), None)
     return DecoderWeights(
-        embedding=embedding,
+        embedding=lm_head if tied else table.clone(),
         layers=[
             _layer(config, source, kernels, narrow, layer) for layer in range(config.num_layers)
         ],
         norm=source.get("model.norm.weight").to(torch.float32, copy=True),
-        lm_head=kernels.pack_linear(head, None),
+        lm_head=lm_head,
         cos_sin=cos_sin_table(config.rope, config.head_dim, config.max_model_len),
     )
 
