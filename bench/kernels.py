@@ -1,6 +1,7 @@
 """Speed of the CPU kernels, beside what the machine can do at most, measured in the same run.
 
-Run: python -m bench.kernels [--threads N] [--level NAME] [--dtype bf16] [--out FILE]. GB/s are the
+Run: python -m bench.kernels [--threads N] [--level NAME] [--dtype bf16] [--weights int8]
+[--out FILE]. GB/s are the
 bytes of weights (or KV) that a call must read; GFLOP/s are its multiplications and additions. The
 limits are a loop of loads over a buffer of the weights' size, a copy, and a loop of multiply-adds
 in registers. Shapes are one layer of a model of about 1 B parameters.
@@ -16,8 +17,8 @@ from time import perf_counter
 import torch
 
 from bench.record import spread, write
-from diptych.kernels import library
-from diptych.kernels.cpp import CppKernels, available_levels
+from diptych.kernels import NARROW, Narrow, library
+from diptych.kernels.cpp import CppKernels, available_levels, level_index
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 LAYERS = {"qkv": (3072, 2048), "gate_up": (16384, 2048), "down": (2048, 8192)}  # N, K
@@ -54,7 +55,7 @@ def rates(times: list[float], work: Work) -> dict[str, object]:
 
 
 def limits(level: str, num_bytes: int) -> dict[str, float]:
-    lib, index = library.load(), available_levels().index(level)
+    lib, index = library.load(), level_index(level)
     data = torch.zeros(num_bytes // 4)
     copy = torch.empty_like(data)
     read = min(seconds(lambda: lib.probe_read(index, data)))
@@ -71,14 +72,15 @@ def limits(level: str, num_bytes: int) -> dict[str, float]:
     return {name: round(value, 1) for name, value in found.items()}
 
 
-def linear(cpp: CppKernels, dtype: torch.dtype) -> list[dict[str, object]]:
+def linear(cpp: CppKernels, dtype: torch.dtype, narrow: Narrow | None) -> list[dict[str, object]]:
     results = []
     for name, (num_out, num_in) in LAYERS.items():
-        packed = cpp.pack_linear(torch.randn(num_out, num_in).to(dtype), None)
+        packed = cpp.pack_linear(torch.randn(num_out, num_in).to(dtype), None, narrow)
         for rows in ROWS:
             x, out = torch.randn(rows, num_in), torch.empty(rows, num_out)
             times = seconds(partial(cpp.linear, out, x, packed))
-            work = Work(packed.data.nbytes, 2.0 * rows * num_out * num_in)
+            scale_bytes = 0 if packed.scales is None else packed.scales.nbytes
+            work = Work(packed.data.nbytes + scale_bytes, 2.0 * rows * num_out * num_in)
             results.append({"layer": name, "rows": rows, **rates(times, work)})
     return results
 
@@ -120,6 +122,7 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--level", choices=available_levels())
     parser.add_argument("--dtype", choices=list(DTYPES), default="bf16")
+    parser.add_argument("--weights", choices=list(NARROW), help="rounded weights")
     parser.add_argument("--out", type=Path)
     flags = parser.parse_args()
     torch.manual_seed(0)
@@ -132,7 +135,8 @@ def main() -> None:
         "threads": flags.threads,
         "dtype": flags.dtype,
         "limits": limits(cpp.level, num_out * num_in * dtype.itemsize),
-        "linear": linear(cpp, dtype),
+        "weights": flags.weights or flags.dtype,
+        "linear": linear(cpp, dtype, NARROW[flags.weights] if flags.weights else None),
         "attention": attention(cpp, dtype),
         "limits_after": limits(cpp.level, num_out * num_in * dtype.itemsize),
     }

@@ -38,7 +38,10 @@ def build_input(plan: StepPlan, block_size: int) -> ModelInput:
         used = blocks_for(end, block_size)
         assert 0 <= row.start < end <= len(row.seq.tokens), "a row outside its sequence"
         assert used <= len(row.seq.block_table), "a row beyond its blocks"
-        ids.extend(row.seq.tokens[row.start : end])
+        if row.length == 1:  # a decode: no slice of its long list
+            ids.append(row.seq.tokens[row.start])
+        else:
+            ids.extend(row.seq.tokens[row.start : end])
         blocks.extend(row.seq.block_table[:used])
         num_blocks.append(used)
     starts = np.array([row.start for row in plan.rows], dtype=np.int32)  # [S]

@@ -65,7 +65,14 @@ def load_model(options: ModelOptions) -> LoadedModel:
     digest = sha256(source.identity().encode())
     digest.update(_numerics(config))
     digest.update(f"tp=1 kv={config.dtype} {kernels.fingerprint()}".encode())
-    weights = pack_weights(config, source, kernels)
+    narrow: backends.Narrow | None = None
+    if options.quantization is not None:
+        narrow = backends.NARROW.get(options.quantization)
+        if narrow is None:
+            known = ", ".join(backends.NARROW)
+            raise ConfigError(f"quantization must be {known}, got {options.quantization!r}")
+        digest.update(f" {narrow}".encode())
+    weights = pack_weights(config, source, kernels, narrow)
     return LoadedModel(config, weights, kernels, digest.hexdigest())
 
 

@@ -33,8 +33,11 @@ EDITS_KEPT_CALLS: Final = 256
 """Calls of `sample` after which edits that were not used are forgotten: their sequence ended."""
 _CHUNK_ELEMENTS: Final = 1 << 16
 """Logits drawn from at a time: their float64 copies stay in the processor's cache."""
-_TOP_P_CUTOFFS: Final = (2.0**-6, 2.0**-12, 2.0**-24, 0.0)
-"""Weights, relative to the best, that top_p looks at first; a whole row is sorted last."""
+_TOP_P_LIKELY: Final = 2.0**-6
+"""Weights, relative to the best, that top_p looks at first: often they are enough, and few."""
+_TOP_P_SORTED_MAX: Final = 1024
+_TOP_P_BIN_SHIFT: Final = 16
+"""Bits of an fp32 weight that tell nothing about its bin: 128 bins for each power of two."""
 _SPAN: Final = 256
 """Tokens that are summed together before the sums are searched."""
 
@@ -176,23 +179,31 @@ def _draw_random(work: NDArray[np.float32], seqs: Seq[Sequence]) -> list[int]:
             _keep_top_p(weights[i], p.top_p)
     spans = np.cumsum(np.add.reduceat(weights, range(0, work.shape[1], _SPAN), axis=1), axis=1)
     numbers = uniforms([_seed(seq) for seq in seqs], [s.ref.choice for s in seqs], _places(seqs))
-    return [_find(weights[i], spans[i], float(numbers[i])) for i in range(len(params))]
+    return _find(weights, spans, numbers)
 
 
-def _find(weights: NDArray[np.float64], spans: NDArray[np.float64], number: float) -> int:
-    """The first token (by id) up to which more than `number` of the whole weight lies.
+def _find(
+    weights: NDArray[np.float64], spans: NDArray[np.float64], numbers: NDArray[np.float64]
+) -> list[int]:
+    """For each row the first token (by id) up to which more than its number of the whole weight
+    lies.
 
-    weights: [V]; spans: [V / _SPAN, rounded up], the weight up to the end of each span.
+    weights: [R, V]; spans: [R, V / _SPAN, rounded up], the weight up to the end of each span;
+    numbers: [R] in [0, 1).
     """
-    whole = float(spans[-1])
-    target = number * whole  # below it, also as rounded: whole >= 1, number <= 1 - 2^-53
-    span = int(np.searchsorted(spans, target, side="right"))
-    part = weights[span * _SPAN : (span + 1) * _SPAN]
-    before = float(spans[span - 1]) if span else 0.0
-    index = int(np.searchsorted(before + np.cumsum(part), target, side="right"))
-    if index == part.size:  # only by the rounding of the two sums
-        index = int(np.flatnonzero(part)[-1])
-    return span * _SPAN + index
+    rows = np.arange(len(weights))
+    targets = numbers * spans[:, -1]  # below the whole, also as rounded: it is >= 1
+    span = (spans <= targets[:, None]).sum(axis=1)  # [R]
+    before = np.where(span > 0, spans[rows, span - 1], 0.0)
+    at = span[:, None] * _SPAN + np.arange(_SPAN)  # [R, _SPAN]
+    inside = at < weights.shape[1]
+    parts = np.where(inside, weights[rows[:, None], np.where(inside, at, 0)], 0.0)
+    sums = before[:, None] + np.cumsum(parts, axis=1)
+    index = (sums <= targets[:, None]).sum(axis=1)  # [R]
+    for r in np.flatnonzero(index == _SPAN):  # only by the rounding of the two sums
+        index[r] = np.flatnonzero(parts[r])[-1]
+    found: list[int] = (span * _SPAN + index).tolist()
+    return found
 
 
 def _seed(seq: Sequence) -> int:
@@ -206,17 +217,26 @@ def _places(seqs: Seq[Sequence]) -> list[int]:
 
 
 def _keep_top_p(weights: NDArray[np.float64], top_p: float) -> None:
-    """Zero all but the best tokens whose sum first reaches top_p of the whole; weights: [V]."""
+    """Zero all but the best tokens whose sum first reaches top_p of the whole; weights: [V] up to
+    1, ties by lower id.
+
+    Only the tokens around the cut are sorted: the others fall into bins of about equal weight.
+    """
     enough = top_p * float(weights.sum())
-    for cutoff in _TOP_P_CUTOFFS:
-        best = np.flatnonzero(weights >= cutoff) if cutoff else np.flatnonzero(weights)
-        if cutoff and weights[best].sum() < enough:
-            continue
-        best = best[np.argsort(-weights[best], kind="stable")]  # ties by lower id
-        reached = np.flatnonzero(np.cumsum(weights[best]) >= enough)
-        if reached.size:
-            best = best[: int(reached[0]) + 1]
-            break
-    kept = weights[best]
-    weights[:] = 0.0
-    weights[best] = kept
+    likely = np.flatnonzero(weights >= _TOP_P_LIKELY)
+    before, low = 0.0, likely  # the sum above the tokens to sort, and those
+    if likely.size > _TOP_P_SORTED_MAX or weights[likely].sum() < enough:
+        bins = weights.astype(np.float32).view(np.uint32) >> _TOP_P_BIN_SHIFT  # grow with weight
+        sums = np.bincount(bins, weights)[::-1].cumsum()  # from the heaviest bin down
+        reached = int(np.searchsorted(sums, enough))
+        if reached == sums.size:  # only by the rounding of the two sums
+            return
+        cut = sums.size - 1 - reached
+        before = float(sums[reached - 1]) if reached else 0.0
+        low = np.flatnonzero(bins == cut)
+        weights[bins < cut] = 0.0
+    else:
+        weights[weights < _TOP_P_LIKELY] = 0.0
+    low = low[np.argsort(-weights[low], kind="stable")]
+    kept = int(np.searchsorted(before + np.cumsum(weights[low]), enough)) + 1
+    weights[low[kept:]] = 0.0

@@ -15,6 +15,8 @@ from typing import Protocol
 
 from torch import Tensor, dtype
 
+from diptych.kernels.narrow import Narrow
+
 __all__ = ["Kernels", "PackedLinear"]
 
 
@@ -26,11 +28,13 @@ class PackedLinear:
     belongs to the backend (equal on all levels of that backend); nobody else reads it.
     """
 
-    data: Tensor  # [backend's layout], model dtype
+    data: Tensor  # [backend's layout], model dtype or bytes
     bias: Tensor | None  # [N], fp32
     num_out: int  # N
     num_in: int  # K
     dtype: dtype  # model dtype: fp32, bf16 or fp16
+    narrow: Narrow | None = None  # None: weights in the model's dtype
+    scales: Tensor | None = None  # [backend's layout], of narrow weights
 
 
 class Kernels(Protocol):
@@ -43,7 +47,7 @@ class Kernels(Protocol):
 
     @property
     def level(self) -> str:
-        """The instruction set in use: "avx512_bf16", "avx512", "avx2", "plain", or "reference"."""
+        """The instruction set in use: "amx", "avx512", ..., "plain", or "reference"."""
         ...
 
     def fingerprint(self) -> str:
@@ -59,9 +63,11 @@ class Kernels(Protocol):
         """
         ...
 
-    def pack_linear(self, weight: Tensor, bias: Tensor | None) -> PackedLinear:
+    def pack_linear(
+        self, weight: Tensor, bias: Tensor | None, narrow: Narrow | None = None
+    ) -> PackedLinear:
         """Reorder `weight` ([N, K], model dtype) and `bias` ([N], any float dtype) for `linear`.
-        Keeps neither.
+        Keeps neither. `narrow` rounds the weights first (narrow.py).
 
         To fuse several layers of one input (q, k, v; gate, up), concatenate their weights along N
         first.
@@ -73,12 +79,15 @@ class Kernels(Protocol):
 
         bf16 weights: x is rounded to bf16 (nearest even), products are exact, sums are fp32.
         fp32 and fp16 weights: x stays fp32, fused multiply-add in fp32.
+        Narrow weights: x is rounded to bf16 whatever the model's dtype. int4: as bf16 weights, of
+        the exact products scale * nibble. int8: likewise of the integers, and the sum is multiplied
+        by its output's scale (the bias is added after that).
         """
         ...
 
-    def embedding(self, out: Tensor, table: Tensor, ids: Tensor) -> None:
-        """`out[t] = table[ids[t]]`; out: [T, D] fp32, table: [V, D] model dtype, ids: [T] int32 in
-        [0, V).
+    def embedding(self, out: Tensor, table: Tensor | PackedLinear, ids: Tensor) -> None:
+        """`out[t] = table[ids[t]]`; out: [T, D] fp32, table: [V, D] model dtype, or the packed
+        layer of such a table (not narrow); ids: [T] int32 in [0, V).
         """
         ...
 

@@ -13,11 +13,13 @@ from torch import Tensor
 from diptych.engine.core.errors import ConfigError
 from diptych.kernels import library
 from diptych.kernels.base import PackedLinear
+from diptych.kernels.narrow import Narrow
+from diptych.kernels.narrow_layout import pack_int4, pack_int8
 
-__all__ = ["CppKernels", "available_levels"]
+__all__ = ["CppKernels", "available_levels", "level_index"]
 
 # Raised with every change of the C++ code that may change a bit of a result.
-_NUMERICS_VERSION = 1
+_NUMERICS_VERSION = 2
 
 _MODEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -25,8 +27,15 @@ _MODEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 def available_levels() -> list[str]:
     """The levels that this machine can run, the slowest first."""
     lib = library.load()
-    levels = range(lib.num_levels())
-    return [str(lib.level_name(level)) for level in levels if lib.machine_has(level)]
+    levels = [level for level in range(lib.num_levels()) if lib.machine_has(level)]
+    return [str(lib.level_name(level)) for level in sorted(levels, key=lib.level_rank)]
+
+
+def level_index(level: str) -> int:
+    """The library's own number of a level."""
+    lib = library.load()
+    names = [str(lib.level_name(index)) for index in range(lib.num_levels())]
+    return names.index(level)
 
 
 class CppKernels:
@@ -40,7 +49,9 @@ class CppKernels:
         self._packed_size: Callable[..., int] = lib.packed_size
         self._pack_linear: Callable[..., None] = lib.pack_linear
         self._linear: Callable[..., None] = lib.linear
+        self._linear_narrow: Callable[..., None] = lib.linear_narrow
         self._embedding: Callable[..., None] = lib.embedding
+        self._embedding_packed: Callable[..., None] = lib.embedding_packed
         self._rms_norm: Callable[..., None] = lib.rms_norm
         self._add_rms_norm: Callable[..., None] = lib.add_rms_norm
         self._rope: Callable[..., None] = lib.rope
@@ -58,7 +69,7 @@ class CppKernels:
         if level not in levels:
             raise ConfigError(f"kernel level {level!r} is not one of this machine's: {levels}")
         self._level_name = level
-        self._level = levels.index(level)
+        self._level = level_index(level)
 
     @property
     def level(self) -> str:
@@ -71,25 +82,44 @@ class CppKernels:
         assert num_threads >= 1
         self._set_num_threads(num_threads)
 
-    def pack_linear(self, weight: Tensor, bias: Tensor | None) -> PackedLinear:
+    def pack_linear(
+        self, weight: Tensor, bias: Tensor | None, narrow: Narrow | None = None
+    ) -> PackedLinear:
         assert weight.dtype in _MODEL_DTYPES
         num_out, num_in = weight.shape
-        size = self._packed_size(num_out, num_in, weight.dtype == torch.bfloat16)
-        packed = torch.empty(size, dtype=weight.dtype)
-        self._pack_linear(self._level, packed, weight.detach().contiguous())
+        weight = weight.detach()
+        scales: Tensor | None = None
+        if narrow is None:
+            size = self._packed_size(num_out, num_in, weight.dtype == torch.bfloat16)
+            packed = torch.empty(size, dtype=weight.dtype)
+            self._pack_linear(self._level, packed, weight.contiguous())
+        elif narrow.bits == 8:
+            packed, scales = pack_int8(weight)
+        else:
+            packed, scales = pack_int4(weight, narrow.group)
         return PackedLinear(
             data=packed,
             bias=None if bias is None else bias.detach().to(torch.float32, copy=True).contiguous(),
             num_out=num_out,
             num_in=num_in,
             dtype=weight.dtype,
+            narrow=narrow,
+            scales=scales,
         )
 
     def linear(self, out: Tensor, x: Tensor, w: PackedLinear) -> None:
-        self._linear(self._level, out, x, w.data, w.bias)
+        if w.narrow is None:
+            self._linear(self._level, out, x, w.data, w.bias)
+        else:
+            bits, group = w.narrow.bits, w.narrow.group
+            self._linear_narrow(self._level, out, x, w.data, w.scales, w.bias, bits, group)
 
-    def embedding(self, out: Tensor, table: Tensor, ids: Tensor) -> None:
-        self._embedding(self._level, out, table, ids)
+    def embedding(self, out: Tensor, table: Tensor | PackedLinear, ids: Tensor) -> None:
+        if isinstance(table, Tensor):
+            self._embedding(self._level, out, table, ids)
+        else:
+            assert table.narrow is None, "a narrow table"
+            self._embedding_packed(self._level, out, table.data, ids, table.num_out)
 
     def rms_norm(self, out: Tensor, x: Tensor, weight: Tensor, eps: float) -> None:
         self._rms_norm(self._level, out, x, weight, eps)

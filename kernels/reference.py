@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from diptych.kernels.base import PackedLinear
+from diptych.kernels.narrow import Narrow, round_int4, round_int8
 
 __all__ = ["ReferenceKernels"]
 
@@ -28,26 +29,41 @@ class ReferenceKernels:
     def set_num_threads(self, num_threads: int) -> None:
         assert num_threads >= 1
 
-    def pack_linear(self, weight: Tensor, bias: Tensor | None) -> PackedLinear:
+    def pack_linear(
+        self, weight: Tensor, bias: Tensor | None, narrow: Narrow | None = None
+    ) -> PackedLinear:
         num_out, num_in = weight.shape
+        data, scales = weight.detach().clone().contiguous(), None
+        if narrow is not None and narrow.bits == 8:
+            data, scales = round_int8(data)
+        elif narrow is not None:
+            padded = -(-num_in // narrow.group) * narrow.group
+            integers, steps = round_int4(_pad_columns(data, padded), narrow.group)
+            widened = integers.float().view(num_out, -1, narrow.group) * steps[:, :, None]
+            data = widened.flatten(1)[:, :num_in].contiguous()
         return PackedLinear(
-            data=weight.detach().clone().contiguous(),
+            data=data,
             bias=None if bias is None else bias.detach().float(),
             num_out=num_out,
             num_in=num_in,
             dtype=weight.dtype,
+            narrow=narrow,
+            scales=scales,
         )
 
     def linear(self, out: Tensor, x: Tensor, w: PackedLinear) -> None:
-        if w.dtype == torch.bfloat16:
+        if w.dtype == torch.bfloat16 or w.narrow is not None:
             x = x.to(torch.bfloat16)
         weight = w.data.double()  # [N, K]
+        if w.scales is not None:
+            weight = weight * w.scales.double()[:, None]
         bias = 0.0 if w.bias is None else w.bias.double()  # [N]
         for t in range(x.shape[0]):
             out[t] = torch.mv(weight, x[t].double()) + bias
 
-    def embedding(self, out: Tensor, table: Tensor, ids: Tensor) -> None:
-        out.copy_(table[ids.long()])
+    def embedding(self, out: Tensor, table: Tensor | PackedLinear, ids: Tensor) -> None:
+        rows = table if isinstance(table, Tensor) else table.data  # [V, D]
+        out.copy_(rows[ids.long()])
 
     def rms_norm(self, out: Tensor, x: Tensor, weight: Tensor, eps: float) -> None:
         for t in range(x.shape[0]):
@@ -127,6 +143,11 @@ class ReferenceKernels:
         for r, row in enumerate(logits.double()):
             finite = math.isfinite(float(row.max()))
             out[r] = row - torch.logsumexp(row, dim=0) if finite else math.nan
+
+
+def _pad_columns(weight: Tensor, columns: int) -> Tensor:
+    """weight: [N, K] -> [N, columns], zeros behind."""
+    return torch.nn.functional.pad(weight, (0, columns - weight.shape[1]))
 
 
 def _gather(cache: Tensor, table: Tensor, length: int) -> Tensor:

@@ -20,6 +20,7 @@ from diptych.engine.core.config import (
     Dtype,
     EngineOptions,
     ModelOptions,
+    Quantization,
     SchedulerOptions,
 )
 from diptych.engine.core.errors import ConfigError, EngineDeadError, InvalidRequestError
@@ -70,6 +71,7 @@ class Engine:
         max_chunk_tokens: int | None = None,
         threads: int | None = None,
         load_format: str = "auto",
+        quantization: Quantization | None = None,
         chat_template: str | Path | None = None,
     ) -> None:
         if load_format not in ("auto", "dummy"):
@@ -81,6 +83,7 @@ class Engine:
                 dtype=dtype,
                 max_model_len=max_model_len,
                 load_format="dummy" if load_format == "dummy" else "auto",
+                quantization=quantization,
             ),
             cache=CacheOptions(
                 block_size=block_size,

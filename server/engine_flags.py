@@ -6,13 +6,14 @@ Owns the mapping from flags to `EngineOptions`. Names are vLLM's where the meani
 import argparse
 import os
 import re
-from typing import Final
+from typing import Final, get_args
 
 from diptych.engine.core.config import (
     BatchOptions,
     CacheOptions,
     EngineOptions,
     ModelOptions,
+    Quantization,
     SchedulerOptions,
 )
 from diptych.engine.core.errors import ConfigError
@@ -32,6 +33,11 @@ def add_engine_arguments(parser: argparse.ArgumentParser) -> None:
     model = parser.add_argument_group("model").add_argument
     model("--dtype", choices=["auto", "float32", "bfloat16", "float16"], default="auto")
     model("--max-model-len", type=int, help="tokens of prompt and answer (default: the model's)")
+    model(
+        "--quantization",
+        choices=get_args(Quantization),
+        help="round the layers' weights at load (default: no; int4 is int4-g64)",
+    )
     model("--load-format", choices=["auto", "dummy"], default="auto", help="dummy: random weights")
 
     workers = parser.add_argument_group("workers").add_argument
@@ -40,7 +46,7 @@ def add_engine_arguments(parser: argparse.ArgumentParser) -> None:
     workers("--mixed", type=int, metavar="N", help="workers that do both, instead or beside")
     workers("--threads", type=int, help="threads of one worker (default: cores / workers)")
     workers("--kernels", choices=["auto", "cpp", "reference"], default="auto")
-    workers("--kernel-level", help="plain, avx2, avx512 or avx512_bf16 (default: the best)")
+    workers("--kernel-level", help="plain, avx2, avx512, avx512_bf16 or amx (default: the best)")
 
     memory = parser.add_argument_group("KV memory").add_argument
     memory("--block-size", type=int, default=16, help="tokens of a block (default: %(default)s)")
@@ -72,6 +78,7 @@ def engine_options(args: argparse.Namespace, model_path: str) -> EngineOptions:
             dtype=args.dtype,
             max_model_len=args.max_model_len,
             load_format=args.load_format,
+            quantization=args.quantization,
             kernels=args.kernels,
             kernel_level=args.kernel_level or os.environ.get("DIPTYCH_KERNEL_LEVEL"),
         ),

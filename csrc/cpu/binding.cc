@@ -10,6 +10,7 @@
 #include <tvm/ffi/string.h>
 
 #include "kernels.h"
+#include "machine.h"
 #include "pool.h"
 
 namespace diptych::cpu {
@@ -24,31 +25,16 @@ using tvm::ffi::TensorView;
     if (__builtin_expect(!(condition), 0)) TVM_FFI_THROW(AssertionError) << "not so: " #condition; \
   } while (0)
 
-const KernelTable* const kLevels[] = {
+const KernelTable* const kLevels[] = {  // in the order of `Level`
     &kPlain,
 #if defined(__x86_64__)
     &kAvx2,
     &kAvx512,
     &kAvx512Bf16,
+    &kAmx,
 #endif
 };
 constexpr int64_t kNumLevels = sizeof kLevels / sizeof kLevels[0];
-
-bool machine_has(int64_t level) {
-  if (level == 0) return true;
-#if defined(__x86_64__)
-  __builtin_cpu_init();
-  const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
-                    __builtin_cpu_supports("f16c");
-  const bool avx512 = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-                      __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq");
-  if (level == 1) return avx2;
-  if (level == 2) return avx2 && avx512;
-  return avx2 && avx512 && __builtin_cpu_supports("avx512bf16");
-#else
-  return false;
-#endif
-}
 
 const KernelTable& table(int64_t level) {
   CHECK(level >= 0 && level < kNumLevels);
@@ -116,13 +102,10 @@ void check_same_cache(const TensorView& k, const TensorView& v) {
   CHECK(model_dtype(k) == model_dtype(v));
 }
 
-int64_t padded_inputs(DType dtype, int64_t num_in) {
-  return dtype == DType::kBF16 ? (num_in + 1) / 2 * 2 : num_in;
-}
+int64_t round_up(int64_t n, int64_t unit) { return (n + unit - 1) / unit * unit; }
 
 int64_t packed_size(int64_t num_out, int64_t num_in, bool bf16) {
-  return (num_out + kPanel - 1) / kPanel * kPanel *
-         padded_inputs(bf16 ? DType::kBF16 : DType::kF32, num_in);
+  return round_up(num_out, kPanel) * (bf16 ? round_up(num_in, kPairInputs) : num_in);
 }
 
 void pack_linear(int64_t level, TensorView packed, TensorView weight) {
@@ -134,6 +117,12 @@ void pack_linear(int64_t level, TensorView packed, TensorView weight) {
   table(level).pack({data<void>(packed), data<void>(weight), num_out, num_in, dtype});
 }
 
+const float* bias_of(const Optional<TensorView>& bias, int64_t num_out) {
+  if (!bias.has_value()) return nullptr;
+  CHECK((*bias).size(0) == num_out);
+  return dense_floats(*bias, 1);
+}
+
 void linear(int64_t level, TensorView out, TensorView x, TensorView packed,
             Optional<TensorView> bias) {
   const int64_t rows = x.size(0), num_in = x.size(1), num_out = out.size(1);
@@ -142,12 +131,28 @@ void linear(int64_t level, TensorView out, TensorView x, TensorView packed,
   const float* from = dense_floats(x, 2);
   CHECK(out.size(0) == rows &&
         packed.numel() == packed_size(num_out, num_in, dtype == DType::kBF16));
-  const float* add = nullptr;
-  if (bias.has_value()) {
-    CHECK((*bias).size(0) == num_out);
-    add = dense_floats(*bias, 1);
-  }
-  table(level).linear({to, from, data<void>(packed), add, rows, num_out, num_in, dtype});
+  table(level).linear({to, from, data<void>(packed), bias_of(bias, num_out), rows, num_out, num_in,
+                       dtype, Width::kModel, nullptr, 0});
+}
+
+// Weights of `bits` bits, see narrow.h; packed: bytes. scales are per output (bits 8) or per group
+// of inputs.
+void linear_narrow(int64_t level, TensorView out, TensorView x, TensorView packed,
+                   TensorView scales, Optional<TensorView> bias, int64_t bits, int64_t group) {
+  const int64_t rows = x.size(0), num_in = x.size(1), num_out = out.size(1);
+  CHECK(bits == 8 || (bits == 4 && (group == 32 || group == 64 || group == 128)));
+  const int64_t padded = round_up(num_in, bits == 4 && group == 128 ? 128 : kNarrowInputs);
+  const int64_t outputs = round_up(num_out, kPanel);
+  float* to = dense_floats(out, 2);
+  const float* from = dense_floats(x, 2);
+  CHECK(out.size(0) == rows && is_type(packed, kDLUInt, 8) && packed.IsContiguous());
+  CHECK(packed.device().device_type == kDLCPU && packed.numel() == outputs * padded * bits / 8);
+  CHECK(scales.ndim() == 1 && scales.IsContiguous() && scales.device().device_type == kDLCPU);
+  CHECK(model_dtype(scales) == (bits == 8 ? DType::kF32 : DType::kBF16));
+  CHECK(scales.size(0) == (bits == 8 ? num_out : outputs * (padded / group)));
+  table(level).linear({to, from, data<void>(packed), bias_of(bias, num_out), rows, num_out, num_in,
+                       DType::kBF16, bits == 8 ? Width::kInt8 : Width::kInt4,
+                       data<void>(scales), group});
 }
 
 void embedding(int64_t level, TensorView out, TensorView weights, TensorView ids) {
@@ -156,7 +161,21 @@ void embedding(int64_t level, TensorView out, TensorView weights, TensorView ids
   const int32_t* tokens = ints(ids, rows);
   check_range(tokens, rows, 0, weights.size(0));
   table(level).embedding(
-      {dense_floats(out, 2), data<void>(weights), tokens, rows, out.size(1), model_dtype(weights)});
+      {dense_floats(out, 2), data<void>(weights), tokens, rows, out.size(1), model_dtype(weights),
+       false});
+}
+
+// The same from the packed weights of a linear layer with `vocab` outputs.
+void embedding_packed(int64_t level, TensorView out, TensorView packed, TensorView ids,
+                      int64_t vocab) {
+  const int64_t rows = out.size(0), dim = out.size(1);
+  const DType dtype = model_dtype(packed);
+  const int32_t* tokens = ints(ids, rows);
+  CHECK(packed.IsContiguous() &&
+        packed.numel() == packed_size(vocab, dim, dtype == DType::kBF16));
+  check_range(tokens, rows, 0, vocab);
+  table(level).embedding(
+      {dense_floats(out, 2), data<void>(packed), tokens, rows, dim, dtype, true});
 }
 
 void rms_norm(int64_t level, TensorView out, TensorView x, TensorView weight, double eps) {
@@ -270,6 +289,10 @@ String level_name(int64_t level) { return table(level).name; }
 
 int64_t num_levels() { return kNumLevels; }
 
+bool has_level(int64_t level) { return machine_has(static_cast<Level>(level)); }
+
+int64_t rank_of_level(int64_t level) { return level_rank(static_cast<Level>(level)); }
+
 void set_threads(int64_t num_threads) { set_num_threads(static_cast<int>(num_threads)); }
 
 }  // namespace
@@ -277,12 +300,15 @@ void set_threads(int64_t num_threads) { set_num_threads(static_cast<int>(num_thr
 
 TVM_FFI_DLL_EXPORT_TYPED_FUNC(num_levels, diptych::cpu::num_levels)
 TVM_FFI_DLL_EXPORT_TYPED_FUNC(level_name, diptych::cpu::level_name)
-TVM_FFI_DLL_EXPORT_TYPED_FUNC(machine_has, diptych::cpu::machine_has)
+TVM_FFI_DLL_EXPORT_TYPED_FUNC(machine_has, diptych::cpu::has_level)
+TVM_FFI_DLL_EXPORT_TYPED_FUNC(level_rank, diptych::cpu::rank_of_level)
 TVM_FFI_DLL_EXPORT_TYPED_FUNC(set_num_threads, diptych::cpu::set_threads)
 TVM_FFI_DLL_EXPORT_TYPED_FUNC(packed_size, diptych::cpu::packed_size)
 TVM_FFI_DLL_EXPORT_TYPED_FUNC(pack_linear, diptych::cpu::pack_linear)
 TVM_FFI_DLL_EXPORT_TYPED_FUNC(linear, diptych::cpu::linear)
+TVM_FFI_DLL_EXPORT_TYPED_FUNC(linear_narrow, diptych::cpu::linear_narrow)
 TVM_FFI_DLL_EXPORT_TYPED_FUNC(embedding, diptych::cpu::embedding)
+TVM_FFI_DLL_EXPORT_TYPED_FUNC(embedding_packed, diptych::cpu::embedding_packed)
 TVM_FFI_DLL_EXPORT_TYPED_FUNC(rms_norm, diptych::cpu::rms_norm)
 TVM_FFI_DLL_EXPORT_TYPED_FUNC(add_rms_norm, diptych::cpu::add_rms_norm)
 TVM_FFI_DLL_EXPORT_TYPED_FUNC(rope, diptych::cpu::rope)

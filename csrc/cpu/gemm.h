@@ -1,10 +1,10 @@
 // The register-blocked GEMM tile that linear layers and attention share, templated on the level's
 // Vec.
 //
-// Weights come in panels of 16 columns: fp32 and fp16 as [K][16], bf16 as [K/2][16][2] (an odd K is
-// padded with zeros). Invariant: every output element is one accumulator that starts at zero and
-// takes its K products in order of k, for every tile shape; so its bits do not depend on how many
-// rows or columns are computed beside it.
+// Weights come in panels of 16 columns: fp32 and fp16 as [K][16], bf16 as [K/2][16][2] (K padded
+// with zeros). Invariant: every output element is one accumulator that starts at zero (or, to go on
+// over K, at what `out` holds) and takes its K products in order of k, for every tile shape; so its
+// bits do not depend on how many rows or columns are computed beside it.
 #pragma once
 
 #include "kernels.h"
@@ -13,6 +13,12 @@ namespace diptych::cpu {
 namespace {
 
 using F = Vec::F;
+#ifdef __AMX_BF16__
+constexpr bool kTiles = true;
+#else
+constexpr bool kTiles = false;
+#endif
+constexpr bool kPairs = kTiles || Vec::kBf16Dot;  // bf16 rows are multiplied as packed pairs
 constexpr int kVecs = kPanel / Vec::W;  // vectors of one row of a panel
 
 // What a row of activations looks like to the tile, and how many K steps (pairs for bf16) it has.
@@ -52,6 +58,8 @@ struct TileArgs {
   int64_t out_stride;
   const float* bias;  // of the first column, or null
   int64_t columns;    // valid columns from the first one on
+  bool accumulate = false;
+  int64_t first_step = 0;  // of tiles: x starts at step 0
 };
 
 template <class E, int R, int V>
@@ -99,6 +107,15 @@ void tile(const TileArgs<E>& a) {
   F acc[R][V];
   for (int r = 0; r < R; ++r) {
     for (int v = 0; v < V; ++v) acc[r][v] = Vec::set1(0.0f);
+  }
+  if (a.accumulate) {
+    for (int v = 0; v < V; ++v) {
+      const int64_t left = a.columns - v * Vec::W;
+      if (left <= 0) break;
+      const int n = left < Vec::W ? static_cast<int>(left) : Vec::W;
+      for (int r = 0; r < R; ++r)
+        acc[r][v] = Vec::load_n(a.out + r * a.out_stride + v * Vec::W, n);
+    }
   }
   for (int64_t s = 0; s < a.steps; ++s) tile_step<E, R, V>(acc, a, s);
   for (int v = 0; v < V; ++v) {
@@ -166,3 +183,7 @@ void gemm(TileArgs<E> a, int64_t rows, int64_t panels) {
 
 }  // namespace
 }  // namespace diptych::cpu
+
+#ifdef __AMX_BF16__
+#include "gemm_amx.h"
+#endif

@@ -11,7 +11,12 @@ namespace diptych::cpu {
 
 enum class DType : int32_t { kF32 = 0, kBF16 = 1, kF16 = 2 };
 
+// How the weights of a linear layer are held: in the model's dtype or as small integers.
+enum class Width : int32_t { kModel = 0, kInt8 = 1, kInt4 = 2 };
+
 constexpr int kPanel = 16;  // columns of one packed weight panel
+constexpr int64_t kPairInputs = 32;    // packed bf16 weights: K is padded to a multiple of this
+constexpr int64_t kNarrowInputs = 64;  // packed int8 and int4 weights: likewise, or of the group
 constexpr int kTile = 64;   // keys of one attention tile, aligned to the sequence's first token
 constexpr int kSplit = 8 * kTile;  // keys of one independently computed part of a row's softmax
 constexpr int kVocabChunk = 2048;  // logits of one independently computed part of a row's logsumexp
@@ -22,7 +27,10 @@ struct LinearArgs {
   const void* w;      // packed, see linear.h
   const float* bias;  // [num_out] or null
   int64_t rows, num_out, num_in;
-  DType dtype;
+  DType dtype;          // of w, where width is kModel
+  Width width;
+  const void* scales;   // kInt8: [num_out] fp32; kInt4: [panels][groups][kPanel] bf16
+  int64_t group;        // kInt4: inputs that share a scale
 };
 
 struct PackArgs {
@@ -34,10 +42,11 @@ struct PackArgs {
 
 struct EmbeddingArgs {
   float* out;          // [rows, dim]
-  const void* table;   // [vocab, dim]
+  const void* table;   // [vocab, dim], or packed as the weights of a linear layer
   const int32_t* ids;  // [rows]
   int64_t rows, dim;
   DType dtype;
+  bool packed;
 };
 
 struct NormArgs {
@@ -127,5 +136,6 @@ extern const KernelTable kPlain;
 extern const KernelTable kAvx2;
 extern const KernelTable kAvx512;
 extern const KernelTable kAvx512Bf16;
+extern const KernelTable kAmx;
 
 }  // namespace diptych::cpu

@@ -2,20 +2,37 @@
 #pragma once
 
 #include "gemm.h"
+#include "narrow.h"
 #include "pool.h"
 
 namespace diptych::cpu {
 namespace {
 
-constexpr int64_t kGroupPanels = 4;  // panels of one work item
-constexpr int64_t kRowsPerItem =
-    96;  // rows of one work item, where columns alone give too few items
+constexpr int64_t kGroupPanels = 4;      // panels of one work item with few rows
+constexpr int64_t kGroupPanelsMax = 16;  // on tiles, with many rows
+constexpr int64_t kRowsPerItem = 96;     // where columns alone give too few items
+constexpr int64_t kRowsPerItemMax = 512;
 constexpr int64_t kInlineProducts = 1 << 15;  // smaller problems are not worth waking a thread for
+constexpr int64_t kFewRows = 32;              // of an item
+constexpr int64_t kPieceFewRows = 128;  // inputs of narrow weights widened at once: first cache
+// Inputs of one pass over an item with many rows: on tiles, 32 rows of a pass stay in the first
+// cache and the whole pass in the second.
+constexpr int64_t kPieceManyRows = 512;
+
+inline int64_t round_up(int64_t n, int64_t unit) { return (n + unit - 1) / unit * unit; }
+
+// Inputs of a packed panel.
+inline int64_t padded_inputs(const LinearArgs& a) {
+  if (a.width == Width::kInt8) return round_up(a.num_in, kNarrowInputs);
+  if (a.width == Width::kInt4)
+    return round_up(a.num_in, a.group > kNarrowInputs ? a.group : kNarrowInputs);
+  return a.dtype == DType::kBF16 ? round_up(a.num_in, kPairInputs) : a.num_in;
+}
 
 template <class E>
 void pack_panel(const PackArgs& a, int64_t panel) {
   constexpr int64_t unit = Operand<E>::kActsPerStep;  // inputs that lie side by side
-  const int64_t padded = Operand<E>::steps(a.num_in) * unit;
+  const int64_t padded = unit == 1 ? a.num_in : round_up(a.num_in, kPairInputs);
   auto* out = static_cast<typename E::Raw*>(a.packed) + panel * padded * kPanel;
   const auto* weight = static_cast<const typename E::Raw*>(a.weight);
   for (int64_t c = 0; c < kPanel; ++c) {
@@ -42,37 +59,98 @@ template <class E>
 struct LinearJob {
   const LinearArgs& a;
   const typename Operand<E>::Act* x;
-  int64_t x_stride, groups, rows_per_item;
+  int64_t x_stride, group_panels, groups, rows_per_item;
+
+  static constexpr bool kBf16 = Operand<E>::kRawPerStep == 2 * kPanel;
 
   static void item(void* context, int64_t index) {
     const auto& job = *static_cast<const LinearJob*>(context);
     const LinearArgs& a = job.a;
-    const int64_t first_panel = index % job.groups * kGroupPanels,
+    const int64_t first_panel = index % job.groups * job.group_panels,
                   row = index / job.groups * job.rows_per_item;
     const int64_t all_panels = (a.num_out + kPanel - 1) / kPanel;
-    const int64_t left = all_panels - first_panel, rows_left = a.rows - row;
-    const int64_t column = first_panel * kPanel, steps = Operand<E>::steps(a.num_in);
-    TileArgs<E> tile_args;
-    tile_args.x = job.x + row * job.x_stride;
-    tile_args.x_stride = job.x_stride;
-    tile_args.panel_stride = steps * Operand<E>::kRawPerStep;
-    tile_args.w = static_cast<const typename E::Raw*>(a.w) + first_panel * tile_args.panel_stride;
-    tile_args.steps = steps;
-    tile_args.out = a.out + row * a.num_out + column;
-    tile_args.out_stride = a.num_out;
-    tile_args.bias = a.bias == nullptr ? nullptr : a.bias + column;
-    tile_args.columns = a.num_out - column;
-    gemm<E>(tile_args, rows_left < job.rows_per_item ? rows_left : job.rows_per_item,
-            left < kGroupPanels ? left : kGroupPanels);
+    const int64_t panels_left = all_panels - first_panel, rows_left = a.rows - row;
+    const int64_t panels = panels_left < job.group_panels ? panels_left : job.group_panels,
+                  rows = rows_left < job.rows_per_item ? rows_left : job.rows_per_item;
+    const int64_t column = first_panel * kPanel;
+    TileArgs<E> t;
+    t.x = job.x + row * job.x_stride;
+    t.x_stride = job.x_stride;
+    t.out = a.out + row * a.num_out + column;
+    t.out_stride = a.num_out;
+    t.columns = a.num_out - column;
+    if constexpr (kBf16) {
+      job.passes(t, row, rows, first_panel, panels);
+    } else {
+      t.panel_stride = a.num_in * kPanel;
+      t.w = static_cast<const typename E::Raw*>(a.w) + first_panel * t.panel_stride;
+      t.steps = a.num_in;
+      t.bias = a.bias == nullptr ? nullptr : a.bias + column;
+      gemm<E>(t, rows, panels);
+    }
+  }
+
+  // Over K in pieces that suit the caches; the sums go on where the last piece left them, so the
+  // pieces are invisible in the result.
+  void passes(TileArgs<E> t, int64_t row, int64_t rows, int64_t first_panel,
+              int64_t panels) const {
+    const int64_t padded = padded_inputs(a), column = first_panel * kPanel;
+    const bool narrow = a.width != Width::kModel, few = rows <= kFewRows;
+    int64_t piece = padded;
+    if (narrow && few) piece = kPieceFewRows;
+    if (!few && (kTiles || narrow)) piece = kPieceManyRows;
+    // Rows of a wide `out` lie in few sets of the cache, so sums that are to stay there are apart.
+    const bool apart = kTiles && !few;
+    const int64_t columns = panels * kPanel, valid = t.columns < columns ? t.columns : columns;
+    const int64_t wide_bytes = narrow ? columns * piece * 2 : 0;
+    auto* memory = static_cast<char*>(scratch(
+        kScratchItem, static_cast<size_t>(wide_bytes + (apart ? rows * columns * 4 : 0))));
+    auto* wide = reinterpret_cast<uint16_t*>(memory);
+    t.panel_stride = (narrow ? piece : padded) * kPanel;
+    if (apart) {
+      t.out = reinterpret_cast<float*>(memory + wide_bytes);
+      t.out_stride = t.columns = columns;
+    }
+    const typename Operand<E>::Act* x = t.x;
+    for (int64_t k = 0; k < padded; k += piece) {
+      const int64_t inputs = padded - k < piece ? padded - k : piece;
+      if (narrow) {
+        for (int64_t p = 0; p < panels; ++p)
+          widen(a, padded, first_panel + p, k, inputs, wide + p * t.panel_stride);
+        t.w = wide;
+      } else {
+        t.w = static_cast<const uint16_t*>(a.w) + first_panel * t.panel_stride + k * kPanel;
+      }
+      if constexpr (kTiles) {
+        t.first_step = k / 2;
+      } else {
+        t.x = x + k / 2 * Operand<E>::kActsPerStep;
+      }
+      t.steps = inputs / 2;
+      t.accumulate = k > 0;
+      const bool add = !narrow && !apart && a.bias != nullptr && k + piece >= padded;
+      t.bias = add ? a.bias + column : nullptr;
+      gemm<E>(t, rows, panels);
+    }
+    if (narrow || apart) finish(a, t.out, t.out_stride, row, rows, column, valid);
   }
 };
 
 template <class E>
 void linear_with(const LinearArgs& a, const typename Operand<E>::Act* x, int64_t x_stride) {
-  const int64_t groups = ((a.num_out + kPanel - 1) / kPanel + kGroupPanels - 1) / kGroupPanels;
-  const int64_t rows_per_item = groups >= 4 * num_threads() || a.rows < 1 ? a.rows : kRowsPerItem;
-  LinearJob<E> job{a, x, x_stride, groups, rows_per_item};
   if (a.rows == 0) return;
+  const int64_t panels = (a.num_out + kPanel - 1) / kPanel, wanted = 4 * num_threads();
+  const bool narrow = a.width != Width::kModel;
+  int64_t group_panels = kGroupPanels;
+  if (kTiles && LinearJob<E>::kBf16 && a.rows > kFewRows) {
+    group_panels = kGroupPanelsMax;
+    while (group_panels > kGroupPanels && panels < wanted * group_panels) group_panels /= 2;
+  }
+  const int64_t groups = (panels + group_panels - 1) / group_panels;
+  // Items of narrow weights all widen their columns, so rows are the last thing to be cut.
+  int64_t rows_per_item = groups >= wanted || narrow ? kRowsPerItemMax : kRowsPerItem;
+  if (rows_per_item > a.rows) rows_per_item = a.rows;
+  LinearJob<E> job{a, x, x_stride, group_panels, groups, rows_per_item};
   const int64_t items = groups * ((a.rows + rows_per_item - 1) / rows_per_item);
   if (a.rows * a.num_out * a.num_in < kInlineProducts) {
     for (int64_t i = 0; i < items; ++i) LinearJob<E>::item(&job, i);
@@ -91,29 +169,40 @@ struct RoundJob {
     const auto& job = *static_cast<const RoundJob*>(context);
     const float* x = job.a.x + row * job.a.num_in;
     const int64_t k = job.a.num_in;
-    if constexpr (Vec::kBf16Dot) {
+    if constexpr (kTiles) {
+      constexpr int64_t height = 16, width = kPairInputs;  // of a tile, see gemm_amx.h
+      const int64_t block = row / height * height, left = job.a.rows - block;
+      const int64_t rows = left < height ? left : height;
+      auto* out = static_cast<uint16_t*>(job.out) + block * job.stride + (row - block) * width;
+      int64_t i = 0;
+      for (; i + width <= k; i += width) convert_row<BF16>(out + i * rows, x + i, width);
+      for (; i < job.stride; i += width) {
+        const int64_t inside = k - i < 0 ? 0 : k - i;
+        convert_row<BF16>(out + i * rows, x + i, inside);
+        for (int64_t j = inside; j < width; ++j) out[i * rows + j] = 0;
+      }
+    } else if constexpr (kPairs) {
       auto* out = static_cast<uint16_t*>(job.out) + row * job.stride;
       convert_row<BF16>(out, x, k);
-      if (k < job.stride) out[k] = 0;
+      for (int64_t i = k; i < job.stride; ++i) out[i] = 0;
     } else {
       auto* out = static_cast<float*>(job.out) + row * job.stride;
       for (int64_t i = 0; i < k; ++i) out[i] = BF16::to_float(BF16::from_float(x[i]));
-      if (k < job.stride) out[k] = 0.0f;
+      for (int64_t i = k; i < job.stride; ++i) out[i] = 0.0f;
     }
   }
 };
 
-template <bool kDot>
 void linear_bf16(const LinearArgs& a) {
-  const int64_t stride = (a.num_in + 1) / 2 * 2;
-  void* rounded = scratch(kScratchCall, static_cast<size_t>(a.rows * stride) * (kDot ? 2 : 4));
+  const int64_t stride = padded_inputs(a);
+  void* rounded = scratch(kScratchCall, static_cast<size_t>(a.rows * stride) * (kPairs ? 2 : 4));
   RoundJob job{a, rounded, stride};
   if (a.rows * a.num_in < kInlineProducts) {
     for (int64_t row = 0; row < a.rows; ++row) RoundJob::item(&job, row);
   } else {
     run_items(a.rows, RoundJob::item, &job);
   }
-  if constexpr (kDot) {
+  if constexpr (kPairs) {
     linear_with<BF16Pairs>(a, static_cast<const uint32_t*>(rounded), stride / 2);
   } else {
     linear_with<BF16>(a, static_cast<const float*>(rounded), stride);
@@ -121,7 +210,7 @@ void linear_bf16(const LinearArgs& a) {
 }
 
 void linear(const LinearArgs& a) {
-  if (a.dtype == DType::kBF16) return linear_bf16<Vec::kBf16Dot>(a);
+  if (a.width != Width::kModel || a.dtype == DType::kBF16) return linear_bf16(a);
   if (a.dtype == DType::kF32) return linear_with<F32>(a, a.x, a.num_in);
   linear_with<F16>(a, a.x, a.num_in);
 }

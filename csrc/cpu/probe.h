@@ -10,6 +10,30 @@ namespace {
 
 constexpr int kProbeChains = 20;  // independent sums: more than latency times ports
 
+void probe_tiles(int64_t rounds) {
+#ifdef __AMX_BF16__
+  const TileConfig config(kTileRows, kTileRows);
+  _tile_loadconfig(&config);
+  _tile_zero(0);
+  _tile_zero(1);
+  _tile_zero(2);
+  _tile_zero(3);
+  _tile_zero(4);
+  _tile_zero(5);
+  _tile_zero(6);
+  _tile_zero(7);
+  for (int64_t i = 0; i < rounds; ++i) {
+    _tile_dpbf16ps(0, 4, 6);
+    _tile_dpbf16ps(1, 4, 7);
+    _tile_dpbf16ps(2, 5, 6);
+    _tile_dpbf16ps(3, 5, 7);
+  }
+  _tile_release();
+#else
+  (void)rounds;
+#endif
+}
+
 struct ProbeJob {
   const ProbeArgs& a;
   int64_t items;
@@ -27,6 +51,8 @@ void probe_item(void* context, int64_t index) {
 #pragma GCC unroll 16
       for (int s = 0; s < kStreams; ++s) acc[s] = acc[s] + Vec::load(x + i + s * Vec::W);
     }
+  } else if (kTiles && job.a.pairs) {
+    probe_tiles(job.a.size);
   } else {
     const uint32_t pairs[Vec::W] = {};
     const F x = Vec::set1(job.a.factor);
@@ -47,6 +73,7 @@ void probe_item(void* context, int64_t index) {
 }
 
 int64_t probe_operations(bool pairs) {
+  if (kTiles && pairs) return 2 * 4 * 16 * 16 * 32;
   return 2 * kProbeChains * Vec::W * (pairs && Vec::kBf16Dot ? 2 : 1);
 }
 

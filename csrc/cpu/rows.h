@@ -69,7 +69,25 @@ void embedding_row(const EmbeddingArgs& a, int64_t t) {
            [&](int64_t i, int n) { Vec::store_n(out + i, Vec::load_as_n<E>(in + i, n), n); });
 }
 
+// A column of packed weights: slow per value, but a token asks for one.
+template <class E>
+void embedding_column(const EmbeddingArgs& a, int64_t t) {
+  constexpr int64_t unit = Operand<E>::kActsPerStep;  // inputs that lie side by side
+  const int64_t padded = unit == 1 ? a.dim : (a.dim + kPairInputs - 1) / kPairInputs * kPairInputs;
+  const int64_t panel = a.ids[t] / kPanel, column = a.ids[t] % kPanel;
+  const auto* in =
+      static_cast<const typename E::Raw*>(a.table) + panel * padded * kPanel + column * unit;
+  float* out = a.out + t * a.dim;
+  for (int64_t k = 0; k < a.dim; ++k) out[k] = E::to_float(in[k / unit * unit * kPanel + k % unit]);
+}
+
 void embedding(const EmbeddingArgs& a) {
+  if (a.packed) {
+    if (a.dtype == DType::kF32) run_rows<EmbeddingArgs, embedding_column<F32>>(a, a.rows, a.dim);
+    if (a.dtype == DType::kBF16) run_rows<EmbeddingArgs, embedding_column<BF16>>(a, a.rows, a.dim);
+    if (a.dtype == DType::kF16) run_rows<EmbeddingArgs, embedding_column<F16>>(a, a.rows, a.dim);
+    return;
+  }
   if (a.dtype == DType::kF32) run_rows<EmbeddingArgs, embedding_row<F32>>(a, a.rows, a.dim);
   if (a.dtype == DType::kBF16) run_rows<EmbeddingArgs, embedding_row<BF16>>(a, a.rows, a.dim);
   if (a.dtype == DType::kF16) run_rows<EmbeddingArgs, embedding_row<F16>>(a, a.rows, a.dim);

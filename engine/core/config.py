@@ -11,6 +11,7 @@ from diptych.engine.core.errors import ConfigError
 from diptych.engine.core.types import HASH_UNIT_TOKENS
 
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
+Quantization = Literal["int8", "int4", "int4-g32", "int4-g64", "int4-g128"]
 
 
 class ModelOptions(msgspec.Struct, frozen=True, kw_only=True):
@@ -22,6 +23,7 @@ class ModelOptions(msgspec.Struct, frozen=True, kw_only=True):
     load_format: Literal["auto", "dummy"] = "auto"  # dummy: random weights, for tests and benches
     kernels: str = "auto"  # auto | cpp | reference
     kernel_level: str | None = None
+    quantization: Quantization | None = None  # of the decoder's linear layers, done at load
     seed: int = 0  # of dummy weights
 
 

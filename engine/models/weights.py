@@ -12,7 +12,7 @@ from torch import Tensor
 from diptych.engine.core.model_config import ModelConfig
 from diptych.engine.loader import WeightSource
 from diptych.engine.models.rope import cos_sin_table
-from diptych.kernels import Kernels, PackedLinear
+from diptych.kernels import Kernels, Narrow, PackedLinear
 
 __all__ = ["DecoderWeights", "LayerWeights", "pack_weights"]
 
@@ -31,33 +31,45 @@ class LayerWeights:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class DecoderWeights:
-    embedding: Tensor  # [vocab, hidden] model dtype
+    embedding: Tensor | PackedLinear  # [vocab, hidden] model dtype; tied: the output head itself
     layers: list[LayerWeights]
     norm: Tensor  # [hidden] fp32
     lm_head: PackedLinear  # hidden -> vocab
     cos_sin: Tensor  # [max_model_len, head_dim] fp32
 
 
-def pack_weights(config: ModelConfig, source: WeightSource, kernels: Kernels) -> DecoderWeights:
-    """Reads every tensor once; at most one layer is held twice."""
-    embedding = source.get("model.embed_tokens.weight").clone()
-    head = embedding if config.tied_embeddings else source.get("lm_head.weight")
+def pack_weights(
+    config: ModelConfig, source: WeightSource, kernels: Kernels, narrow: Narrow | None = None
+) -> DecoderWeights:
+    """Reads every tensor once; at most one layer is held twice.
+
+    `narrow` rounds the layers' matrices. Embedding and output head stay in the model's dtype: their
+    error goes into every logit unaveraged.
+    """
+    table = source.get("model.embed_tokens.weight")  # [vocab, hidden]
+    tied = config.tied_embeddings
+    lm_head = kernels.pack_linear(table if tied else source.get("lm_head.weight"), None)
     return DecoderWeights(
-        embedding=embedding,
-        layers=[_layer(config, source, kernels, layer) for layer in range(config.num_layers)],
+        embedding=lm_head if tied else table.clone(),
+        layers=[
+            _layer(config, source, kernels, narrow, layer) for layer in range(config.num_layers)
+        ],
         norm=source.get("model.norm.weight").to(torch.float32, copy=True),
-        lm_head=kernels.pack_linear(head, None),
+        lm_head=lm_head,
         cos_sin=cos_sin_table(config.rope, config.head_dim, config.max_model_len),
     )
 
 
-def _layer(config: ModelConfig, source: WeightSource, kernels: Kernels, layer: int) -> LayerWeights:
+def _layer(
+    config: ModelConfig, source: WeightSource, kernels: Kernels, narrow: Narrow | None, layer: int
+) -> LayerWeights:
     prefix = f"model.layers.{layer}."
 
     def linear(names: list[str], has_bias: bool) -> PackedLinear:
         weights = [source.get(f"{prefix}{name}.weight") for name in names]
         biases = [source.get(f"{prefix}{name}.bias") for name in names] if has_bias else []
-        return kernels.pack_linear(torch.cat(weights), torch.cat(biases) if has_bias else None)
+        bias = torch.cat(biases) if has_bias else None
+        return kernels.pack_linear(torch.cat(weights), bias, narrow)
 
     def norm(name: str) -> Tensor:
         return source.get(f"{prefix}{name}.weight").to(torch.float32, copy=True)

@@ -10,8 +10,8 @@ from torch import Tensor
 
 from bench.drive import Driver
 from bench.oracle import VOCAB_SIZE
-from diptych.engine.core.config import ModelOptions
-from diptych.engine.runner import load_model
+from diptych.engine.core.config import ModelOptions, Quantization
+from diptych.engine.runner import LoadedModel, load_model
 from tests.unit.engine.models import BACKEND, all_logits, tiny_model
 
 FAMILIES = ["llama3", "qwen2-window", "qwen3"]
@@ -101,8 +101,25 @@ def levels() -> list[str]:
 def test_long_prompts_on_every_level(tmp_path: Path, level: str, dtype: str) -> None:
     """Long enough for several splits of the keys, with real head sizes."""
     (tmp_path / "config.json").write_text(json.dumps(LONG | {"dtype": dtype}))
-    options = ModelOptions(path=str(tmp_path), load_format="dummy", kernel_level=level)
-    model = load_model(options)
+    assert_any_batching(
+        load_model(ModelOptions(path=str(tmp_path), load_format="dummy", kernel_level=level))
+    )
+
+
+@pytest.mark.parametrize("level", levels())
+@pytest.mark.parametrize("quantization", ["int8", "int4-g32", "int4-g128"])
+def test_quantized_weights_on_every_level(
+    tmp_path: Path, level: str, quantization: Quantization
+) -> None:
+    (tmp_path / "config.json").write_text(json.dumps(LONG | {"dtype": "bfloat16"}))
+    path = str(tmp_path)
+    options = ModelOptions(
+        path=path, load_format="dummy", kernel_level=level, quantization=quantization
+    )
+    assert_any_batching(load_model(options))
+
+
+def assert_any_batching(model: LoadedModel) -> None:
     prompts = [
         [token % 96 for token in prompt_of(length, seed=length)] for length in (700, 33, 517)
     ]

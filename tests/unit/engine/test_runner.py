@@ -136,6 +136,9 @@ def test_fingerprints(tmp_path: Path) -> None:
         fingerprint("llama2", kernels="reference", dtype="bfloat16"),
         fingerprint("llama-linear", kernels="reference"),
         fingerprint("llama2", kernels="reference", load_format="dummy"),
+        fingerprint("llama2", kernels="reference", quantization="int8"),
+        fingerprint("llama2", kernels="reference", quantization="int4"),
+        fingerprint("llama2", kernels="reference", quantization="int4-g32"),
     ]
     if BACKEND == "cpp":
         others.append(fingerprint("llama2", kernels="cpp"))
@@ -155,6 +158,8 @@ def test_unusable_options(tmp_path: Path) -> None:
     make_checkpoint(tmp_path, "llama2")
     with pytest.raises(ConfigError, match="kernels must be"):
         load_model(ModelOptions(path=str(tmp_path), kernels="cuda"))
+    with pytest.raises(ConfigError, match="quantization must be"):
+        load_model(ModelOptions(path=str(tmp_path), quantization="int3"))  # type: ignore[arg-type]
     with pytest.raises(ConfigError, match="max_model_len"):
         load_model(ModelOptions(path=str(tmp_path), max_model_len=1 << 20))
     with pytest.raises(ModelLoadError, match=r"config\.json"):

@@ -5,6 +5,7 @@ import torch
 from torch import Tensor
 
 from diptych.kernels.cpp import CppKernels
+from diptych.kernels.narrow import NARROW
 from diptych.kernels.reference import ReferenceKernels
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
@@ -80,6 +81,51 @@ def test_columns_do_not_depend_on_their_neighbours(cpp: CppKernels, dtype: torch
     cpp.linear(fused, x, cpp.pack_linear(weight, bias))
     cpp.linear(part, x, cpp.pack_linear(weight[100:150], bias[100:150]))
     assert torch.equal(part, fused[:, 100:150])
+
+
+@pytest.mark.parametrize("scheme", NARROW)
+@pytest.mark.parametrize("shape", [*SHAPES, (40, 300, 700), (6, 33, 1100)])
+def test_narrow_equals_the_reference(
+    cpp: CppKernels, reference: ReferenceKernels, shape: tuple[int, int, int], scheme: str
+) -> None:
+    x, weight, bias = _problem(shape, torch.bfloat16)
+    for use_bias in (bias, None):
+        out, expected = torch.empty(shape[:2]), torch.empty(shape[:2])
+        cpp.linear(out, x, cpp.pack_linear(weight, use_bias, NARROW[scheme]))
+        reference.linear(expected, x, reference.pack_linear(weight, use_bias, NARROW[scheme]))
+        scale = x.abs() @ weight.float().abs().T + 1
+        assert ((out - expected).abs() / scale).max() < 2e-6
+
+
+@pytest.mark.parametrize("scheme", NARROW)
+def test_narrow_rows_depend_on_nothing_beside_them(cpp: CppKernels, scheme: str) -> None:
+    """Up to 32 rows, 33 to 512, and more are computed in different pieces."""
+    x, weight, bias = _problem((530, 90, 700), torch.bfloat16)
+    packed = cpp.pack_linear(weight, bias, NARROW[scheme])
+    whole = torch.empty(530, 90)
+    cpp.linear(whole, x, packed)
+    for threads in (1, 3):
+        cpp.set_num_threads(threads)
+        for rows in (1, 2, 7, 16, 17, 32, 33, 100, 512, 513):
+            out = torch.full((rows, 90), float("nan"))
+            cpp.linear(out, x[-rows:].clone(), packed)
+            assert torch.equal(out, whole[-rows:]), rows
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_many_rows_and_inputs(cpp: CppKernels, dtype: torch.dtype) -> None:
+    """More than one pass over K, more than one block of rows, columns that fill no panel."""
+    x, weight, bias = _problem((530, 330, 700), dtype)
+    packed = cpp.pack_linear(weight, bias)
+    whole, out = torch.empty(530, 330), torch.empty(1, 330)
+    for threads in (1, 2):
+        cpp.set_num_threads(threads)
+        cpp.linear(whole, x, packed)
+        for row in (0, 15, 16, 17, 100, 511, 512, 529):
+            cpp.linear(out, x[row : row + 1].clone(), packed)
+            assert torch.equal(out[0], whole[row]), row
+            cpp.linear(some := torch.empty(40, 330), x[:40].clone(), packed)
+            assert torch.equal(some, whole[:40])
 
 
 def test_nan_stays_in_its_row(cpp: CppKernels) -> None:

@@ -102,6 +102,19 @@ def test_every_half_widens_exactly(cpp: CppKernels, dtype: torch.dtype) -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize(("vocab", "dim"), [(40, 33), (16, 64), (1, 1)])
+def test_a_packed_table_is_the_same_table(
+    cpp: CppKernels, dtype: torch.dtype, vocab: int, dim: int
+) -> None:
+    table, ids = _randn(vocab, dim).to(dtype), torch.randperm(vocab).to(torch.int32)
+    out = torch.empty(vocab, dim)
+    cpp.embedding(out, cpp.pack_linear(table, None), ids)
+    assert torch.equal(out, table[ids.long()].float())
+    with pytest.raises(AssertionError):
+        cpp.embedding(out, cpp.pack_linear(table, None), ids + 1)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_kv_is_rounded_to_nearest_even(cpp: CppKernels, dtype: torch.dtype) -> None:
     generator = torch.Generator().manual_seed(9)
     bits = torch.randint(-(2**31), 2**31, (64, 2, 512), generator=generator).to(torch.int32)
