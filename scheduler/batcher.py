@@ -7,28 +7,28 @@ plan changes; what arrives meanwhile takes effect after the commit.
 """
 
 from diptych.engine.core.config import BatchOptions
+from diptych.engine.core.handoff import ForgetPublished, Pulled, PullEnded
 from diptych.engine.core.messages import (
     Address,
     Assign,
     Grant,
     Join,
     Joined,
+    Landed,
     Revoke,
     Seal,
     Send,
-    SetDial,
     TokenBatch,
     Tokens,
 )
 from diptych.engine.core.plan import FinishInfo, Sample, StepPlan, StepResult, StepRow
-from diptych.engine.core.types import Epoch, FinishReason, Role, WorkerId
-from diptych.scheduler.commands import BatcherCommand, ClearBlock, CommitBlock
+from diptych.engine.core.types import Epoch, FinishReason, Role, WorkerId, blocks_for
+from diptych.scheduler.commands import BatcherCommand, BatcherInput, ClearBlock, CommitBlock
+from diptych.scheduler.exchange import Exchange, publish_order, pull_order
 from diptych.scheduler.lineup import Lineup
 from diptych.scheduler.report import Report
 from diptych.scheduler.running import Outbox, Phase, Running, running_from
 from diptych.scheduler.seals import Seals
-
-BatcherInput = Join | Assign | Grant | Revoke | SetDial | Seal
 
 
 class Batcher:
@@ -54,6 +54,7 @@ class Batcher:
         self._dial = 0
         self._lineup = Lineup(block_size)
         self._seals = Seals()
+        self._exchange = Exchange()
         self._report = Report()
         self._commands: list[BatcherCommand] = []
         self._in_flight: tuple[StepPlan, list[Running]] | None = None  # rows, same order
@@ -79,6 +80,10 @@ class Batcher:
             self._join(message)
         elif isinstance(message, Seal):
             self._take_seal(message)
+        elif isinstance(message, Pulled):
+            self._pulled(message)
+        elif isinstance(message, PullEnded):
+            self._pull_ended(message)
         elif message.worker_epoch == self._worker_epoch and message.scheduler_epoch == self._epoch:
             if isinstance(message, Assign):
                 self._assign(message)
@@ -96,12 +101,22 @@ class Batcher:
             return
         if join.scheduler_epoch != self._epoch:
             self._lineup.clear()
+            self._commands += self._exchange.drop_all()
             self._seals.forget_before(join.scheduler_epoch)
             self._report = Report()
             self._epoch = join.scheduler_epoch
         self._dial = join.dial
-        joined = Joined(join.scheduler_epoch, self._worker, self._worker_epoch)
-        self._commands.append(Send(_scheduler(join.scheduler_epoch), joined))
+        self._exchange.join_due = True
+        self._say_joined()
+
+    def _say_joined(self) -> None:
+        """Once nothing of an older scheduler is being read into its blocks any more."""
+        if not self._exchange.join_due or self._exchange.stale:
+            return
+        assert self._epoch is not None
+        self._exchange.join_due = False
+        joined = Joined(self._epoch, self._worker, self._worker_epoch)
+        self._commands.append(Send(_scheduler(self._epoch), joined))
 
     def _assign(self, assign: Assign) -> None:
         outbox = self._lineup.outbox(assign.api, assign.api_epoch)
@@ -109,7 +124,13 @@ class Batcher:
         self._lineup.add(run)
         if run.phase is Phase.PREFILL:
             self._clear_from(run, run.seq.num_computed // self._block_size)
+            self._publish(run, run.seq.num_computed // self._block_size)  # what was cached
             return
+        if run.handoff is not None:  # its blocks are its own from the start
+            self._clear_from(run, run.handoff.first)
+            self._commands.append(pull_order(run, run.handoff, assign.scheduler_epoch))
+            self._exchange.pulling.add(run.ref)
+            run.pulling = True
         seal = self._seals.claim(run.ref)
         if seal is not None:
             self._take_seal(seal)
@@ -127,12 +148,65 @@ class Batcher:
         if run.phase is not Phase.AWAITING_SEAL or run.peer != (seal.worker, seal.worker_epoch):
             return
         assert seal.num_computed == len(run.tokens), "the seal ends the whole prefill"
+        if run.pulling:
+            run.early_seal = seal
+            return
+        self._open(run, seal)
+
+    def _open(self, run: Running, seal: Seal) -> None:
+        """The prompt's KV is in this worker's pool and the first token is known."""
         run.seq.num_computed = seal.num_computed
-        run.seq.num_committed = seal.num_computed // self._block_size  # reported by the peer
+        if run.handoff is None:
+            run.seq.num_committed = seal.num_computed // self._block_size  # reported by the peer
+            self._clear_from(run, run.seq.num_committed)
+        else:
+            self._commit_blocks(run)
         run.tokens.append(seal.token)
         run.seal = seal
-        self._clear_from(run, run.seq.num_committed)
         self._lineup.to_decode(run)
+
+    # ---- blocks that come from another memory domain -------------------------------------------
+
+    def _pulled(self, news: Pulled) -> None:
+        """Full blocks are committed as they come; the last one only with the seal."""
+        run = self._lineup.get(news.ref)
+        if run is None or not run.pulling:
+            return
+        full = min(news.upto, (len(run.tokens) - 1) // self._block_size)
+        run.seq.num_computed = full * self._block_size
+        self._commit_blocks(run)
+
+    def _pull_ended(self, news: PullEnded) -> None:
+        """Nothing is read into the blocks of this sequence any more."""
+        released = self._exchange.ended(news.ref)
+        self._say_joined()
+        run = self._lineup.get(news.ref)
+        if released:
+            self._report.released.append(news.ref)
+        if run is None or not run.pulling:
+            return
+        run.pulling = False
+        if not news.complete:  # the source cannot give them: another attempt finds what is here
+            if run.early_seal is None:
+                self._seals.void(run.ref)
+            self._lineup.remove(run)
+            self._report.released.append(news.ref)
+            return
+        self._report.landed.append(Landed(news.ref, news.num_blocks, news.read_s))
+        if run.early_seal is not None:
+            seal, run.early_seal = run.early_seal, None
+            self._open(run, seal)
+
+    def _publish(self, run: Running, upto: int) -> None:
+        """Blocks of the table before `upto` are final: the peer may read them."""
+        if run.handoff is not None and upto > run.num_published:
+            assert self._epoch is not None
+            self._commands.append(publish_order(run, upto, self._epoch))
+            run.num_published = upto
+
+    def _unpublish(self, run: Running) -> None:
+        if run.handoff is not None and run.seq.role is Role.PREFILL:
+            self._commands.append(ForgetPublished(run.ref))
 
     def _grant(self, grant: Grant) -> None:
         run = self._lineup.get(grant.ref)
@@ -142,16 +216,21 @@ class Batcher:
         assert grant.first == len(seq.block_table), "grants are contiguous and in order"
         seq.block_table.extend(grant.blocks)
         seq.generations.extend(grant.generations)
-        if run.phase is not Phase.AWAITING_SEAL:
+        if run.phase is not Phase.AWAITING_SEAL or run.handoff is not None:
             self._clear_from(run, grant.first)
         self._lineup.feed(run)
 
     def _revoke(self, revoke: Revoke) -> None:
         run = self._lineup.get(revoke.ref)
         if run is not None:
-            if run.phase is Phase.AWAITING_SEAL:
+            if run.phase is Phase.AWAITING_SEAL and run.early_seal is None:
                 self._seals.void(run.ref)
             self._lineup.remove(run)
+            self._unpublish(run)
+        cancel = self._exchange.revoke(revoke.ref)
+        if cancel is not None:  # released once its reads are drained
+            self._commands.append(cancel)
+            return
         self._report.released.append(revoke.ref)
 
     def _clear_from(self, run: Running, first: int) -> None:
@@ -285,7 +364,9 @@ class Batcher:
         run.seq.num_computed += row.length
         if run.seq.want_prompt_logprobs:
             run.seq.prompt_logprobs.extend(result.prompt_logprobs.get(index, ()))
-        if row.sample:
+        if not row.sample:
+            self._publish(run, run.seq.num_computed // self._block_size)
+        else:
             sample = result.samples[index]
             assert sample is not None, "the last chunk samples"
             self._first_token(run, sample)
@@ -315,6 +396,7 @@ class Batcher:
         """Hand the sequence to its peer."""
         assert run.peer is not None
         assert self._epoch is not None
+        self._publish(run, blocks_for(run.seq.num_computed, self._block_size))
         peer, peer_epoch = run.peer
         seal = Seal(
             scheduler_epoch=self._epoch,
@@ -347,6 +429,7 @@ class Batcher:
         if finish is not None:
             self._report.finished.append(run.ref)
             self._lineup.remove(run)
+            self._unpublish(run)
         return finish
 
     def _flush_tokens(self) -> None:

@@ -9,7 +9,14 @@ from dataclasses import dataclass, field
 from enum import Enum
 
 from diptych.engine.core.hashing import extend_chain
-from diptych.engine.core.messages import Address, Assign, CommittedBlock, Seal, Tokens
+from diptych.engine.core.messages import (
+    Address,
+    Assign,
+    CommittedBlock,
+    Handoff,
+    Seal,
+    Tokens,
+)
 from diptych.engine.core.plan import FinishInfo, TokenLogprobs
 from diptych.engine.core.request import SeqRef, Sequence
 from diptych.engine.core.types import (
@@ -26,7 +33,7 @@ from diptych.engine.core.types import (
 class Phase(Enum):
     """Where a sequence stands in its batcher."""
 
-    AWAITING_SEAL = "awaiting seal"  # its blocks belong to the peer
+    AWAITING_SEAL = "awaiting seal"  # its blocks belong to the peer, or are being pulled
     PREFILL = "prefill"  # some of its prompt is to be computed
     DECODE = "decode"  # one token per step
     STARVED = "starved"  # needs a block; a grant brings it back
@@ -61,6 +68,10 @@ class Running:
     event: int = 0  # len(tokens) at which a decode step is not uneventful; 0 before decode
     seal: Seal | None = None  # received, its token not yet repeated to the client
     filled: list[CommittedBlock] = field(default_factory=list)  # full once the planned chunk is
+    handoff: Handoff | None = None  # the peer is in another memory domain
+    pulling: bool = False  # some of its blocks are not here yet
+    early_seal: Seal | None = None  # came before the last of its blocks
+    num_published: int = 0  # blocks of the table that the peer may read, or has
 
     def next_event(self, block_size: int) -> int:
         """len(tokens) when the next block is full, or at the limit: `num_computed` is one less."""
@@ -170,4 +181,6 @@ def running_from(
         phase=Phase.AWAITING_SEAL if decode else Phase.PREFILL,
         peer=assign.peer,
         outbox=outbox,
+        handoff=assign.handoff,
+        num_published=0 if assign.handoff is None else assign.handoff.first,
     )
