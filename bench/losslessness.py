@@ -1,6 +1,6 @@
 """The losslessness matrix: what a client gets never depends on how it was computed.
 
-{inline, 1P1D, 2P2D, mixed} x {chunk 16, 64, whole} x {alone, 16 others} x {cold, prefix hit}
+{inline, 1P1D, 2P2D, mixed, separate pools over shared memory and over TCP} x {chunk 16, 64, whole} x {alone, 16 others} x {cold, prefix hit}
 x {undisturbed, worker killed, preempted} x {greedy, seeded, n=3}. Every cell must give token ids
 and log-probabilities that equal, bit for bit, those of one undisturbed request alone in the inline
 engine. `python -m bench.losslessness` runs the whole product, `--pairwise` a cover of all pairs.
@@ -22,7 +22,13 @@ from typing import Final, Literal
 
 from bench.models import write_model
 from bench.procs import engine_processes
-from diptych.engine.core.config import BatchOptions, CacheOptions, EngineOptions, ModelOptions
+from diptych.engine.core.config import (
+    BatchOptions,
+    CacheOptions,
+    EngineOptions,
+    ModelOptions,
+    Transfer,
+)
 from diptych.engine.core.params import SamplingParams
 from diptych.engine.core.plan import TokenLogprobs
 from diptych.server.client import EngineClient
@@ -30,7 +36,7 @@ from diptych.server.hosting import Hosted, host_engine
 from diptych.server.inline import InlineClient
 
 AXES: Final[dict[str, tuple[str, ...]]] = {
-    "topology": ("inline", "1P1D", "2P2D", "mixed"),
+    "topology": ("inline", "1P1D", "2P2D", "mixed", "1P1D shm", "2P2D shm", "1P1D tcp", "2P2D tcp"),
     "chunk": ("16", "64", "whole"),
     "company": ("alone", "16 others"),
     "cache": ("cold", "prefix hit"),
@@ -38,6 +44,7 @@ AXES: Final[dict[str, tuple[str, ...]]] = {
     "sampling": ("greedy", "seeded", "n=3"),
 }
 _WORKERS: Final = {"inline": (0, 0, 1), "1P1D": (1, 1, 0), "2P2D": (2, 2, 0), "mixed": (0, 0, 2)}
+_TRANSFERS: Final[dict[str, Transfer]] = {"shm": "shm", "tcp": "tcp"}
 _NUM_PROMPT: Final = 150
 _NUM_OUTPUT: Final = 96
 _DISTURB_AT: Final = 12  # tokens of the target before it is disturbed
@@ -214,7 +221,8 @@ class MatrixEngine:
 
 def engine_options(folder: Path, key: tuple[str, str, bool]) -> EngineOptions:
     topology, chunk, small = key
-    prefill, decode, mixed = _WORKERS[topology]
+    workers, _, transfer = topology.partition(" ")
+    prefill, decode, mixed = _WORKERS[workers]
     return EngineOptions(
         model=ModelOptions(path=str(folder), load_format="dummy"),
         cache=CacheOptions(num_blocks=_BLOCKS_SMALL if small else _BLOCKS_LARGE),
@@ -225,6 +233,8 @@ def engine_options(folder: Path, key: tuple[str, str, bool]) -> EngineOptions:
         prefill=prefill,
         decode=decode,
         mixed=mixed,
+        separate_pools=bool(transfer),
+        transfer=_TRANSFERS.get(transfer, "auto"),
         threads=1,
     )
 
@@ -254,7 +264,7 @@ async def run_cells(cells: list[Cell], folder: Path) -> list[Row]:
     ordered = sorted(cells, key=lambda cell: cell.engine_key)
     for key, group in itertools.groupby(ordered, key=lambda cell: cell.engine_key):
         hosted = await host_engine(engine_options(folder, key), inline=key[0] == "inline")
-        engine = MatrixEngine(hosted, sum(_WORKERS[key[0]]))
+        engine = MatrixEngine(hosted, sum(_WORKERS[key[0].partition(" ")[0]]))
         preemptions = 0
         try:
             for cell in group:

@@ -21,6 +21,7 @@ from diptych.engine.core.config import (
     EngineOptions,
     ModelOptions,
     SchedulerOptions,
+    Transfer,
 )
 from diptych.engine.core.errors import ConfigError, EngineDeadError, InvalidRequestError
 from diptych.engine.core.messages import Stats
@@ -48,6 +49,8 @@ class Engine:
     model: a folder with a Hugging Face checkpoint, a hub name, or None for the built-in model.
     inline: True runs everything in this process (one worker); False starts `prefill` + `decode`
         + `mixed` worker processes under a supervisor.
+    separate_pools: prefill and decode workers each have their own KV memory; blocks move between
+        them by `transfer` ("auto", "shm" or "tcp").
     Raises ConfigError and ModelLoadError.
     """
 
@@ -68,6 +71,8 @@ class Engine:
         max_num_seqs: int = 256,
         max_num_batched_tokens: int = 512,
         max_chunk_tokens: int | None = None,
+        separate_pools: bool = False,
+        transfer: Transfer = "auto",
         threads: int | None = None,
         load_format: str = "auto",
         chat_template: str | Path | None = None,
@@ -97,6 +102,8 @@ class Engine:
             prefill=0 if inline else prefill,
             decode=0 if inline else decode,
             mixed=1 if inline else mixed,
+            separate_pools=separate_pools,
+            transfer=transfer,
             threads=threads,
         )
         options.verify()
