@@ -1,9 +1,10 @@
 """The losslessness matrix: what a client gets never depends on how it was computed.
 
-{inline, 1P1D, 2P2D, mixed, separate pools over shared memory and over TCP} x {chunk 16, 64, whole} x {alone, 16 others} x {cold, prefix hit}
-x {undisturbed, worker killed, preempted} x {greedy, seeded, n=3}. Every cell must give token ids
-and log-probabilities that equal, bit for bit, those of one undisturbed request alone in the inline
-engine. `python -m bench.losslessness` runs the whole product, `--pairwise` a cover of all pairs.
+{inline, 1P1D, 2P2D, mixed, separate pools over shm and tcp} x {chunk 16, 64, whole} x {alone, 16
+others} x {cold, prefix hit} x {undisturbed, worker killed, preempted} x {greedy, seeded, n=3}.
+Every cell must give token ids and log-probabilities that equal, bit for bit, those of one
+undisturbed request alone in the inline engine. `python -m bench.losslessness` runs the whole
+product, `--pairwise` a cover of all pairs.
 """
 
 import argparse
@@ -29,6 +30,7 @@ from diptych.engine.core.config import (
     ModelOptions,
     Transfer,
 )
+from diptych.engine.core.messages import Stats
 from diptych.engine.core.params import SamplingParams
 from diptych.engine.core.plan import TokenLogprobs
 from diptych.server.client import EngineClient
@@ -265,16 +267,17 @@ async def run_cells(cells: list[Cell], folder: Path) -> list[Row]:
     for key, group in itertools.groupby(ordered, key=lambda cell: cell.engine_key):
         hosted = await host_engine(engine_options(folder, key), inline=key[0] == "inline")
         engine = MatrixEngine(hosted, sum(_WORKERS[key[0].partition(" ")[0]]))
-        preemptions = 0
+        stats: Stats | None = None
         try:
             for cell in group:
                 rows.append((cell, *await _judge(engine, cell, next(serial), expected)))
-            if key[2]:
-                preemptions = await _preemptions(hosted)
+            stats = await _fresh_stats(hosted)
         finally:
             await hosted.close()
-        if key[2] and not preemptions:
+        if key[2] and not (stats and stats.preemptions):
             rows.append((cell, "error", "nothing was preempted: the cell proves nothing"))
+        if " " in key[0] and not (stats and stats.blocks_pulled):
+            rows.append((cell, "error", "no block was moved: the cell proves nothing"))
     return rows
 
 
@@ -295,15 +298,19 @@ async def _judge(
     return "ok", ""
 
 
-async def _preemptions(hosted: Hosted) -> int:
-    """From the next report of the scheduler."""
-    before = hosted.client.stats()
+async def _fresh_stats(hosted: Hosted) -> Stats | None:
+    """The second report of the scheduler from now: the first may have been on its way."""
+    fresh, before = 0, hosted.client.stats()
     for _ in range(200):
         stats = hosted.client.stats()
-        if stats is not None and (stats is not before or stats.preemptions):
-            return stats.preemptions
+        if isinstance(hosted.client, InlineClient):
+            return stats
+        if stats is not before:
+            fresh, before = fresh + 1, stats
+        if fresh >= 2:
+            break
         await asyncio.sleep(0.01)
-    return 0
+    return before
 
 
 def main() -> int:
