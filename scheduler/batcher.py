@@ -18,7 +18,6 @@ from diptych.engine.core.messages import (
     Revoke,
     Seal,
     Send,
-    TokenBatch,
     Tokens,
 )
 from diptych.engine.core.plan import FinishInfo, Sample, StepPlan, StepResult, StepRow
@@ -28,7 +27,8 @@ from diptych.scheduler.exchange import Exchange, publish_order, pull_order
 from diptych.scheduler.lineup import Lineup
 from diptych.scheduler.report import Report
 from diptych.scheduler.running import Outbox, Phase, Running, running_from
-from diptych.scheduler.seals import Seals
+from diptych.scheduler.seals import Seals, seal_of
+from diptych.scheduler.step_plan import StepPlanner
 
 
 class Batcher:
@@ -46,20 +46,19 @@ class Batcher:
     ) -> None:
         self._worker = worker
         self._worker_epoch = worker_epoch
-        self._options = options
         self._block_size = block_size
         self._eos = eos_token_ids
         self._max_model_len = max_model_len
         self._epoch: Epoch | None = None  # of the scheduler that is served
         self._dial = 0
         self._lineup = Lineup(block_size)
+        self._planner = StepPlanner(self._lineup, options, block_size)
         self._seals = Seals()
         self._exchange = Exchange()
         self._report = Report()
         self._commands: list[BatcherCommand] = []
         self._in_flight: tuple[StepPlan, list[Running]] | None = None  # rows, same order
         self._deferred: list[BatcherInput] = []  # arrived during the step
-        self._odd = 0  # parity of the steps: takes turns where a step has room for one row only
 
     @property
     def has_work(self) -> bool:
@@ -244,51 +243,10 @@ class Batcher:
     def plan(self) -> StepPlan:
         """What to run now: all decodes, then prefill chunks within the budget. May be empty."""
         assert self._in_flight is None, "one step at a time"
-        lineup, options = self._lineup, self._options
-        for run in lineup.settle():
-            self._report.starved.append(run.ref)
-        budget, seats, reserve = options.max_num_batched_tokens, options.max_num_seqs, 0
-        if lineup.prefills:
-            # Waiting prompts always get a block's worth of the budget and one row of the step;
-            # where a step has room for one only, they and the decodes take turns.
-            reserve = min(self._block_size, budget // 2) or self._odd
-            seats = seats - 1 or 1 - self._odd
-        decodes = lineup.next_decodes(min(budget - reserve, seats))
-        rows = [StepRow(run.seq, len(run.tokens) - 1, 1, True) for run in decodes]
-        num_decodes = num_tokens = len(rows)
-        runs = decodes.copy()
-        if lineup.prefills:
-            left = budget - num_decodes
-            if num_decodes:
-                left = min(left, max(reserve, left * self._dial // 100))
-            num_tokens += self._plan_prefills(rows, runs, left)
-        plan = StepPlan(rows, num_tokens, num_decodes)
-        if rows:
+        plan, runs = self._planner.plan(self._dial, self._report.starved)
+        if not plan.empty:
             self._in_flight = plan, runs
         return plan
-
-    def _plan_prefills(self, rows: list[StepRow], runs: list[Running], budget: int) -> int:
-        """Append chunks of the waiting prompts, in their order; returns the tokens planned."""
-        options, block_size, left = self._options, self._block_size, budget
-        for run in self._lineup.prefills.copy():
-            if left <= 0 or len(rows) >= options.max_num_seqs:
-                break
-            start, end = run.seq.num_computed, len(run.tokens)
-            room = run.room(block_size)
-            if room <= 0:
-                self._lineup.starve(run)
-                self._report.starved.append(run.ref)
-                continue
-            length = min(end - start, left, room, options.max_chunk_tokens or left)
-            if start + length < end:
-                # A chunk that does not finish its prompt ends with a block where it can: the
-                # block is committed at once.
-                length = max(length - (start + length) % block_size, 0) or length
-            rows.append(StepRow(run.seq, start, length, start + length == end))
-            runs.append(run)
-            run.plan_chunk(start + length, block_size)
-            left -= length
-        return budget - left
 
     def commit(self, plan: StepPlan, result: StepResult) -> None:
         """The step is over: take in what it computed and sampled."""
@@ -299,13 +257,14 @@ class Batcher:
         runs = self._in_flight[1]
         assert len(result.samples) == len(runs)
         self._in_flight = None
-        self._odd = 1 - self._odd
+        self._planner.stepped()
         num_decodes = plan.num_decodes
         self._report.add_step(result.compute_s, plan.num_tokens - num_decodes, num_decodes)
         self._commit_decodes(runs[:num_decodes], result.samples)
         for i in range(num_decodes, len(runs)):
             self._commit_chunk(runs[i], plan.rows[i], result, i)
-        self._flush_tokens()
+        assert self._epoch is not None
+        self._commands += self._lineup.take_batches(self._epoch, self._worker, self._worker_epoch)
         deferred, self._deferred = self._deferred, []
         for message in deferred:
             self.handle(message)
@@ -394,22 +353,10 @@ class Batcher:
 
     def _seal(self, run: Running, sample: Sample) -> None:
         """Hand the sequence to its peer."""
-        assert run.peer is not None
         assert self._epoch is not None
         self._publish(run, blocks_for(run.seq.num_computed, self._block_size))
-        peer, peer_epoch = run.peer
-        seal = Seal(
-            scheduler_epoch=self._epoch,
-            worker=self._worker,
-            worker_epoch=self._worker_epoch,
-            peer_epoch=peer_epoch,
-            ref=run.ref,
-            num_computed=run.seq.num_computed,
-            token=sample.token,
-            logprobs=sample.logprobs,
-            prompt_logprobs=run.prompt_logprobs(),
-        )
-        self._commands.append(Send(Address("worker", peer, peer_epoch), seal))
+        seal = seal_of(run, sample, self._epoch, self._worker, self._worker_epoch)
+        self._commands.append(seal)
         self._report.sealed.append(run.ref)
         self._lineup.remove(run)
 
@@ -431,15 +378,6 @@ class Batcher:
             self._lineup.remove(run)
             self._unpublish(run)
         return finish
-
-    def _flush_tokens(self) -> None:
-        assert self._epoch is not None
-        for outbox in self._lineup.outboxes():
-            if outbox.items:
-                batch = TokenBatch(self._epoch, self._worker, self._worker_epoch, outbox.items)
-                self._commands.append(Send(outbox.to, batch))
-                outbox.items = []
-        self._lineup.drop_idle_outboxes()
 
     # ---- output --------------------------------------------------------------------------------
 

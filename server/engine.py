@@ -110,9 +110,12 @@ class Engine:
         self.tokenizer = Tokenizer(folder, chat_template)
         self._defaults = load_model_config(folder, dtype, max_model_len).sampling_defaults
         self._loop = LoopThread("diptych-engine")
+        self._hosted = self._host(options, inline)
         self._closed = False
+
+    def _host(self, options: EngineOptions, inline: bool) -> Hosted:
         try:
-            self._hosted: Hosted = self._loop.run(host_engine(options, inline=inline))
+            return self._loop.run(host_engine(options, inline=inline))
         except BaseException:
             self._loop.stop()
             raise

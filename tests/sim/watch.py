@@ -19,7 +19,7 @@ from diptych.engine.core.messages import (
     WorkerDown,
 )
 from diptych.engine.core.request import SeqRef, Sequence
-from diptych.engine.core.types import BlockId, Epoch, Generation, PoolId, WorkerId, unpack_ids
+from diptych.engine.core.types import BlockId, Epoch, Generation, PoolId, Role, WorkerId, unpack_ids
 from tests.sim.memory import Memory
 from tests.sim.model import Oracle
 from tests.sim.names import Names
