@@ -41,11 +41,15 @@ class WorkerCost:
         self._has_prefill = True
 
 
+_BLOCK_GUESS_S: Final = 1e-4
+_RELAX: Final = 1.0 / 16.0
+
+
 class PairCost:
     """Exponentially weighted estimate of one direction between two pools."""
 
-    def __init__(self, block_s: float = 1e-4) -> None:
-        self.block_s = block_s
+    def __init__(self) -> None:
+        self.block_s = _BLOCK_GUESS_S
         self._known = False
 
     def observe(self, num_blocks: int, read_s: float) -> None:
@@ -55,6 +59,11 @@ class PairCost:
         block_s = _bounded(read_s / num_blocks, _BLOCK_BOUNDS)
         self.block_s += (block_s - self.block_s) * (_WEIGHT if self._known else 1.0)
         self._known = True
+
+    def relax(self) -> None:
+        """The pair was passed over: what made it dear may be over, and only trying would tell."""
+        if self.block_s > _BLOCK_GUESS_S:
+            self.block_s += (_BLOCK_GUESS_S - self.block_s) * _RELAX
 
     def exposed_s(self, num_blocks: int, compute_s: float) -> float:
         """What moving the blocks adds to a prefill of `compute_s`, which it overlaps: all that the

@@ -111,7 +111,13 @@ class Seating:
             if pairs or row.failed_pulls or not self._may_prefill(need):
                 options += [self._inside(row, pool, self._placer.local) for pool in homes]
         found = [placement for placement in options if placement is not None]
-        return min(found, key=lambda placement: placement.seats.score_s, default=None)
+        best = min(found, key=lambda placement: placement.seats.score_s, default=None)
+        if best is not None and best.prefill is None:
+            for passed_over in found:
+                if passed_over.prefill is not None:
+                    cost = self._members.pair_cost(passed_over.prefill.pool.id, passed_over.pool.id)
+                    cost.relax()
+        return best
 
     def _pairs(self, row: Row, homes: list[Pool], need: int) -> list[Placement]:
         if row.failed_pulls:  # what could not be moved once is computed where it is needed
