@@ -9,7 +9,6 @@ its generations were read at the source after its data.
 
 from typing import Protocol
 
-from diptych.transfer.pool_memory import PoolMemory
 from diptych.transfer.spans import Read, ReadDone, ReadFailed
 
 POLL_BYTES_MAX = 8 << 20
@@ -36,7 +35,3 @@ class Backend(Protocol):
         ...
 
     def close(self) -> None: ...
-
-
-def own_digests(own: PoolMemory, read: Read) -> list[int]:
-    return [own.digest(span.own + i) for span in read.spans for i in range(span.count)]

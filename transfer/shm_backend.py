@@ -7,7 +7,8 @@ between two calls: a cancel is over at once, and the source's process may be dea
 from collections import deque
 
 from diptych.engine.core.types import PoolId
-from diptych.transfer.backend import POLL_BYTES_MAX, own_digests
+from diptych.transfer.backend import POLL_BYTES_MAX
+from diptych.transfer.digest import block_digest
 from diptych.transfer.pool_memory import PoolMemory
 from diptych.transfer.spans import Read, ReadDone, ReadFailed
 
@@ -33,12 +34,13 @@ class ShmBackend:
         left = POLL_BYTES_MAX
         while self._queue and left > 0:
             read = self._queue.popleft()
-            left -= self._copy(read)
+            digests = self._copy(read)
+            left -= len(digests) * self._own.block_bytes
             page = self._peers[read.pool].page
             generations = [
                 page.generation(span.source + i) for span in read.spans for i in range(span.count)
             ]
-            answers.append(ReadDone(read.handle, generations, own_digests(self._own, read)))
+            answers.append(ReadDone(read.handle, generations, digests))
         return answers
 
     def cancel(self, handle: int) -> None:
@@ -54,11 +56,13 @@ class ShmBackend:
     def close(self) -> None:
         self._queue.clear()
 
-    def _copy(self, read: Read) -> int:
-        peer = self._peers[read.pool]
-        num_bytes = 0
+    def _copy(self, read: Read) -> list[int]:
+        """Digests of the own blocks, each taken while the block is in the processor's cache."""
+        peer, own = self._peers[read.pool], self._own
+        digests: list[int] = []
         for span in read.spans:
-            source = peer.blocks(span.source, span.count)
-            self._own.blocks(span.own, span.count)[:] = source
-            num_bytes += len(source)
-        return num_bytes
+            for i in range(span.count):
+                mine = own.blocks(span.own + i, 1)
+                mine[:] = peer.blocks(span.source + i, 1)
+                digests.append(block_digest(mine))
+        return digests

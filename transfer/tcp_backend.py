@@ -12,7 +12,7 @@ import struct
 from collections.abc import Generator
 from typing import Final
 
-from diptych.transfer.backend import POLL_BYTES_MAX, own_digests
+from diptych.transfer.backend import POLL_BYTES_MAX
 from diptych.transfer.pool_memory import PoolMemory
 from diptych.transfer.spans import Read, ReadDone, ReadFailed
 from diptych.transfer.tcp_wire import (
@@ -137,6 +137,7 @@ class _Connection:
         if handle not in self.reads:
             raise _Broken("it answers what was not asked")
         self._current = handle
+        digests: list[int] = []
         if read is None:
             yield from self._discard(num_blocks * self._own.block_bytes)
         else:
@@ -145,13 +146,14 @@ class _Connection:
                     yield from self._discard(span.count * self._own.block_bytes)
                 else:
                     yield self._own.blocks(span.own, span.count)
+                    digests += [self._own.digest(span.own + i) for i in range(span.count)]
         self._current = None
         generations = bytearray(8 * num_blocks)
         yield memoryview(generations)
         read = self.reads.pop(handle)
         if read is not None:
             seen = list(struct.unpack(f"<{num_blocks}Q", generations))
-            self.answers.append(ReadDone(handle, seen, own_digests(self._own, read)))
+            self.answers.append(ReadDone(handle, seen, digests))
 
     def _discard(self, num_bytes: int) -> Generator[memoryview, None, None]:
         while num_bytes:

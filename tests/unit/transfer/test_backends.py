@@ -195,14 +195,18 @@ class FlippingBackend(ShmBackend):
 
     count = 0
 
-    def _copy(self, read: Read) -> int:
-        copied = super()._copy(read)
+    def _copy(self, read: Read) -> list[int]:
+        super()._copy(read)
         for span in read.spans:
             for block in range(span.own, span.own + span.count):
                 self.count += 1
                 if self.count % 3 == 0:
                     self._own.blocks(block, 1)[self.count % BLOCK_BYTES] ^= 1
-        return copied
+        return [
+            self._own.digest(block)
+            for span in read.spans
+            for block in range(span.own, span.own + span.count)
+        ]
 
 
 def test_porters_move_blocks_through_a_lying_backend() -> None:
