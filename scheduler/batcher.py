@@ -7,11 +7,12 @@ plan changes; what arrives meanwhile takes effect after the commit.
 """
 
 from diptych.engine.core.config import BatchOptions
-from diptych.engine.core.handoff import ForgetPublished, Pulled, PullEnded
+from diptych.engine.core.handoff import Pulled, PullEnded
 from diptych.engine.core.messages import (
     Address,
     Assign,
     Grant,
+    Handoff,
     Join,
     Joined,
     Landed,
@@ -22,8 +23,8 @@ from diptych.engine.core.messages import (
 )
 from diptych.engine.core.plan import FinishInfo, Sample, StepPlan, StepResult, StepRow
 from diptych.engine.core.types import Epoch, FinishReason, Role, WorkerId, blocks_for
-from diptych.scheduler.commands import BatcherCommand, BatcherInput, ClearBlock, CommitBlock
-from diptych.scheduler.exchange import Exchange, publish_order, pull_order
+from diptych.scheduler import exchange
+from diptych.scheduler.commands import BatcherCommand, BatcherInput, CommitBlock
 from diptych.scheduler.lineup import Lineup
 from diptych.scheduler.report import Report
 from diptych.scheduler.running import Outbox, Phase, Running, running_from
@@ -54,7 +55,7 @@ class Batcher:
         self._lineup = Lineup(block_size)
         self._planner = StepPlanner(self._lineup, options, block_size)
         self._seals = Seals()
-        self._exchange = Exchange()
+        self._exchange = exchange.Exchange()
         self._report = Report()
         self._commands: list[BatcherCommand] = []
         self._in_flight: tuple[StepPlan, list[Running]] | None = None  # rows, same order
@@ -121,15 +122,18 @@ class Batcher:
         outbox = self._lineup.outbox(assign.api, assign.api_epoch)
         run = running_from(assign, outbox, self._eos, self._max_model_len, self._block_size)
         self._lineup.add(run)
-        if run.phase is Phase.PREFILL:
-            self._clear_from(run, run.seq.num_computed // self._block_size)
-            self._publish(run, run.seq.num_computed // self._block_size)  # what was cached
+        num_here = run.seq.num_computed // self._block_size
+        if run.phase is not Phase.AWAITING_SEAL:
+            self._commands += run.voided(num_here)
+            self._publish(run, num_here)  # what was cached
+            if assign.prefix is not None:
+                self._pull(run, assign.prefix)
             return
         if run.handoff is not None:  # its blocks are its own from the start
-            self._clear_from(run, run.handoff.first)
-            self._commands.append(pull_order(run, run.handoff, assign.scheduler_epoch))
-            self._exchange.pulling.add(run.ref)
-            run.pulling = True
+            self._commands += run.voided(num_here)
+            if assign.prefix is not None:
+                self._commands.append(exchange.prefix_order(run, assign))
+            self._pull(run, run.handoff)
         seal = self._seals.claim(run.ref)
         if seal is not None:
             self._take_seal(seal)
@@ -157,7 +161,7 @@ class Batcher:
         run.seq.num_computed = seal.num_computed
         if run.handoff is None:
             run.seq.num_committed = seal.num_computed // self._block_size  # reported by the peer
-            self._clear_from(run, run.seq.num_committed)
+            self._commands += run.voided(run.seq.num_committed)
         else:
             self._commit_blocks(run)
         run.tokens.append(seal.token)
@@ -165,6 +169,12 @@ class Batcher:
         self._lineup.to_decode(run)
 
     # ---- blocks that come from another memory domain -------------------------------------------
+
+    def _pull(self, run: Running, handoff: Handoff) -> None:
+        assert self._epoch is not None
+        self._commands.append(exchange.pull_order(run, handoff, self._epoch))
+        self._exchange.pulling.add(run.ref)
+        run.pulling = True
 
     def _pulled(self, news: Pulled) -> None:
         """Full blocks are committed as they come; the last one only with the seal."""
@@ -185,7 +195,10 @@ class Batcher:
         if run is None or not run.pulling:
             return
         run.pulling = False
-        if not news.complete:  # the source cannot give them: another attempt finds what is here
+        if run.phase is Phase.PULLING:  # whatever did not come is computed
+            run.num_cached = min(run.seq.num_computed, run.num_prompt)
+            self._lineup.to_prefill(run)
+        elif not news.complete:  # the source cannot give them: another attempt finds what is here
             if run.early_seal is None:
                 self._seals.void(run.ref)
             self._lineup.remove(run)
@@ -197,15 +210,9 @@ class Batcher:
             self._open(run, seal)
 
     def _publish(self, run: Running, upto: int) -> None:
-        """Blocks of the table before `upto` are final: the peer may read them."""
-        if run.handoff is not None and upto > run.num_published:
-            assert self._epoch is not None
-            self._commands.append(publish_order(run, upto, self._epoch))
-            run.num_published = upto
-
-    def _unpublish(self, run: Running) -> None:
-        if run.handoff is not None and run.seq.role is Role.PREFILL:
-            self._commands.append(ForgetPublished(run.ref))
+        """Blocks of the table before `upto` are final: a peer elsewhere may read them."""
+        assert self._epoch is not None
+        self._commands += exchange.publish_orders(run, upto, self._epoch)
 
     def _grant(self, grant: Grant) -> None:
         run = self._lineup.get(grant.ref)
@@ -216,7 +223,7 @@ class Batcher:
         seq.block_table.extend(grant.blocks)
         seq.generations.extend(grant.generations)
         if run.phase is not Phase.AWAITING_SEAL or run.handoff is not None:
-            self._clear_from(run, grant.first)
+            self._commands += run.voided(grant.first)
         self._lineup.feed(run)
 
     def _revoke(self, revoke: Revoke) -> None:
@@ -225,18 +232,12 @@ class Batcher:
             if run.phase is Phase.AWAITING_SEAL and run.early_seal is None:
                 self._seals.void(run.ref)
             self._lineup.remove(run)
-            self._unpublish(run)
+            self._commands += exchange.forget_orders(run)
         cancel = self._exchange.revoke(revoke.ref)
-        if cancel is not None:  # released once its reads are drained
+        if cancel is None:
+            self._report.released.append(revoke.ref)
+        else:  # released once its reads are drained
             self._commands.append(cancel)
-            return
-        self._report.released.append(revoke.ref)
-
-    def _clear_from(self, run: Running, first: int) -> None:
-        """Void the page entries of the blocks from table index `first` on: they will be written."""
-        seq = run.seq
-        for block, generation in zip(seq.block_table[first:], seq.generations[first:], strict=True):
-            self._commands.append(ClearBlock(block, generation))
 
     # ---- a step --------------------------------------------------------------------------------
 
@@ -376,7 +377,7 @@ class Batcher:
         if finish is not None:
             self._report.finished.append(run.ref)
             self._lineup.remove(run)
-            self._unpublish(run)
+            self._commands += exchange.forget_orders(run)
         return finish
 
     # ---- output --------------------------------------------------------------------------------

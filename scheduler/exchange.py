@@ -5,8 +5,14 @@ revoked sequence is released only after its pull ended; a worker joins a new sch
 every pull of an older one ended.
 """
 
-from diptych.engine.core.handoff import CancelPull, PublishBlocks, StartPull
-from diptych.engine.core.messages import Handoff
+from diptych.engine.core.handoff import (
+    CancelPull,
+    ForgetPublished,
+    PublishBlocks,
+    StartPull,
+    TransferOrder,
+)
+from diptych.engine.core.messages import Assign, Handoff
 from diptych.engine.core.request import SeqRef
 from diptych.engine.core.types import Epoch
 from diptych.scheduler.running import Running
@@ -26,7 +32,7 @@ class Exchange:
         self.revoked.add(ref)
         return CancelPull(ref)
 
-    def drop_all(self) -> list[CancelPull]:
+    def drop_all(self) -> list[TransferOrder]:
         """A new scheduler: everything of the older one ends, unanswered."""
         self.stale |= self.pulling
         self.revoked.clear()
@@ -57,11 +63,28 @@ def pull_order(run: Running, handoff: Handoff, epoch: Epoch) -> StartPull:
     )
 
 
-def publish_order(run: Running, upto: int, epoch: Epoch) -> PublishBlocks:
-    """Blocks that became final since the last order."""
-    assert run.peer is not None
+def publish_orders(run: Running, upto: int, epoch: Epoch) -> list[TransferOrder]:
+    """Blocks of the table before `upto` that a peer elsewhere lacks and was not told of."""
     first = run.num_published
-    return PublishBlocks(epoch, run.ref, run.peer, first, run.seq.block_table[first:upto])
+    if run.handoff is None or upto <= first:
+        return []
+    assert run.peer is not None
+    run.num_published = upto
+    return [PublishBlocks(epoch, run.ref, run.peer, first, run.seq.block_table[first:upto])]
+
+
+def forget_orders(run: Running) -> list[TransferOrder]:
+    """The sequence is over here."""
+    return [] if run.handoff is None else [ForgetPublished(run.ref)]
+
+
+def prefix_order(run: Running, assign: Assign) -> PublishBlocks:
+    """The decode side's cached blocks that the prefill side asks for."""
+    assert run.peer is not None
+    assert assign.prefix is not None
+    first, end = assign.prefix.first, run.num_published
+    blocks = run.seq.block_table[first:end]
+    return PublishBlocks(assign.scheduler_epoch, run.ref, run.peer, first, blocks)
 
 
 def _key(ref: SeqRef) -> tuple[str, int, int]:

@@ -67,6 +67,12 @@ class Lineup:
         if run.phase is Phase.PREFILL:
             insort(self.prefills, run, key=_order)
 
+    def to_prefill(self, run: Running) -> None:
+        """The cached blocks of its prompt that could be had are here."""
+        assert run.phase is Phase.PULLING
+        run.phase = Phase.PREFILL
+        insort(self.prefills, run, key=_order)
+
     def to_decode(self, run: Running) -> None:
         """The prompt is computed and the first token sampled: one token per step from now on."""
         if run.phase is Phase.PREFILL:

@@ -28,6 +28,7 @@ class PrefillSide:
     pool: Pool
     found: list[BlockId]  # prefix-cache hit there
     num_new: int  # blocks to allocate there
+    num_start: int  # blocks that are not computed: found there, or pulled from the other pool
 
 
 @dataclass(slots=True, frozen=True)

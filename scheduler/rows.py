@@ -34,6 +34,7 @@ class Source:
     pool: PoolId
     table: list[BlockId]  # of the prompt, and what was emitted before
     num_hit: int  # found in that pool's prefix cache
+    num_start: int  # not to be computed: the hits, and what is pulled from the decode side's pool
     num_committed: int  # known to be full, the hits included
     landed: bool = False  # the decode side reads them no more
 

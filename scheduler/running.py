@@ -28,12 +28,14 @@ from diptych.engine.core.types import (
     pack_ids,
     unpack_ids,
 )
+from diptych.scheduler.commands import BatcherCommand, ClearBlock
 
 
 class Phase(Enum):
     """Where a sequence stands in its batcher."""
 
     AWAITING_SEAL = "awaiting seal"  # its blocks belong to the peer, or are being pulled
+    PULLING = "pulling"  # the first blocks of its prompt come from another pool
     PREFILL = "prefill"  # some of its prompt is to be computed
     DECODE = "decode"  # one token per step
     STARVED = "starved"  # needs a block; a grant brings it back
@@ -91,6 +93,11 @@ class Running:
         if len(self.tokens) >= self.limit:
             return FinishInfo(FinishReason.LENGTH)
         return None
+
+    def voided(self, first: int) -> list[BatcherCommand]:
+        """Voids the page entries of the blocks from table index `first` on: they get written."""
+        table, generations = self.seq.block_table[first:], self.seq.generations[first:]
+        return [ClearBlock(b, g) for b, g in zip(table, generations, strict=True)]
 
     def plan_chunk(self, end: int, block_size: int) -> None:
         """Name the blocks that the next chunk fills, before its step: the client waits after it."""
@@ -178,7 +185,7 @@ def running_from(
         stops=stops,
         min_len=request.num_prompt + params.min_tokens,
         limit=limit,
-        phase=Phase.AWAITING_SEAL if decode else Phase.PREFILL,
+        phase=Phase.AWAITING_SEAL if decode else Phase.PULLING if assign.prefix else Phase.PREFILL,
         peer=assign.peer,
         outbox=outbox,
         handoff=assign.handoff,

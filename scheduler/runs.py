@@ -84,7 +84,7 @@ class Runs:
             prefill.pool.ledger.share(prefill.found)
             table = prefill.found + prefill.pool.ledger.allocate(prefill.num_new)
             num_hit = len(prefill.found)
-            row.source = Source(prefill.pool.id, table, num_hit, num_hit)
+            row.source = Source(prefill.pool.id, table, num_hit, prefill.num_start, num_hit)
             row.prefill_pool = prefill.pool.id
         row.ref = SeqRef(row.key[0], row.key[1], row.wanted.attempt)
         row.num_tokens = row.tokens_wanted()
@@ -133,6 +133,7 @@ class Runs:
             peer=None if peer is None else (peer.id, peer.epoch),
             want_prompt_logprobs=row.wanted.want_prompt_logprobs,
             handoff=self._handoff(row, role),
+            prefix=self._prefix(row, role),
         )
         self._outbox.to_worker(worker, message)
 
@@ -147,11 +148,22 @@ class Runs:
         generations = self._members.pools[source.pool].ledger.generations
         return Handoff(source.pool, row.num_hit, blocks, [generations[b] for b in blocks])
 
+    def _prefix(self, row: Row, role: Role) -> Handoff | None:
+        """What moves the other way before the prefill: blocks that only the decode side knows."""
+        source = row.source
+        if source is None or source.num_start == source.num_hit:
+            return None
+        if role is Role.DECODE:
+            return Handoff(source.pool, source.num_hit, [], [])
+        blocks = row.table[source.num_hit : source.num_start]
+        generations = self._members.pools[row.pool].ledger.generations
+        return Handoff(row.pool, source.num_hit, blocks, [generations[b] for b in blocks])
+
     def _announce(self, row: Row) -> None:
         """Lets others wait for the prompt blocks that this row is about to compute."""
         if not self._cache.enable_prefix_caching:
             return
-        num_hit = row.num_hit if row.source is None else row.source.num_hit
+        num_hit = row.num_hit if row.source is None else row.source.num_start
         if not row.wanted.want_prompt_logprobs:
             self.counts.prefix_queries += row.num_tokens
             self.counts.prefix_hits += num_hit * self._cache.block_size
@@ -191,11 +203,15 @@ class Runs:
         if row.computing:
             self._computed(pool, row, block.hash)
 
-    def land(self, row: Row, landed: Landed) -> None:
-        """The decode side has all blocks, and reads the other pool no more."""
+    def land(self, row: Row, role: Role, landed: Landed) -> None:
+        """A side has all blocks that it lacked, and reads the other pool no more."""
         self.counts.blocks_pulled += landed.num_blocks
         source = row.source
         if source is None:
+            return
+        if role is Role.PREFILL:  # the decode side's blocks stay in any case
+            cost = self._members.pair_cost(row.pool, source.pool)
+            cost.observe(landed.num_blocks, landed.read_s)
             return
         self._members.pair_cost(source.pool, row.pool).observe(landed.num_blocks, landed.read_s)
         source.landed = True

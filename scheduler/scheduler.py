@@ -162,8 +162,8 @@ class Scheduler:
                 self._committed(row, role, pool, block)
         for landed in message.landed:
             row = find(landed.ref)
-            if row is not None and row.holds.get(worker.id) is Role.DECODE:
-                self._runs.land(row, landed)
+            if row is not None and (role := row.holds.get(worker.id)) is not None:
+                self._runs.land(row, role, landed)
         for ref in message.sealed:
             row = find(ref)
             if row is not None and row.holds.get(worker.id) is Role.PREFILL:

@@ -6,6 +6,7 @@ alone. Invariant: a row that could be placed is not left waiting behind one that
 """
 
 from collections.abc import Callable
+from dataclasses import replace
 
 from diptych.engine.core.config import CacheOptions
 from diptych.engine.core.messages import Failed
@@ -148,7 +149,7 @@ class Seating:
 
     def _side(self, row: Row, pool: Pool, need: int) -> PrefillSide | None:
         found = self._room_in(row, pool, need)
-        return None if found is None else PrefillSide(pool, found, need - len(found))
+        return None if found is None else PrefillSide(pool, found, need - len(found), len(found))
 
     def _across(self, row: Row, home: Pool, side: PrefillSide) -> Placement | None:
         """Prefill in one pool, decode in another: blocks are allocated in both, or in neither."""
@@ -159,12 +160,27 @@ class Seating:
         if prefiller is None or decoder is None or found is None:
             return None
         num_moved = len(side.found) + side.num_new - len(found)
-        uncached = row.tokens_wanted() - len(side.found) * self._cache.block_size
+        side, prefix_s = self._with_prefix(side, home, prefiller, len(found))
+        uncached = row.tokens_wanted() - side.num_start * self._cache.block_size
         cost = self._members.pair_cost(side.pool.id, home.id)
         exposed_s = cost.exposed_s(num_moved, uncached * prefiller.cost.prefill_s)
-        seats = self._placer.across(prefiller, decoder, uncached, exposed_s)
+        seats = self._placer.across(prefiller, decoder, uncached, prefix_s + exposed_s)
         num_new = self._runs.blocks_at_start(row) - len(found)
         return Placement(home, seats, found, num_new, uncached, side)
+
+    def _with_prefix(
+        self, side: PrefillSide, home: Pool, prefiller: Worker, num_known: int
+    ) -> tuple[PrefillSide, float]:
+        """The prefill side begins with what only `home` knows, if moving that is cheaper than
+        computing it (a conversation's next turn); and the seconds that it waits for it."""
+        count = num_known - len(side.found)
+        cost = self._members.pair_cost(home.id, side.pool.id)
+        compute_s = count * self._cache.block_size * prefiller.cost.prefill_s
+        if count <= 0 or count * cost.block_s >= compute_s:
+            if count > 0:
+                cost.relax()
+            return side, 0.0
+        return replace(side, num_start=num_known), count * cost.block_s
 
     def _room_in(self, row: Row, pool: Pool, need: int) -> list[BlockId] | None:
         """The cached prefix there; None if the rest of `need` blocks is not to be had."""
@@ -179,7 +195,7 @@ class Seating:
             return None
         hashes, size = row.wanted.hashes, self._cache.block_size
         side = placement.prefill
-        start = end = len(placement.found if side is None else side.found)
+        start = end = len(placement.found) if side is None else side.num_start
         limit = min(len(hashes), (row.tokens_wanted() - 1) // size)
         computing = (placement.pool if side is None else side.pool).computing
         owner = computing.get(hashes[start]) if start < limit else None

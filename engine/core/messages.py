@@ -191,6 +191,8 @@ class Assign(Message, frozen=True):
     LOCAL, PREFILL: the blocks after num_computed are this worker's to write.
     DECODE: nothing may be touched before the seal of the same `ref` came from the peer. With a
     `handoff` the blocks after num_computed are this worker's from the start, to pull into.
+    `prefix`: the decode side's pool knows more of the prompt. To the PREFILL side, the blocks to
+    pull before it computes the rest; to the DECODE side, publish from `first` to num_computed.
     `api` is where tokens go, `peer` the other side of a handoff (worker, epoch).
     """
 
@@ -209,6 +211,7 @@ class Assign(Message, frozen=True):
     peer: tuple[WorkerId, Epoch] | None
     want_prompt_logprobs: bool
     handoff: Handoff | None = None
+    prefix: Handoff | None = None
 
 
 class Grant(Message, frozen=True):

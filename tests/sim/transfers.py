@@ -70,6 +70,7 @@ class Mover:
     # ---- from the batcher and from peers -------------------------------------------------------
 
     def order(self, order: TransferOrder) -> None:
+        """`carry_out` comes later."""
         if isinstance(order, StartPull):
             self.orders[order.ref] = order
             self.num_here[order.ref] = order.first
@@ -83,7 +84,6 @@ class Mover:
         else:
             assert isinstance(order, ForgetPublished)
             self.publisher.forget(order.ref)
-        self._carry_out()
 
     def hear(self, message: Publish | AskPublish | PullOver) -> None:
         if isinstance(message, Publish):
@@ -94,14 +94,15 @@ class Mover:
                 self.process.send(send.to, send.message)
         else:
             self.publisher.over(message)
-        self._carry_out()
+        self.carry_out()
 
     def _tick(self) -> None:
         self.timer = None
         self.puller.tick(self.world.now)
-        self._carry_out()
+        self.carry_out()
 
-    def _carry_out(self) -> None:
+    def carry_out(self) -> None:
+        """After orders: when all commands of one `take` are carried out."""
         self.puller.check_integrity()
         for command in self.puller.take():
             if isinstance(command, Read):
@@ -175,7 +176,7 @@ class Mover:
             for (_, own), generation in zip(under_way.pairs, generations, strict=True):
                 self.last_seen[under_way.ref, own] = generation
             self.puller.read_done(ReadDone(read.handle, generations, digests), now)
-        self._carry_out()
+        self.carry_out()
 
     def _check_pulled(self, news: Pulled) -> None:
         """What counts as here from now is right."""

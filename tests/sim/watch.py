@@ -13,13 +13,23 @@ from diptych.engine.core.messages import (
     Address,
     Assign,
     Grant,
+    Handoff,
     Joined,
     Message,
     Progress,
     WorkerDown,
 )
 from diptych.engine.core.request import SeqRef, Sequence
-from diptych.engine.core.types import BlockId, Epoch, Generation, PoolId, Role, WorkerId, unpack_ids
+from diptych.engine.core.types import (
+    BlockHash,
+    BlockId,
+    Epoch,
+    Generation,
+    PoolId,
+    Role,
+    WorkerId,
+    unpack_ids,
+)
 from tests.sim.memory import Memory
 from tests.sim.model import Oracle
 from tests.sim.names import Names
@@ -136,6 +146,8 @@ class Watch:
             self.blocks[pool][block].holders.add(key)
         if message.handoff is not None and message.role is Role.DECODE:
             self._reads(key, hold, message)
+        elif message.prefix is not None:
+            self._reads_prefix(key, hold, message.prefix, message.hashes)
 
     def _reads(self, key: HoldKey, hold: Hold, message: Assign) -> None:
         """The decode side of a handoff between pools reads blocks of the other one."""
@@ -150,6 +162,17 @@ class Watch:
         hold.source, hold.reads = handoff.pool, list(handoff.blocks)
         for block in handoff.blocks:
             self.blocks[handoff.pool][block].readers.add(key)
+
+    def _reads_prefix(
+        self, key: HoldKey, hold: Hold, prefix: Handoff, hashes: list[BlockHash]
+    ) -> None:
+        """The prefill side begins with cached blocks of the other pool."""
+        check(prefix.first == hold.num_shared, "{}: pulls what is here", key)
+        hold.source, hold.reads = prefix.pool, list(prefix.blocks)
+        generations = zip(prefix.blocks, prefix.generations, strict=True)
+        for i, (block, generation) in enumerate(generations, prefix.first):
+            self._share(key[2], prefix.pool, block, generation, hashes[i])
+            self.blocks[prefix.pool][block].readers.add(key)
 
     def _share(
         self, ref: SeqRef, pool: PoolId, block: BlockId, generation: Generation, block_hash: bytes

@@ -68,6 +68,7 @@ class WorkerProcess(Process):
         self.inbox: list[Message] = []
         self.plan: StepPlan | None = None  # the step in flight
         self.work = (0, 0, 0)  # steps, prefill and decode tokens since the last report
+        self.serves: int | None = None  # the scheduler whose sequences it computes
         self.epoch = 0  # of the scheduler that it said to have joined
         self.wakes = False
 
@@ -130,6 +131,8 @@ class WorkerProcess(Process):
             self.world.at(self.world.rng.random() * 0.0002, self._wake, self)
 
     def _carry_out(self, commands: list[BatcherCommand]) -> None:
+        if self.serves != self.batcher._epoch:  # it joins once what it reads for the old is drained
+            self.serves, self.work = self.batcher._epoch, (0, 0, 0)
         for command in commands:
             if isinstance(command, ClearBlock):
                 self.op("clear")
@@ -149,10 +152,9 @@ class WorkerProcess(Process):
                 if isinstance(command.message, Progress):
                     self._check_progress(command.message)
                 elif isinstance(command.message, Joined):
-                    if self.epoch != command.message.scheduler_epoch:
-                        self.work = (0, 0, 0)
                     self.epoch = command.message.scheduler_epoch
                 self.send(command.to, command.message)
+        self.mover.carry_out()
 
     def _commit_block(self, command: CommitBlock) -> None:
         block, memory = command.block, self.memory

@@ -41,7 +41,7 @@ def commit_before_step(stack: ExitStack) -> None:
 @mutant()
 def page_entry_not_cleared(stack: ExitStack) -> None:
     """The page keeps the old entry of a block that is about to be written."""
-    replace(stack, Batcher, "_clear_from", lambda self, run, first: None)
+    replace(stack, Running, "voided", lambda self, first: [])
 
 
 @mutant()

@@ -62,7 +62,13 @@ def join_does_not_cancel(stack: ExitStack) -> None:
 @mutant("far")
 def own_blocks_not_voided(stack: ExitStack) -> None:
     """Blocks are read into while their old entries are still valid."""
-    edit(stack, Batcher, "_assign", "self._clear_from(run, run.handoff.first)", "pass")
+    edit(
+        stack,
+        Batcher,
+        "_assign",
+        "if run.handoff is not None:",
+        "if run.handoff is not None:\n        num_here = len(run.seq.block_table)",
+    )
 
 
 @mutant("far")
@@ -128,4 +134,31 @@ def no_credit(stack: ExitStack) -> None:
         "_room_in",
         "return found if need - len(found) <= pool.ledger.num_available_beside(found) else None",
         "return found",
+    )
+
+
+@mutant("far", "prefix")
+def prefix_taken_for_a_hit(stack: ExitStack) -> None:
+    """What only the decode side's pool knows counts as known on the prefill side."""
+    edit(
+        stack,
+        Runs,
+        "_assign",
+        "row.source.table, row.source.num_hit",
+        "row.source.table, row.source.num_start",
+    )
+
+
+@mutant("far", "prefix", "transfer_faults")
+def unread_prefix_believed(stack: ExitStack) -> None:
+    """A prefill side goes on as if all of the prefix had come."""
+    edit(
+        stack,
+        Batcher,
+        "_pull_ended",
+        "run.pulling = False",
+        "run.pulling = False\n"
+        "    if run.phase is Phase.PULLING and run.handoff is not None:\n"
+        "        run.seq.num_committed = run.handoff.first\n"
+        "        run.seq.num_computed = run.handoff.first * self._block_size",
     )

@@ -220,3 +220,27 @@ def test_a_pair_that_was_slow_once_is_tried_again() -> None:
             return
         far.progress(D, finished=[ref])
     raise AssertionError("every prompt stays where it decodes, for ever")
+
+
+def test_a_next_turn_begins_with_what_only_the_decode_side_knows() -> None:
+    far = Far(num_blocks=64)
+    ref = run_to_seal(far)
+    far.progress(D, committed=far.full(D, ref, 3), landed=[Landed(ref, 4, 0.001)], finished=[ref])
+    filler = far.submit("filler", [7] * 900)  # evicts the prompt from the prefill side's pool
+    far.progress(P, committed=far.full(P, filler, 56), sealed=[filler])
+    far.progress(D, landed=[Landed(filler, 57, 0.001)], finished=[filler])
+    again = far.submit("filler2", [8] * 900)
+    far.progress(P, sealed=[again])
+    far.progress(D, landed=[Landed(again, 57, 0.001)], finished=[again])
+    second = far.submit("b", [*PROMPT, *range(200, 400)])
+    there, here = far.assigned[P, second], far.assigned[D, second]
+    assert there.num_computed == 0
+    assert here.num_computed == 48
+    assert there.prefix is not None
+    assert here.prefix is not None
+    assert (there.prefix.pool, there.prefix.first) == (1, 0)
+    assert there.prefix.blocks == here.block_table[:3]
+    assert there.prefix.generations == here.generations[:3]
+    assert (here.prefix.pool, here.prefix.first) == (0, 0)
+    far.progress(P, landed=[Landed(second, 3, 0.001)])
+    assert far.used(0) == 16, "the prefill side's blocks stay"
