@@ -187,11 +187,10 @@ class Batcher:
 
     def _pull_ended(self, news: PullEnded) -> None:
         """Nothing is read into the blocks of this sequence any more."""
-        released = self._exchange.ended(news.ref)
+        if self._exchange.ended(news.ref):
+            self._report.released.append(news.ref)
         self._say_joined()
         run = self._lineup.get(news.ref)
-        if released:
-            self._report.released.append(news.ref)
         if run is None or not run.pulling:
             return
         run.pulling = False
