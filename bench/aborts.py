@@ -51,6 +51,8 @@ async def run(folder: Path, args: argparse.Namespace) -> dict[str, object]:
     options = EngineOptions(
         model=ModelOptions(path=str(folder), load_format="dummy"),
         cache=CacheOptions(num_blocks=args.num_blocks),
+        separate_pools=args.transfer is not None,
+        transfer=args.transfer or "auto",
         threads=1,
     )
     hosted = await host_engine(options, inline=args.inline)
@@ -87,6 +89,7 @@ def main() -> int:
     parser.add_argument("--users", type=int, default=32)
     parser.add_argument("--num-blocks", type=int, default=1024)
     parser.add_argument("--inline", action="store_true")
+    parser.add_argument("--transfer", choices=["auto", "shm", "tcp"], help="separate pools")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path)
     args = parser.parse_args()

@@ -158,7 +158,15 @@ async def run(folder: Path, args: argparse.Namespace) -> dict[str, object]:
     prefill, decode = args.prefill, args.decode
     model = ModelOptions(path=str(folder), load_format="dummy")
     cache = CacheOptions(num_blocks=args.num_blocks)
-    options = EngineOptions(model=model, cache=cache, prefill=prefill, decode=decode, threads=1)
+    options = EngineOptions(
+        model=model,
+        cache=cache,
+        prefill=prefill,
+        decode=decode,
+        separate_pools=args.transfer is not None,
+        transfer=args.transfer or "auto",
+        threads=1,
+    )
     inline = EngineOptions(model=model, prefill=0, decode=0, mixed=1, threads=1)
     expected = await reference(inline, args.seed)
     segments = shared_segments()
@@ -211,6 +219,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--prefill", type=int, default=2)
     parser.add_argument("--decode", type=int, default=2)
     parser.add_argument("--num-blocks", type=int, default=1024)
+    parser.add_argument("--transfer", choices=["auto", "shm", "tcp"], help="separate pools")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path)
     return parser.parse_args(argv)

@@ -1,9 +1,10 @@
 """The losslessness matrix: what a client gets never depends on how it was computed.
 
-{inline, 1P1D, 2P2D, mixed} x {chunk 16, 64, whole} x {alone, 16 others} x {cold, prefix hit}
-x {undisturbed, worker killed, preempted} x {greedy, seeded, n=3}. Every cell must give token ids
-and log-probabilities that equal, bit for bit, those of one undisturbed request alone in the inline
-engine. `python -m bench.losslessness` runs the whole product, `--pairwise` a cover of all pairs.
+{inline, 1P1D, 2P2D, mixed, separate pools over shm and tcp} x {chunk 16, 64, whole} x {alone, 16
+others} x {cold, prefix hit} x {undisturbed, worker killed, preempted} x {greedy, seeded, n=3}.
+Every cell must give token ids and log-probabilities that equal, bit for bit, those of one
+undisturbed request alone in the inline engine. `python -m bench.losslessness` runs the whole
+product, `--pairwise` a cover of all pairs.
 """
 
 import argparse
@@ -22,7 +23,14 @@ from typing import Final, Literal
 
 from bench.models import write_model
 from bench.procs import engine_processes
-from diptych.engine.core.config import BatchOptions, CacheOptions, EngineOptions, ModelOptions
+from diptych.engine.core.config import (
+    BatchOptions,
+    CacheOptions,
+    EngineOptions,
+    ModelOptions,
+    Transfer,
+)
+from diptych.engine.core.messages import Stats
 from diptych.engine.core.params import SamplingParams
 from diptych.engine.core.plan import TokenLogprobs
 from diptych.server.client import EngineClient
@@ -30,7 +38,7 @@ from diptych.server.hosting import Hosted, host_engine
 from diptych.server.inline import InlineClient
 
 AXES: Final[dict[str, tuple[str, ...]]] = {
-    "topology": ("inline", "1P1D", "2P2D", "mixed"),
+    "topology": ("inline", "1P1D", "2P2D", "mixed", "1P1D shm", "2P2D shm", "1P1D tcp", "2P2D tcp"),
     "chunk": ("16", "64", "whole"),
     "company": ("alone", "16 others"),
     "cache": ("cold", "prefix hit"),
@@ -38,6 +46,7 @@ AXES: Final[dict[str, tuple[str, ...]]] = {
     "sampling": ("greedy", "seeded", "n=3"),
 }
 _WORKERS: Final = {"inline": (0, 0, 1), "1P1D": (1, 1, 0), "2P2D": (2, 2, 0), "mixed": (0, 0, 2)}
+_TRANSFERS: Final[dict[str, Transfer]] = {"shm": "shm", "tcp": "tcp"}
 _NUM_PROMPT: Final = 150
 _NUM_OUTPUT: Final = 96
 _DISTURB_AT: Final = 12  # tokens of the target before it is disturbed
@@ -214,7 +223,8 @@ class MatrixEngine:
 
 def engine_options(folder: Path, key: tuple[str, str, bool]) -> EngineOptions:
     topology, chunk, small = key
-    prefill, decode, mixed = _WORKERS[topology]
+    workers, _, transfer = topology.partition(" ")
+    prefill, decode, mixed = _WORKERS[workers]
     return EngineOptions(
         model=ModelOptions(path=str(folder), load_format="dummy"),
         cache=CacheOptions(num_blocks=_BLOCKS_SMALL if small else _BLOCKS_LARGE),
@@ -225,6 +235,8 @@ def engine_options(folder: Path, key: tuple[str, str, bool]) -> EngineOptions:
         prefill=prefill,
         decode=decode,
         mixed=mixed,
+        separate_pools=bool(transfer),
+        transfer=_TRANSFERS.get(transfer, "auto"),
         threads=1,
     )
 
@@ -254,17 +266,18 @@ async def run_cells(cells: list[Cell], folder: Path) -> list[Row]:
     ordered = sorted(cells, key=lambda cell: cell.engine_key)
     for key, group in itertools.groupby(ordered, key=lambda cell: cell.engine_key):
         hosted = await host_engine(engine_options(folder, key), inline=key[0] == "inline")
-        engine = MatrixEngine(hosted, sum(_WORKERS[key[0]]))
-        preemptions = 0
+        engine = MatrixEngine(hosted, sum(_WORKERS[key[0].partition(" ")[0]]))
+        stats: Stats | None = None
         try:
             for cell in group:
                 rows.append((cell, *await _judge(engine, cell, next(serial), expected)))
-            if key[2]:
-                preemptions = await _preemptions(hosted)
+            stats = await _fresh_stats(hosted)
         finally:
             await hosted.close()
-        if key[2] and not preemptions:
+        if key[2] and not (stats and stats.preemptions):
             rows.append((cell, "error", "nothing was preempted: the cell proves nothing"))
+        if " " in key[0] and not (stats and stats.blocks_pulled):
+            rows.append((cell, "error", "no block was moved: the cell proves nothing"))
     return rows
 
 
@@ -285,15 +298,19 @@ async def _judge(
     return "ok", ""
 
 
-async def _preemptions(hosted: Hosted) -> int:
-    """From the next report of the scheduler."""
-    before = hosted.client.stats()
+async def _fresh_stats(hosted: Hosted) -> Stats | None:
+    """The second report of the scheduler from now: the first may have been on its way."""
+    fresh, before = 0, hosted.client.stats()
     for _ in range(200):
         stats = hosted.client.stats()
-        if stats is not None and (stats is not before or stats.preemptions):
-            return stats.preemptions
+        if isinstance(hosted.client, InlineClient):
+            return stats
+        if stats is not before:
+            fresh, before = fresh + 1, stats
+        if fresh >= 2:
+            break
         await asyncio.sleep(0.01)
-    return 0
+    return before
 
 
 def main() -> int:

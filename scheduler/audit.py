@@ -19,6 +19,7 @@ class RowAudit(msgspec.Struct, frozen=True):
     attempt: int  # that runs, or is wanted
     pool: PoolId
     table: list[BlockId]
+    source: tuple[PoolId, list[BlockId]] | None  # blocks held in another pool
     holds: list[WorkerId]  # workers that may touch its blocks
     held: bool  # waits for a block that another row computes
     preemptions: int
@@ -69,6 +70,7 @@ def _audit_row(row: Row) -> RowAudit:
         attempt=row.wanted.attempt if row.state is RowState.QUEUED else attempt,
         pool=row.pool,
         table=list(row.table),
+        source=None if row.source is None else (row.source.pool, list(row.source.table)),
         holds=list(row.holds),
         held=row.held_on is not None,
         preemptions=row.preemptions,

@@ -7,28 +7,29 @@ plan changes; what arrives meanwhile takes effect after the commit.
 """
 
 from diptych.engine.core.config import BatchOptions
+from diptych.engine.core.handoff import Pulled, PullEnded
 from diptych.engine.core.messages import (
     Address,
     Assign,
     Grant,
+    Handoff,
     Join,
     Joined,
+    Landed,
     Revoke,
     Seal,
     Send,
-    SetDial,
-    TokenBatch,
     Tokens,
 )
 from diptych.engine.core.plan import FinishInfo, Sample, StepPlan, StepResult, StepRow
-from diptych.engine.core.types import Epoch, FinishReason, Role, WorkerId
-from diptych.scheduler.commands import BatcherCommand, ClearBlock, CommitBlock
+from diptych.engine.core.types import Epoch, FinishReason, Role, WorkerId, blocks_for
+from diptych.scheduler import exchange
+from diptych.scheduler.commands import BatcherCommand, BatcherInput, CommitBlock
 from diptych.scheduler.lineup import Lineup
 from diptych.scheduler.report import Report
 from diptych.scheduler.running import Outbox, Phase, Running, running_from
-from diptych.scheduler.seals import Seals
-
-BatcherInput = Join | Assign | Grant | Revoke | SetDial | Seal
+from diptych.scheduler.seals import Seals, seal_of
+from diptych.scheduler.step_plan import StepPlanner
 
 
 class Batcher:
@@ -46,19 +47,19 @@ class Batcher:
     ) -> None:
         self._worker = worker
         self._worker_epoch = worker_epoch
-        self._options = options
         self._block_size = block_size
         self._eos = eos_token_ids
         self._max_model_len = max_model_len
         self._epoch: Epoch | None = None  # of the scheduler that is served
         self._dial = 0
         self._lineup = Lineup(block_size)
+        self._planner = StepPlanner(self._lineup, options, block_size)
         self._seals = Seals()
+        self._exchange = exchange.Exchange()
         self._report = Report()
         self._commands: list[BatcherCommand] = []
         self._in_flight: tuple[StepPlan, list[Running]] | None = None  # rows, same order
         self._deferred: list[BatcherInput] = []  # arrived during the step
-        self._odd = 0  # parity of the steps: takes turns where a step has room for one row only
 
     @property
     def has_work(self) -> bool:
@@ -79,6 +80,10 @@ class Batcher:
             self._join(message)
         elif isinstance(message, Seal):
             self._take_seal(message)
+        elif isinstance(message, Pulled):
+            self._pulled(message)
+        elif isinstance(message, PullEnded):
+            self._pull_ended(message)
         elif message.worker_epoch == self._worker_epoch and message.scheduler_epoch == self._epoch:
             if isinstance(message, Assign):
                 self._assign(message)
@@ -96,20 +101,39 @@ class Batcher:
             return
         if join.scheduler_epoch != self._epoch:
             self._lineup.clear()
+            self._commands += self._exchange.drop_all()
             self._seals.forget_before(join.scheduler_epoch)
             self._report = Report()
             self._epoch = join.scheduler_epoch
         self._dial = join.dial
-        joined = Joined(join.scheduler_epoch, self._worker, self._worker_epoch)
-        self._commands.append(Send(_scheduler(join.scheduler_epoch), joined))
+        self._exchange.join_due = True
+        self._say_joined()
+
+    def _say_joined(self) -> None:
+        """Once nothing of an older scheduler is being read into its blocks any more."""
+        if not self._exchange.join_due or self._exchange.stale:
+            return
+        assert self._epoch is not None
+        self._exchange.join_due = False
+        joined = Joined(self._epoch, self._worker, self._worker_epoch)
+        self._commands.append(Send(_scheduler(self._epoch), joined))
 
     def _assign(self, assign: Assign) -> None:
         outbox = self._lineup.outbox(assign.api, assign.api_epoch)
         run = running_from(assign, outbox, self._eos, self._max_model_len, self._block_size)
         self._lineup.add(run)
-        if run.phase is Phase.PREFILL:
-            self._clear_from(run, run.seq.num_computed // self._block_size)
+        num_here = run.seq.num_computed // self._block_size
+        if run.phase is not Phase.AWAITING_SEAL:
+            self._commands += run.voided(num_here)
+            self._publish(run, num_here)  # what was cached
+            if assign.prefix is not None:
+                self._pull(run, assign.prefix)
             return
+        if run.handoff is not None:  # its blocks are its own from the start
+            self._commands += run.voided(num_here)
+            if assign.prefix is not None:
+                self._commands.append(exchange.prefix_order(run, assign))
+            self._pull(run, run.handoff)
         seal = self._seals.claim(run.ref)
         if seal is not None:
             self._take_seal(seal)
@@ -127,12 +151,67 @@ class Batcher:
         if run.phase is not Phase.AWAITING_SEAL or run.peer != (seal.worker, seal.worker_epoch):
             return
         assert seal.num_computed == len(run.tokens), "the seal ends the whole prefill"
+        if run.pulling:
+            run.early_seal = seal
+            return
+        self._open(run, seal)
+
+    def _open(self, run: Running, seal: Seal) -> None:
+        """The prompt's KV is in this worker's pool and the first token is known."""
         run.seq.num_computed = seal.num_computed
-        run.seq.num_committed = seal.num_computed // self._block_size  # reported by the peer
+        if run.handoff is None:
+            run.seq.num_committed = seal.num_computed // self._block_size  # reported by the peer
+            self._commands += run.voided(run.seq.num_committed)
+        else:
+            self._commit_blocks(run)
         run.tokens.append(seal.token)
         run.seal = seal
-        self._clear_from(run, run.seq.num_committed)
         self._lineup.to_decode(run)
+
+    # ---- blocks that come from another memory domain -------------------------------------------
+
+    def _pull(self, run: Running, handoff: Handoff) -> None:
+        assert self._epoch is not None
+        self._commands.append(exchange.pull_order(run, handoff, self._epoch))
+        self._exchange.pulling.add(run.ref)
+        run.pulling = True
+
+    def _pulled(self, news: Pulled) -> None:
+        """Full blocks are committed as they come; the last one only with the seal."""
+        run = self._lineup.get(news.ref)
+        if run is None or not run.pulling:
+            return
+        full = min(news.upto, (len(run.tokens) - 1) // self._block_size)
+        run.seq.num_computed = full * self._block_size
+        self._commit_blocks(run)
+
+    def _pull_ended(self, news: PullEnded) -> None:
+        """Nothing is read into the blocks of this sequence any more."""
+        if self._exchange.ended(news.ref):
+            self._report.released.append(news.ref)
+        self._say_joined()
+        run = self._lineup.get(news.ref)
+        if run is None or not run.pulling:
+            return
+        run.pulling = False
+        if run.phase is Phase.PULLING:  # whatever did not come is computed
+            run.num_cached = min(run.seq.num_computed, run.num_prompt)
+            self._lineup.to_prefill(run)
+        elif not news.complete:  # the source cannot give them: another attempt finds what is here
+            if run.early_seal is None:
+                self._seals.void(run.ref)
+            self._lineup.remove(run)
+            self._report.released.append(news.ref)
+            return
+        self._report.landed.append(Landed(news.ref, news.num_blocks, news.read_s))
+        if run.early_seal is not None:
+            seal, run.early_seal = run.early_seal, None
+            self._open(run, seal)
+
+    def _publish(self, run: Running, upto: int) -> None:
+        """Blocks of the table before `upto` are final: a peer elsewhere may read them."""
+        assert self._epoch is not None
+        self._commands += exchange.publish_orders(run, upto, self._epoch)
 
     def _grant(self, grant: Grant) -> None:
         run = self._lineup.get(grant.ref)
@@ -142,74 +221,32 @@ class Batcher:
         assert grant.first == len(seq.block_table), "grants are contiguous and in order"
         seq.block_table.extend(grant.blocks)
         seq.generations.extend(grant.generations)
-        if run.phase is not Phase.AWAITING_SEAL:
-            self._clear_from(run, grant.first)
+        if run.phase is not Phase.AWAITING_SEAL or run.handoff is not None:
+            self._commands += run.voided(grant.first)
         self._lineup.feed(run)
 
     def _revoke(self, revoke: Revoke) -> None:
         run = self._lineup.get(revoke.ref)
         if run is not None:
-            if run.phase is Phase.AWAITING_SEAL:
+            if run.phase is Phase.AWAITING_SEAL and run.early_seal is None:
                 self._seals.void(run.ref)
             self._lineup.remove(run)
-        self._report.released.append(revoke.ref)
-
-    def _clear_from(self, run: Running, first: int) -> None:
-        """Void the page entries of the blocks from table index `first` on: they will be written."""
-        seq = run.seq
-        for block, generation in zip(seq.block_table[first:], seq.generations[first:], strict=True):
-            self._commands.append(ClearBlock(block, generation))
+            self._commands += exchange.forget_orders(run)
+        cancel = self._exchange.revoke(revoke.ref)
+        if cancel is None:
+            self._report.released.append(revoke.ref)
+        else:  # released once its reads are drained
+            self._commands.append(cancel)
 
     # ---- a step --------------------------------------------------------------------------------
 
     def plan(self) -> StepPlan:
         """What to run now: all decodes, then prefill chunks within the budget. May be empty."""
         assert self._in_flight is None, "one step at a time"
-        lineup, options = self._lineup, self._options
-        for run in lineup.settle():
-            self._report.starved.append(run.ref)
-        budget, seats, reserve = options.max_num_batched_tokens, options.max_num_seqs, 0
-        if lineup.prefills:
-            # Waiting prompts always get a block's worth of the budget and one row of the step;
-            # where a step has room for one only, they and the decodes take turns.
-            reserve = min(self._block_size, budget // 2) or self._odd
-            seats = seats - 1 or 1 - self._odd
-        decodes = lineup.next_decodes(min(budget - reserve, seats))
-        rows = [StepRow(run.seq, len(run.tokens) - 1, 1, True) for run in decodes]
-        num_decodes = num_tokens = len(rows)
-        runs = decodes.copy()
-        if lineup.prefills:
-            left = budget - num_decodes
-            if num_decodes:
-                left = min(left, max(reserve, left * self._dial // 100))
-            num_tokens += self._plan_prefills(rows, runs, left)
-        plan = StepPlan(rows, num_tokens, num_decodes)
-        if rows:
+        plan, runs = self._planner.plan(self._dial, self._report.starved)
+        if not plan.empty:
             self._in_flight = plan, runs
         return plan
-
-    def _plan_prefills(self, rows: list[StepRow], runs: list[Running], budget: int) -> int:
-        """Append chunks of the waiting prompts, in their order; returns the tokens planned."""
-        options, block_size, left = self._options, self._block_size, budget
-        for run in self._lineup.prefills.copy():
-            if left <= 0 or len(rows) >= options.max_num_seqs:
-                break
-            start, end = run.seq.num_computed, len(run.tokens)
-            room = run.room(block_size)
-            if room <= 0:
-                self._lineup.starve(run)
-                self._report.starved.append(run.ref)
-                continue
-            length = min(end - start, left, room, options.max_chunk_tokens or left)
-            if start + length < end:
-                # A chunk that does not finish its prompt ends with a block where it can: the
-                # block is committed at once.
-                length = max(length - (start + length) % block_size, 0) or length
-            rows.append(StepRow(run.seq, start, length, start + length == end))
-            runs.append(run)
-            run.plan_chunk(start + length, block_size)
-            left -= length
-        return budget - left
 
     def commit(self, plan: StepPlan, result: StepResult) -> None:
         """The step is over: take in what it computed and sampled."""
@@ -220,13 +257,14 @@ class Batcher:
         runs = self._in_flight[1]
         assert len(result.samples) == len(runs)
         self._in_flight = None
-        self._odd = 1 - self._odd
+        self._planner.stepped()
         num_decodes = plan.num_decodes
         self._report.add_step(result.compute_s, plan.num_tokens - num_decodes, num_decodes)
         self._commit_decodes(runs[:num_decodes], result.samples)
         for i in range(num_decodes, len(runs)):
             self._commit_chunk(runs[i], plan.rows[i], result, i)
-        self._flush_tokens()
+        assert self._epoch is not None
+        self._commands += self._lineup.take_batches(self._epoch, self._worker, self._worker_epoch)
         deferred, self._deferred = self._deferred, []
         for message in deferred:
             self.handle(message)
@@ -285,7 +323,9 @@ class Batcher:
         run.seq.num_computed += row.length
         if run.seq.want_prompt_logprobs:
             run.seq.prompt_logprobs.extend(result.prompt_logprobs.get(index, ()))
-        if row.sample:
+        if not row.sample:
+            self._publish(run, run.seq.num_computed // self._block_size)
+        else:
             sample = result.samples[index]
             assert sample is not None, "the last chunk samples"
             self._first_token(run, sample)
@@ -313,21 +353,10 @@ class Batcher:
 
     def _seal(self, run: Running, sample: Sample) -> None:
         """Hand the sequence to its peer."""
-        assert run.peer is not None
         assert self._epoch is not None
-        peer, peer_epoch = run.peer
-        seal = Seal(
-            scheduler_epoch=self._epoch,
-            worker=self._worker,
-            worker_epoch=self._worker_epoch,
-            peer_epoch=peer_epoch,
-            ref=run.ref,
-            num_computed=run.seq.num_computed,
-            token=sample.token,
-            logprobs=sample.logprobs,
-            prompt_logprobs=run.prompt_logprobs(),
-        )
-        self._commands.append(Send(Address("worker", peer, peer_epoch), seal))
+        self._publish(run, blocks_for(run.seq.num_computed, self._block_size))
+        seal = seal_of(run, sample, self._epoch, self._worker, self._worker_epoch)
+        self._commands.append(seal)
         self._report.sealed.append(run.ref)
         self._lineup.remove(run)
 
@@ -347,16 +376,8 @@ class Batcher:
         if finish is not None:
             self._report.finished.append(run.ref)
             self._lineup.remove(run)
+            self._commands += exchange.forget_orders(run)
         return finish
-
-    def _flush_tokens(self) -> None:
-        assert self._epoch is not None
-        for outbox in self._lineup.outboxes():
-            if outbox.items:
-                batch = TokenBatch(self._epoch, self._worker, self._worker_epoch, outbox.items)
-                self._commands.append(Send(outbox.to, batch))
-                outbox.items = []
-        self._lineup.drop_idle_outboxes()
 
     # ---- output --------------------------------------------------------------------------------
 

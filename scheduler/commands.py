@@ -7,6 +7,7 @@ call in their order, page writes before any send that follows them.
 import msgspec
 
 from diptych.engine.core.errors import DiptychError
+from diptych.engine.core.handoff import TransferNews, TransferOrder
 from diptych.engine.core.messages import (
     Abort,
     Accepted,
@@ -122,5 +123,5 @@ JournalInput = (
     Accepted | Rejected | Placed | Lost | Failed | TokenBatch | Stats | SchedulerUp | SchedulerDown
 )
 JournalCommand = Send | Delivered | Refused | Ended
-BatcherInput = Join | Assign | Grant | Revoke | SetDial | Seal
-BatcherCommand = Send | ClearBlock | CommitBlock
+BatcherInput = Join | Assign | Grant | Revoke | SetDial | Seal | TransferNews
+BatcherCommand = Send | ClearBlock | CommitBlock | TransferOrder

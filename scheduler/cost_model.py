@@ -1,8 +1,9 @@
-"""What work costs on one worker, fitted from its progress reports while it runs.
+"""What work costs on one worker, and moving a block between two pools, fitted while they run.
 
-Owns two numbers per worker: seconds per prefill token, and seconds of a step without prefill.
-Invariant: both stay inside fixed bounds, whatever a report says, so that one absurd report (a
-suspended laptop) can mislead placement for a few reports, never for good.
+Owns two numbers per worker (seconds per prefill token, seconds of a step without prefill) and one
+per pair of pools (seconds per block moved). Invariant: all stay inside fixed bounds, whatever a
+report says, so that one absurd report (a suspended laptop) can mislead placement for a few reports,
+never for good.
 """
 
 from typing import Final
@@ -10,6 +11,7 @@ from typing import Final
 _WEIGHT: Final = 0.125  # of the newest report
 _PREFILL_BOUNDS: Final = (1e-8, 0.1)  # seconds per token
 _STEP_BOUNDS: Final = (1e-5, 5.0)  # seconds per step
+_BLOCK_BOUNDS: Final = (1e-7, 1.0)  # seconds per block moved
 
 
 class WorkerCost:
@@ -37,6 +39,36 @@ class WorkerCost:
         prefill_s = _bounded((compute_s - decode_s) / prefill_tokens, _PREFILL_BOUNDS)
         self.prefill_s += (prefill_s - self.prefill_s) * (_WEIGHT if self._has_prefill else 1.0)
         self._has_prefill = True
+
+
+_BLOCK_GUESS_S: Final = 1e-4
+_RELAX: Final = 1.0 / 16.0
+
+
+class PairCost:
+    """Exponentially weighted estimate of one direction between two pools."""
+
+    def __init__(self) -> None:
+        self.block_s = _BLOCK_GUESS_S
+        self._known = False
+
+    def observe(self, num_blocks: int, read_s: float) -> None:
+        """`num_blocks` moved while reads were under way for `read_s`."""
+        if num_blocks <= 0 or not 0.0 <= read_s < 1e6:
+            return
+        block_s = _bounded(read_s / num_blocks, _BLOCK_BOUNDS)
+        self.block_s += (block_s - self.block_s) * (_WEIGHT if self._known else 1.0)
+        self._known = True
+
+    def relax(self) -> None:
+        """The pair was passed over: what made it dear may be over, and only trying would tell."""
+        if self.block_s > _BLOCK_GUESS_S:
+            self.block_s += (_BLOCK_GUESS_S - self.block_s) * _RELAX
+
+    def exposed_s(self, num_blocks: int, compute_s: float) -> float:
+        """What moving the blocks adds to a prefill of `compute_s`, which it overlaps: all that the
+        computation does not hide, and at least the last block."""
+        return max(num_blocks * self.block_s - compute_s, self.block_s)
 
 
 def _bounded(value: float, bounds: tuple[float, float]) -> float:

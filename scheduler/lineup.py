@@ -7,9 +7,10 @@ names, and a decode whose next token has no block leaves before the next step.
 
 from bisect import insort
 
-from diptych.engine.core.messages import Address
+from diptych.engine.core.messages import Address, Send, TokenBatch
 from diptych.engine.core.request import SeqRef
-from diptych.engine.core.types import ApiId, Epoch
+from diptych.engine.core.types import ApiId, Epoch, WorkerId
+from diptych.scheduler.commands import BatcherCommand
 from diptych.scheduler.running import Outbox, Phase, Running
 
 
@@ -39,11 +40,21 @@ class Lineup:
             self._outboxes[key] = Outbox(Address("api", api, api_epoch))
         return self._outboxes[key]
 
-    def outboxes(self) -> list[Outbox]:
-        return list(self._outboxes.values())
+    def take_batches(
+        self, epoch: Epoch, worker: WorkerId, worker_epoch: Epoch
+    ) -> list[BatcherCommand]:
+        """The tokens of one step, a message per API server that has some."""
+        sends: list[BatcherCommand] = []
+        for outbox in self._outboxes.values():
+            if outbox.items:
+                batch = TokenBatch(epoch, worker, worker_epoch, outbox.items)
+                sends.append(Send(outbox.to, batch))
+                outbox.items = []
+        self._drop_idle_outboxes()
+        return sends
 
-    def drop_idle_outboxes(self) -> None:
-        """Forget API servers that nothing here sends to; call when all items are taken."""
+    def _drop_idle_outboxes(self) -> None:
+        """Forget API servers that nothing here sends to."""
         if any(not outbox.num_users for outbox in self._outboxes.values()):
             self._outboxes = {key: box for key, box in self._outboxes.items() if box.num_users}
 
@@ -55,6 +66,12 @@ class Lineup:
         run.outbox.num_users += 1
         if run.phase is Phase.PREFILL:
             insort(self.prefills, run, key=_order)
+
+    def to_prefill(self, run: Running) -> None:
+        """The cached blocks of its prompt that could be had are here."""
+        assert run.phase is Phase.PULLING
+        run.phase = Phase.PREFILL
+        insort(self.prefills, run, key=_order)
 
     def to_decode(self, run: Running) -> None:
         """The prompt is computed and the first token sampled: one token per step from now on."""

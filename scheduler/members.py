@@ -12,7 +12,7 @@ from enum import Enum, auto
 from diptych.engine.core.errors import ConfigError
 from diptych.engine.core.messages import Address, PoolUp, WorkerUp
 from diptych.engine.core.types import ApiId, BlockHash, Epoch, PoolId, WorkerId
-from diptych.scheduler.cost_model import WorkerCost
+from diptych.scheduler.cost_model import PairCost, WorkerCost
 from diptych.scheduler.ledger import PoolLedger
 from diptych.scheduler.queue import RankHeap
 from diptych.scheduler.rows import Row, RowKey
@@ -64,6 +64,7 @@ class Members:
         self.workers: dict[WorkerId, Worker] = {}
         self.pools: dict[PoolId, Pool] = {}
         self.apis: dict[ApiId, Address] = {}
+        self._pair_costs: dict[tuple[PoolId, PoolId], PairCost] = {}
         self._block_size = block_size
         self._orphans: dict[WorkerId, Worker] = {}  # up before their pool
         self._worker_epochs: dict[WorkerId, Epoch] = {}  # newest seen
@@ -127,6 +128,13 @@ class Members:
         for worker in [w for w in self._orphans.values() if w.pool == pool.id]:
             pool.workers[worker.id] = self._orphans.pop(worker.id)
         return pool
+
+    def pair_cost(self, source: PoolId, own: PoolId) -> PairCost:
+        """What it costs to move blocks from one pool to another."""
+        key = (source, own)
+        if key not in self._pair_costs:
+            self._pair_costs[key] = PairCost()
+        return self._pair_costs[key]
 
     def is_quiet(self, pool: Pool) -> bool:
         """No worker of it can touch a block for an older scheduler."""

@@ -1,4 +1,4 @@
-"""Where a row runs: on one worker, or prefill on one and decode on another of the same pool.
+"""Where a row runs: on one worker, or prefill on one and decode on another, in one pool or two.
 
 Owns no state. A dial of 100 means prefill only, 0 decode only but for short uncached prompts, which
 are prefilled where they decode; in between, both. Invariant: equal inputs give equal choices; ties
@@ -22,12 +22,23 @@ class Seats:
 
 
 @dataclass(slots=True, frozen=True)
-class Placement:
+class PrefillSide:
+    """Where the prompt is computed when that is not the pool in which it decodes."""
+
     pool: Pool
+    found: list[BlockId]  # prefix-cache hit there
+    num_new: int  # blocks to allocate there
+    num_start: int  # blocks that are not computed: found there, or pulled from the other pool
+
+
+@dataclass(slots=True, frozen=True)
+class Placement:
+    pool: Pool  # in which it decodes
     seats: Seats
     found: list[BlockId]  # prefix-cache hit, to be shared
     num_new: int  # blocks to allocate
-    uncached_tokens: int
+    uncached_tokens: int  # to be computed by `seats.first`
+    prefill: PrefillSide | None = None
 
 
 class Placer:
@@ -64,6 +75,35 @@ class Placer:
             best = split
         return best
 
+    def local(self, pool: Pool, uncached_tokens: int) -> Seats | None:
+        """Everything on one worker that decodes, however long the prompt is."""
+        best = self.decoder(pool)
+        if best is None:
+            return None
+        # It stalls every sequence there, and whoever comes next, for as long as it takes itself.
+        stall_s = uncached_tokens * best.cost.prefill_s
+        load_s = (len(best.assigned) + 1) * best.cost.step_s
+        return Seats(best, None, stall_s, stall_s * (2 + len(best.assigned)) + load_s)
+
+    def across(
+        self, prefiller: Worker, decoder: Worker, uncached_tokens: int, exposed_s: float
+    ) -> Seats:
+        """A pair in two pools. `exposed_s`: what the transfer adds for this one."""
+        ttft_s = (prefiller.backlog_tokens + uncached_tokens) * prefiller.cost.prefill_s
+        ttft_s *= 100.0 / prefiller.dial
+        load_s = (len(decoder.assigned) + 1) * decoder.cost.step_s
+        return Seats(prefiller, decoder, ttft_s, ttft_s + exposed_s + load_s)
+
+    def prefiller(self, pool: Pool) -> Worker | None:
+        """The worker of the pool that would have a prompt computed first."""
+        workers = [w for w in pool.workers.values() if w.dial > 0 and self._has_seat(w)]
+        return min(workers, key=_prefill_load, default=None)
+
+    def decoder(self, pool: Pool) -> Worker | None:
+        """The worker of the pool with the shortest steps to come."""
+        workers = [w for w in pool.workers.values() if w.dial < 100 and self._has_seat(w)]
+        return min(workers, key=_decode_load, default=None)
+
     def _has_seat(self, worker: Worker) -> bool:
         return (
             worker.joined and worker is not self.ward and len(worker.assigned) < self._sequences_max
@@ -94,3 +134,12 @@ class Placer:
         assert decoder is not None
         ttft_s = (mixed.backlog_tokens + uncached_tokens) * mixed.cost.prefill_s
         return Seats(mixed, decoder, ttft_s, ttft_s * 100.0 / mixed.dial + decode_s)
+
+
+def _prefill_load(worker: Worker) -> tuple[float, int, int]:
+    wait_s = worker.backlog_tokens * worker.cost.prefill_s * 100.0 / worker.dial
+    return wait_s, len(worker.assigned), worker.id
+
+
+def _decode_load(worker: Worker) -> tuple[float, int]:
+    return (len(worker.assigned) + 1) * worker.cost.step_s, worker.id

@@ -6,7 +6,7 @@ after `QUIET_STEPS_MAX` steps; sums are never lost between reports of one schedu
 
 from typing import Final
 
-from diptych.engine.core.messages import CommittedBlock, Progress
+from diptych.engine.core.messages import CommittedBlock, Landed, Progress
 from diptych.engine.core.request import SeqRef
 from diptych.engine.core.types import Epoch, WorkerId
 
@@ -26,6 +26,7 @@ class Report:
         self.finished: list[SeqRef] = []
         self.released: list[SeqRef] = []
         self.starved: list[SeqRef] = []
+        self.landed: list[Landed] = []
         self._steps = 0
         self._compute_s = 0.0
         self._prefill_tokens = 0
@@ -40,7 +41,12 @@ class Report:
     @property
     def due(self) -> bool:
         return self._steps >= QUIET_STEPS_MAX or bool(
-            self.committed or self.finished or self.sealed or self.released or self.starved
+            self.committed
+            or self.finished
+            or self.sealed
+            or self.released
+            or self.starved
+            or self.landed
         )
 
     def take(self, scheduler: Epoch, worker: WorkerId, worker_epoch: Epoch) -> Progress:
@@ -58,6 +64,7 @@ class Report:
             finished=self.finished,
             released=self.released,
             starved=self.starved,
+            landed=self.landed,
         )
         self._clear()
         return progress

@@ -28,6 +28,18 @@ Order = tuple[int, int, int, int]  # (priority, rank, arrival, choice): lower is
 
 
 @dataclass(slots=True, eq=False)
+class Source:
+    """The prefill side's blocks of a row that decodes in another pool."""
+
+    pool: PoolId
+    table: list[BlockId]  # of the prompt, and what was emitted before
+    num_hit: int  # found in that pool's prefix cache
+    num_start: int  # not to be computed: the hits, and what is pulled from the decode side's pool
+    num_committed: int  # known to be full, the hits included
+    landed: bool = False  # the decode side reads them no more
+
+
+@dataclass(slots=True, eq=False)
 class Row:
     """One choice. The second half is about the attempt that runs, and is empty while none does."""
 
@@ -40,9 +52,10 @@ class Row:
     faults: int = 0  # workers that crashed by their own fault while this row was on them
     backlog: bool = False  # was accepted by an older scheduler and has not been placed since
     held_on: BlockHash | None = None  # waits until this block, being computed, is committed
+    failed_pulls: int = 0  # attempts that ended because blocks could not be moved
 
     ref: SeqRef | None = None  # the attempt that runs, or ran last
-    pool: PoolId = 0
+    pool: PoolId = 0  # in which it decodes
     table: list[BlockId] = field(default_factory=list)
     num_tokens: int = 0  # prompt and what was emitted before this attempt
     num_hit: int = 0  # blocks found in the prefix cache
@@ -57,6 +70,8 @@ class Row:
     cause: LossCause = LossCause.WORKER
     finished_on: WorkerId | None = None
     sealed_on: WorkerId | None = None  # prefilled there; the decode side has not reported yet
+    prefill_pool: PoolId = 0
+    source: Source | None = None  # blocks that it holds in `prefill_pool`, if that is another
 
     def tokens_wanted(self) -> int:
         """Tokens whose KV the next attempt starts from."""

@@ -9,7 +9,14 @@ from dataclasses import dataclass, field
 from enum import Enum
 
 from diptych.engine.core.hashing import extend_chain
-from diptych.engine.core.messages import Address, Assign, CommittedBlock, Seal, Tokens
+from diptych.engine.core.messages import (
+    Address,
+    Assign,
+    CommittedBlock,
+    Handoff,
+    Seal,
+    Tokens,
+)
 from diptych.engine.core.plan import FinishInfo, TokenLogprobs
 from diptych.engine.core.request import SeqRef, Sequence
 from diptych.engine.core.types import (
@@ -21,12 +28,14 @@ from diptych.engine.core.types import (
     pack_ids,
     unpack_ids,
 )
+from diptych.scheduler.commands import BatcherCommand, ClearBlock
 
 
 class Phase(Enum):
     """Where a sequence stands in its batcher."""
 
-    AWAITING_SEAL = "awaiting seal"  # its blocks belong to the peer
+    AWAITING_SEAL = "awaiting seal"  # its blocks belong to the peer, or are being pulled
+    PULLING = "pulling"  # the first blocks of its prompt come from another pool
     PREFILL = "prefill"  # some of its prompt is to be computed
     DECODE = "decode"  # one token per step
     STARVED = "starved"  # needs a block; a grant brings it back
@@ -61,6 +70,10 @@ class Running:
     event: int = 0  # len(tokens) at which a decode step is not uneventful; 0 before decode
     seal: Seal | None = None  # received, its token not yet repeated to the client
     filled: list[CommittedBlock] = field(default_factory=list)  # full once the planned chunk is
+    handoff: Handoff | None = None  # the peer is in another memory domain
+    pulling: bool = False  # some of its blocks are not here yet
+    early_seal: Seal | None = None  # came before the last of its blocks
+    num_published: int = 0  # blocks of the table that the peer may read, or has
 
     def next_event(self, block_size: int) -> int:
         """len(tokens) when the next block is full, or at the limit: `num_computed` is one less."""
@@ -80,6 +93,11 @@ class Running:
         if len(self.tokens) >= self.limit:
             return FinishInfo(FinishReason.LENGTH)
         return None
+
+    def voided(self, first: int) -> list[BatcherCommand]:
+        """Voids the page entries of the blocks from table index `first` on: they get written."""
+        table, generations = self.seq.block_table[first:], self.seq.generations[first:]
+        return [ClearBlock(b, g) for b, g in zip(table, generations, strict=True)]
 
     def plan_chunk(self, end: int, block_size: int) -> None:
         """Name the blocks that the next chunk fills, before its step: the client waits after it."""
@@ -167,7 +185,9 @@ def running_from(
         stops=stops,
         min_len=request.num_prompt + params.min_tokens,
         limit=limit,
-        phase=Phase.AWAITING_SEAL if decode else Phase.PREFILL,
+        phase=Phase.AWAITING_SEAL if decode else Phase.PULLING if assign.prefix else Phase.PREFILL,
         peer=assign.peer,
         outbox=outbox,
+        handoff=assign.handoff,
+        num_published=0 if assign.handoff is None else assign.handoff.first,
     )

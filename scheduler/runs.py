@@ -10,14 +10,21 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from diptych.engine.core.config import CacheOptions, SchedulerOptions
-from diptych.engine.core.messages import Assign, CommittedBlock, Grant, Placed
+from diptych.engine.core.messages import (
+    Assign,
+    CommittedBlock,
+    Grant,
+    Handoff,
+    Landed,
+    Placed,
+)
 from diptych.engine.core.request import SeqRef
-from diptych.engine.core.types import BlockHash, LossCause, Role, blocks_for
+from diptych.engine.core.types import BlockHash, BlockId, LossCause, Role, blocks_for
 from diptych.scheduler.lifecycle import RowEvent, RowState
 from diptych.scheduler.members import Members, Pool, Worker
 from diptych.scheduler.outbox import Outbox
 from diptych.scheduler.placement import Placement
-from diptych.scheduler.rows import Row, RowTable
+from diptych.scheduler.rows import Row, RowTable, Source
 
 
 @dataclass(slots=True)
@@ -28,6 +35,7 @@ class RunCounts:
     prefix_hits: int = 0  # tokens
     preemptions: int = 0
     prefill_tokens: int = 0
+    blocks_pulled: int = 0  # moved between pools
     ignored_commits: int = 0  # named a block that the row does not own: a worker's bug
 
 
@@ -66,11 +74,18 @@ class Runs:
         return min(most, tokens + self._options.headroom_blocks)
 
     def start(self, row: Row, placement: Placement, alone: bool) -> None:
-        """Takes blocks and seats, and sends the assignment."""
-        pool, seats = placement.pool, placement.seats
+        """Takes blocks, on both sides of a handoff, and seats; and sends the assignments."""
+        pool, seats, prefill = placement.pool, placement.seats, placement.prefill
         pool.ledger.share(placement.found)
         row.table = placement.found + pool.ledger.allocate(placement.num_new)
-        row.pool = pool.id
+        row.pool = row.prefill_pool = pool.id
+        row.source = None
+        if prefill is not None:
+            prefill.pool.ledger.share(prefill.found)
+            table = prefill.found + prefill.pool.ledger.allocate(prefill.num_new)
+            num_hit = len(prefill.found)
+            row.source = Source(prefill.pool.id, table, num_hit, prefill.num_start, num_hit)
+            row.prefill_pool = prefill.pool.id
         row.ref = SeqRef(row.key[0], row.key[1], row.wanted.attempt)
         row.num_tokens = row.tokens_wanted()
         row.num_hit = row.num_committed = len(placement.found)
@@ -85,22 +100,23 @@ class Runs:
         if row.preemptions < self._options.preemptions_max:
             priority, rank, arrival, choice = row.order
             pool.victims.push(row, (-priority, -rank, -arrival, -choice))
-        self._announce(pool, row)
+        self._announce(row)
         assert row.ref is not None
         self._outbox.to_owner(row.entry, Placed(self._outbox.epoch, row.ref))
         if decoder is not seats.first:
-            self._assign(row, pool, decoder, Role.DECODE, seats.first)
-            self._assign(row, pool, seats.first, Role.PREFILL, decoder)
+            self._assign(row, decoder, Role.DECODE, seats.first)
+            self._assign(row, seats.first, Role.PREFILL, decoder)
         else:
-            self._assign(row, pool, decoder, Role.LOCAL, None)
+            self._assign(row, decoder, Role.LOCAL, None)
 
-    def _assign(
-        self, row: Row, pool: Pool, worker: Worker, role: Role, peer: Worker | None
-    ) -> None:
+    def _assign(self, row: Row, worker: Worker, role: Role, peer: Worker | None) -> None:
         assert row.ref is not None
         row.holds[worker.id] = role
         worker.assigned[row.key] = row
-        generations = pool.ledger.generations
+        table, num_hit = row.table, row.num_hit
+        if row.source is not None and role is Role.PREFILL:
+            table, num_hit = row.source.table, row.source.num_hit
+        generations = self._members.pools[worker.pool].ledger.generations
         message = Assign(
             scheduler_epoch=self._outbox.epoch,
             worker_epoch=worker.epoch,
@@ -109,25 +125,50 @@ class Runs:
             role=role,
             emitted=row.wanted.emitted,
             hashes=row.wanted.hashes,
-            block_table=list(row.table),
-            generations=[generations[block] for block in row.table],
-            num_computed=row.num_hit * self._cache.block_size,
+            block_table=list(table),
+            generations=[generations[block] for block in table],
+            num_computed=num_hit * self._cache.block_size,
             api=row.entry.api,
             api_epoch=row.entry.api_epoch,
             peer=None if peer is None else (peer.id, peer.epoch),
             want_prompt_logprobs=row.wanted.want_prompt_logprobs,
+            handoff=self._handoff(row, role),
+            prefix=self._prefix(row, role),
         )
         self._outbox.to_worker(worker, message)
 
-    def _announce(self, pool: Pool, row: Row) -> None:
+    def _handoff(self, row: Row, role: Role) -> Handoff | None:
+        """What has to move: the blocks of the prompt that the decode side's pool lacks."""
+        source = row.source
+        if source is None:
+            return None
+        if role is Role.PREFILL:
+            return Handoff(row.pool, row.num_hit, [], [])
+        blocks = source.table[row.num_hit :]
+        generations = self._members.pools[source.pool].ledger.generations
+        return Handoff(source.pool, row.num_hit, blocks, [generations[b] for b in blocks])
+
+    def _prefix(self, row: Row, role: Role) -> Handoff | None:
+        """What moves the other way before the prefill: blocks that only the decode side knows."""
+        source = row.source
+        if source is None or source.num_start == source.num_hit:
+            return None
+        if role is Role.DECODE:
+            return Handoff(source.pool, source.num_hit, [], [])
+        blocks = row.table[source.num_hit : source.num_start]
+        generations = self._members.pools[row.pool].ledger.generations
+        return Handoff(row.pool, source.num_hit, blocks, [generations[b] for b in blocks])
+
+    def _announce(self, row: Row) -> None:
         """Lets others wait for the prompt blocks that this row is about to compute."""
         if not self._cache.enable_prefix_caching:
             return
+        num_hit = row.num_hit if row.source is None else row.source.num_start
         if not row.wanted.want_prompt_logprobs:
             self.counts.prefix_queries += row.num_tokens
-            self.counts.prefix_hits += row.num_hit * self._cache.block_size
-        computing = pool.computing
-        for name in row.wanted.hashes[row.num_hit : self._num_full(row)]:
+            self.counts.prefix_hits += num_hit * self._cache.block_size
+        computing = self._members.pools[row.prefill_pool].computing
+        for name in row.wanted.hashes[num_hit : self._num_full(row)]:
             if name not in computing:
                 computing[name] = row
                 row.computing.append(name)
@@ -148,6 +189,45 @@ class Runs:
             self._computed(pool, row, block.hash)
         if row.state is RowState.RUNNING:
             self.extend(row, pool)
+
+    def commit_source(self, row: Row, source: Source, block: CommittedBlock) -> None:
+        """A block of the prompt is full on the prefill side: others there may share it."""
+        pool, index = self._members.pools[source.pool], block.index
+        owned = 0 <= index < len(source.table) and source.table[index] == block.block
+        if not owned or not pool.ledger.commit(
+            block.block, block.generation, block.hash, block.parent
+        ):
+            self.counts.ignored_commits += 1
+            return
+        source.num_committed = max(source.num_committed, index + 1)
+        if row.computing:
+            self._computed(pool, row, block.hash)
+
+    def land(self, row: Row, role: Role, landed: Landed) -> None:
+        """A side has all blocks that it lacked, and reads the other pool no more."""
+        self.counts.blocks_pulled += landed.num_blocks
+        source = row.source
+        if source is None:
+            return
+        if role is Role.PREFILL:  # the decode side's blocks stay in any case
+            cost = self._members.pair_cost(row.pool, source.pool)
+            cost.observe(landed.num_blocks, landed.read_s)
+            return
+        self._members.pair_cost(source.pool, row.pool).observe(landed.num_blocks, landed.read_s)
+        source.landed = True
+        self._free_source(row, source)
+
+    def _free_source(self, row: Row, source: Source) -> None:
+        """Gives the prefill side's blocks back once neither side touches them."""
+        if not source.landed or Role.PREFILL in row.holds.values():
+            return
+        row.source = None
+        self._release(self._members.pools[source.pool], source.table)
+
+    def _release(self, pool: Pool, table: list[BlockId]) -> None:
+        pool.ledger.release(table)
+        self.room_version += 1
+        self._feed(pool)
 
     def _computed(self, pool: Pool, row: Row, name: BlockHash) -> None:
         if pool.computing.get(name) is row:
@@ -277,23 +357,29 @@ class Runs:
         if not worker.assigned:
             worker.backlog_tokens = 0
         elif role is not Role.DECODE:
-            unread = max(0, self._num_full(row) - row.num_committed) * self._cache.block_size
+            done = row.num_committed if row.source is None else row.source.num_committed
+            unread = max(0, self._num_full(row) - done) * self._cache.block_size
             worker.backlog_tokens = max(0, worker.backlog_tokens - unread)
         if not row.holds:
             self._drain(row)
+        elif row.source is not None:
+            self._free_source(row, row.source)
 
     def _drain(self, row: Row) -> None:
         pool = self._members.pools[row.pool]
         assert row.state is not RowState.RUNNING
         table, row.table = row.table, []
+        source, row.source = row.source, None
         pool.ledger.release(table)
         pool.num_running -= 1
         pool.num_draining -= 1
         for name in row.computing:
-            self._computed(pool, row, name)
+            self._computed(self._members.pools[row.prefill_pool], row, name)
         row.computing = []
         self._on_drained(row)
         self._feed(pool)
+        if source is not None:
+            self._release(self._members.pools[source.pool], source.table)
 
     def _num_full(self, row: Row) -> int:
         """Blocks that are full once the prompt, and what was emitted before, are computed."""

@@ -14,6 +14,7 @@ from diptych.engine.core.messages import (
     ApiDown,
     ApiUp,
     Closed,
+    CommittedBlock,
     Join,
     Joined,
     PoolUp,
@@ -158,9 +159,11 @@ class Scheduler:
         for block in message.committed:
             row = find(block.ref)
             if row is not None and (role := row.holds.get(worker.id)) is not None:
-                if role is Role.DECODE:
-                    self._runs.confirm_seal(row)
-                self._runs.commit(row, pool, block)
+                self._committed(row, role, pool, block)
+        for landed in message.landed:
+            row = find(landed.ref)
+            if row is not None and (role := row.holds.get(worker.id)) is not None:
+                self._runs.land(row, role, landed)
         for ref in message.sealed:
             row = find(ref)
             if row is not None and row.holds.get(worker.id) is Role.PREFILL:
@@ -176,10 +179,20 @@ class Scheduler:
         for ref in message.starved:
             row = find(ref)
             if row is not None and worker.id in row.holds and row.state is RowState.RUNNING:
-                self._runs.extend(row, pool)
+                self._runs.extend(row, self._members.pools[row.pool])
+
+    def _committed(self, row: Row, role: Role, pool: Pool, block: CommittedBlock) -> None:
+        source = row.source
+        if source is not None and role is Role.PREFILL:
+            self._runs.commit_source(row, source, block)
+            return
+        if role is Role.DECODE and (source is None or source.landed):
+            self._runs.confirm_seal(row)  # before that it commits what it pulls
+        self._runs.commit(row, pool, block)
 
     def _released(self, row: Row, worker: Worker) -> None:
         if row.state is RowState.RUNNING:  # unasked: it cannot go on there
+            row.failed_pulls += 1
             self._runs.lose(row, worker, LossCause.WORKER)
         else:
             self._runs.let_go(row, worker)
@@ -292,6 +305,7 @@ class Scheduler:
             prefill_tokens=counts.prefill_tokens,
             workers=workers,
             ready=self._ready,
+            blocks_pulled=counts.blocks_pulled,
         )
 
     def _check_tables(self) -> None:
@@ -305,8 +319,11 @@ class Scheduler:
                     running[row.pool] += 1
                 for worker in row.holds:
                     assert self._members.workers[worker].assigned[row.key] is row
-                for block in row.table:
-                    uses[row.pool, block] = uses.get((row.pool, block), 0) + 1
+                assert row.source is None or holds, f"{row.key} still has a source"
+                source = [] if row.source is None else row.source.table
+                held = [(row.pool, block) for block in row.table]
+                for place in held + [(row.prefill_pool, block) for block in source]:
+                    uses[place] = uses.get(place, 0) + 1
         for pool in self._members.pools.values():
             assert running[pool.id] == pool.num_running
             assert len(pool.hungry) <= pool.num_running - pool.num_draining

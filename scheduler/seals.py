@@ -7,9 +7,11 @@ Invariant: a seal is handed out at most once, and never for a sequence that was 
 from collections import OrderedDict
 from typing import Final
 
-from diptych.engine.core.messages import Seal
+from diptych.engine.core.messages import Address, Seal, Send
+from diptych.engine.core.plan import Sample
 from diptych.engine.core.request import SeqRef
-from diptych.engine.core.types import Epoch
+from diptych.engine.core.types import Epoch, WorkerId
+from diptych.scheduler.running import Running
 
 HELD_MAX: Final = 4096
 """Entries of each table; the oldest goes first. Far more than the sequences of one worker."""
@@ -46,3 +48,23 @@ class Seals:
         self._void.clear()
         for ref in [ref for ref, seal in self._early.items() if seal.scheduler_epoch < epoch]:
             del self._early[ref]
+
+
+def seal_of(
+    run: Running, sample: Sample, epoch: Epoch, worker: WorkerId, worker_epoch: Epoch
+) -> Send:
+    """What hands a sequence, whose prompt is computed, to its peer."""
+    assert run.peer is not None
+    peer, peer_epoch = run.peer
+    seal = Seal(
+        scheduler_epoch=epoch,
+        worker=worker,
+        worker_epoch=worker_epoch,
+        peer_epoch=peer_epoch,
+        ref=run.ref,
+        num_computed=run.seq.num_computed,
+        token=sample.token,
+        logprobs=sample.logprobs,
+        prompt_logprobs=run.prompt_logprobs(),
+    )
+    return Send(Address("worker", peer, peer_epoch), seal)

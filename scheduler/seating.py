@@ -5,14 +5,17 @@ free; a row whose prefix another row computes waits for it when that is cheaper;
 alone. Invariant: a row that could be placed is not left waiting behind one that is merely held.
 """
 
+from collections.abc import Callable
+from dataclasses import replace
+
 from diptych.engine.core.config import CacheOptions
 from diptych.engine.core.messages import Failed
 from diptych.engine.core.request import SeqRef
-from diptych.engine.core.types import BlockHash, BlockId, Role
+from diptych.engine.core.types import BlockHash, BlockId, Role, blocks_for
 from diptych.scheduler.lifecycle import RowEvent, RowState
 from diptych.scheduler.members import Members, Pool, PoolPhase, Worker
 from diptych.scheduler.outbox import Outbox
-from diptych.scheduler.placement import Placement, Placer, Seats
+from diptych.scheduler.placement import Placement, Placer, PrefillSide, Seats
 from diptych.scheduler.queue import WaitingRoom
 from diptych.scheduler.rows import Row, RowTable
 from diptych.scheduler.runs import Runs
@@ -62,17 +65,14 @@ class Seating:
         pools = [pool for pool in self._usable_pools() if self.fits(row, pool)]
         if not pools and self._is_hopeless(row):
             return True
-        best: Placement | None = None
-        for pool in pools:
-            placement = self._placement(row, pool)
-            if placement and (best is None or placement.seats.score_s < best.seats.score_s):
-                best = placement
+        best = self._best(row, pools)
         if best is None:
             return False
         awaited = self._worth_waiting_for(row, best)
         if awaited is not None:
             self._room.hold(row, awaited)
-            best.pool.waiters.setdefault(awaited, []).append(row)
+            pool = best.pool if best.prefill is None else best.prefill.pool
+            pool.waiters.setdefault(awaited, []).append(row)
             return True
         self._start(row, best, alone=False)
         return True
@@ -102,25 +102,102 @@ class Seating:
         limit = (row.tokens_wanted() - 1) // self._cache.block_size
         return pool.ledger.cache.longest(row.wanted.hashes, limit)
 
-    def _placement(self, row: Row, pool: Pool) -> Placement | None:
+    def _best(self, row: Row, homes: list[Pool]) -> Placement | None:
+        """The cheapest of: one pool, a pair of pools, and everything where it decodes."""
+        options = [self._inside(row, pool, self._placer.seats) for pool in homes]
+        if len(self._members.pools) > 1:
+            need = blocks_for(row.tokens_wanted(), self._cache.block_size)
+            pairs = self._pairs(row, homes, need)
+            options += pairs
+            if pairs or row.failed_pulls or not self._may_prefill(need):
+                options += [self._inside(row, pool, self._placer.local) for pool in homes]
+        found = [placement for placement in options if placement is not None]
+        best = min(found, key=lambda placement: placement.seats.score_s, default=None)
+        if best is not None and best.prefill is None:
+            for passed_over in found:
+                if passed_over.prefill is not None:
+                    cost = self._members.pair_cost(passed_over.prefill.pool.id, passed_over.pool.id)
+                    cost.relax()
+        return best
+
+    def _pairs(self, row: Row, homes: list[Pool], need: int) -> list[Placement]:
+        if row.failed_pulls:  # what could not be moved once is computed where it is needed
+            return []
+        sides = [self._side(row, pool, need) for pool in self._usable_pools()]
+        pairs = [self._across(row, home, side) for home in homes for side in sides if side]
+        return [pair for pair in pairs if pair is not None]
+
+    def _may_prefill(self, need: int) -> bool:
+        """Whether a worker lives that prefills, in a pool that can hold the prompt."""
+        return any(
+            worker.dial > 0
+            for pool in self._usable_pools()
+            if need <= pool.ledger.num_blocks
+            for worker in pool.workers.values()
+        )
+
+    def _inside(
+        self, row: Row, pool: Pool, choose: Callable[[Pool, int], Seats | None]
+    ) -> Placement | None:
+        found = self._room_in(row, pool, self._runs.blocks_at_start(row))
+        if found is None:
+            return None
+        num_new = self._runs.blocks_at_start(row) - len(found)
+        uncached = row.tokens_wanted() - len(found) * self._cache.block_size
+        seats = choose(pool, uncached)
+        return None if seats is None else Placement(pool, seats, found, num_new, uncached)
+
+    def _side(self, row: Row, pool: Pool, need: int) -> PrefillSide | None:
+        found = self._room_in(row, pool, need)
+        return None if found is None else PrefillSide(pool, found, need - len(found), len(found))
+
+    def _across(self, row: Row, home: Pool, side: PrefillSide) -> Placement | None:
+        """Prefill in one pool, decode in another: blocks are allocated in both, or in neither."""
+        if side.pool is home:
+            return None
+        prefiller, decoder = self._placer.prefiller(side.pool), self._placer.decoder(home)
+        found = self._room_in(row, home, self._runs.blocks_at_start(row))
+        if prefiller is None or decoder is None or found is None:
+            return None
+        num_moved = len(side.found) + side.num_new - len(found)
+        side, prefix_s = self._with_prefix(side, home, prefiller, len(found))
+        uncached = row.tokens_wanted() - side.num_start * self._cache.block_size
+        cost = self._members.pair_cost(side.pool.id, home.id)
+        exposed_s = cost.exposed_s(num_moved, uncached * prefiller.cost.prefill_s)
+        seats = self._placer.across(prefiller, decoder, uncached, prefix_s + exposed_s)
+        num_new = self._runs.blocks_at_start(row) - len(found)
+        return Placement(home, seats, found, num_new, uncached, side)
+
+    def _with_prefix(
+        self, side: PrefillSide, home: Pool, prefiller: Worker, num_known: int
+    ) -> tuple[PrefillSide, float]:
+        """The prefill side begins with what only `home` knows, if moving that is cheaper than
+        computing it (a conversation's next turn); and the seconds that it waits for it."""
+        count = num_known - len(side.found)
+        cost = self._members.pair_cost(home.id, side.pool.id)
+        compute_s = count * self._cache.block_size * prefiller.cost.prefill_s
+        if count <= 0 or count * cost.block_s >= compute_s:
+            if count > 0:
+                cost.relax()
+            return side, 0.0
+        return replace(side, num_start=num_known), count * cost.block_s
+
+    def _room_in(self, row: Row, pool: Pool, need: int) -> list[BlockId] | None:
+        """The cached prefix there; None if the rest of `need` blocks is not to be had."""
         if len(pool.hungry):  # rows that run come first
             return None
         found = self._found(row, pool)
-        num_new = self._runs.blocks_at_start(row) - len(found)
-        if num_new > pool.ledger.num_available_beside(found):
-            return None
-        uncached = row.tokens_wanted() - len(found) * self._cache.block_size
-        seats = self._placer.seats(pool, uncached)
-        return None if seats is None else Placement(pool, seats, found, num_new, uncached)
+        return found if need - len(found) <= pool.ledger.num_available_beside(found) else None
 
     def _worth_waiting_for(self, row: Row, placement: Placement) -> BlockHash | None:
         """The last of the blocks that another row is computing, if waiting beats computing."""
         if not self._cache.enable_prefix_caching or row.wanted.want_prompt_logprobs:
             return None
         hashes, size = row.wanted.hashes, self._cache.block_size
-        start = end = len(placement.found)
+        side = placement.prefill
+        start = end = len(placement.found) if side is None else side.num_start
         limit = min(len(hashes), (row.tokens_wanted() - 1) // size)
-        computing = placement.pool.computing
+        computing = (placement.pool if side is None else side.pool).computing
         owner = computing.get(hashes[start]) if start < limit else None
         if owner is None or owner.state is not RowState.RUNNING:
             return None
@@ -131,8 +208,9 @@ class Seating:
             if role is Role.DECODE:
                 continue
             writer = self._members.workers[worker_id]
-            tokens = max(0, end - owner.num_committed) * size
-            if owner.num_committed == owner.num_hit:  # others may be before it
+            at = owner if owner.source is None else owner.source
+            tokens = max(0, end - at.num_committed) * size
+            if at.num_committed == at.num_hit:  # others may be before it
                 tokens = max(tokens, writer.backlog_tokens)
             wait_s = tokens * writer.cost.prefill_s
         rest = placement.uncached_tokens - (end - start) * size

@@ -9,23 +9,54 @@ from pathlib import Path
 import msgspec
 
 from diptych.engine.core.config import EngineOptions
-from diptych.engine.core.types import ApiId, Epoch
+from diptych.engine.core.types import ApiId, Epoch, PoolId
 from diptych.server.client import EngineInfo
+from diptych.transfer.control_page import ControlPage, page_bytes
+from diptych.transfer.shared_memory import SharedMemory
+
+
+class PoolLayout(msgspec.Struct, frozen=True, kw_only=True):
+    """One memory domain."""
+
+    pool: PoolId
+    pool_fd: int
+    page_fd: int
 
 
 class HostLayout(msgspec.Struct, frozen=True, kw_only=True):
-    """The memory of one host, fixed before anything starts."""
+    """The memory of one host, fixed before anything starts. All its pools have one size."""
 
-    num_blocks: int
+    num_blocks: int  # of each pool
     block_size: int  # tokens
     block_bytes: int
     num_workers: int
-    pool_fd: int
-    page_fd: int
+    pools: list[PoolLayout]
 
     @property
     def pool_bytes(self) -> int:
         return self.num_blocks * self.block_bytes
+
+    @property
+    def num_pulses(self) -> int:
+        """Slots of each control page: one per worker, whichever its pool, and the scheduler's."""
+        return self.num_workers + 1
+
+    @property
+    def fds(self) -> list[int]:
+        return [fd for pool in self.pools for fd in (pool.pool_fd, pool.page_fd)]
+
+    def pool(self, pool: PoolId) -> PoolLayout:
+        return next(found for found in self.pools if found.pool == pool)
+
+    def map_page(self, pool: PoolId, *, writable: bool = True) -> ControlPage:
+        """Mapped for the life of the process."""
+        num_bytes = page_bytes(self.num_blocks, self.num_pulses)
+        memory = SharedMemory(self.pool(pool).page_fd, num_bytes, writable=writable)
+        return ControlPage(memory.view, self.num_blocks, self.num_pulses)
+
+    def map_pool(self, pool: PoolId, *, writable: bool = True) -> memoryview:
+        """Its blocks; mapped for the life of the process."""
+        return SharedMemory(self.pool(pool).pool_fd, self.pool_bytes, writable=writable).view
 
 
 class HostBoot(msgspec.Struct, frozen=True, kw_only=True):
@@ -35,6 +66,7 @@ class HostBoot(msgspec.Struct, frozen=True, kw_only=True):
     options: EngineOptions
     layout: HostLayout
     lifeline_fd: int  # ends when the supervisor ends
+    transfer_key: str  # hex; who has it may read blocks over the network
     log_level: str = "INFO"
 
 

@@ -104,7 +104,8 @@ class Children:
             signal.signal(signal.SIGCHLD, signal.SIG_DFL)
             leave_signals_to_supervisor()
             os.setsid()
-            close_other_fds({self._boot.layout.page_fd, self._boot.lifeline_fd})
+            pages = {pool.page_fd for pool in self._boot.layout.pools}
+            close_other_fds(pages | {self._boot.lifeline_fd})
             run_scheduler(self._boot, address.epoch)
             status = 0
         except BaseException:

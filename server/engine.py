@@ -22,6 +22,7 @@ from diptych.engine.core.config import (
     ModelOptions,
     Quantization,
     SchedulerOptions,
+    Transfer,
 )
 from diptych.engine.core.errors import ConfigError, EngineDeadError, InvalidRequestError
 from diptych.engine.core.messages import Stats
@@ -49,6 +50,8 @@ class Engine:
     model: a folder with a Hugging Face checkpoint, a hub name, or None for the built-in model.
     inline: True runs everything in this process (one worker); False starts `prefill` + `decode`
         + `mixed` worker processes under a supervisor.
+    separate_pools: prefill and decode workers each have their own KV memory; blocks move between
+        them by `transfer` ("auto", "shm" or "tcp").
     Raises ConfigError and ModelLoadError.
     """
 
@@ -69,6 +72,8 @@ class Engine:
         max_num_seqs: int = 256,
         max_num_batched_tokens: int = 512,
         max_chunk_tokens: int | None = None,
+        separate_pools: bool = False,
+        transfer: Transfer = "auto",
         threads: int | None = None,
         load_format: str = "auto",
         quantization: Quantization | None = None,
@@ -100,15 +105,20 @@ class Engine:
             prefill=0 if inline else prefill,
             decode=0 if inline else decode,
             mixed=1 if inline else mixed,
+            separate_pools=separate_pools,
+            transfer=transfer,
             threads=threads,
         )
         options.verify()
         self.tokenizer = Tokenizer(folder, chat_template)
         self._defaults = load_model_config(folder, dtype, max_model_len).sampling_defaults
         self._loop = LoopThread("diptych-engine")
+        self._hosted = self._host(options, inline)
         self._closed = False
+
+    def _host(self, options: EngineOptions, inline: bool) -> Hosted:
         try:
-            self._hosted: Hosted = self._loop.run(host_engine(options, inline=inline))
+            return self._loop.run(host_engine(options, inline=inline))
         except BaseException:
             self._loop.stop()
             raise

@@ -59,6 +59,18 @@ def add_engine_arguments(parser: argparse.ArgumentParser) -> None:
         help="reuse the KV of shared prefixes (default: on)",
     )
 
+    memory(
+        "--separate-pools",
+        action="store_true",
+        help="prefill, decode and mixed workers each have a memory of their own, of the size above",
+    )
+    memory(
+        "--transfer",
+        choices=["auto", "shm", "tcp"],
+        default="auto",
+        help="how KV moves between separate pools (auto: shared memory on one host)",
+    )
+
     scheduling = parser.add_argument_group("scheduling").add_argument
     scheduling("--max-num-seqs", type=int, default=256, help="sequences on one worker")
     scheduling("--max-num-batched-tokens", type=int, default=512, help="tokens of one step")
@@ -99,6 +111,8 @@ def engine_options(args: argparse.Namespace, model_path: str) -> EngineOptions:
         prefill=1 if split else args.prefill or 0,
         decode=1 if split else args.decode or 0,
         mixed=args.mixed or 0,
+        separate_pools=args.separate_pools,
+        transfer=args.transfer,
         threads=args.threads,
         hang_s=args.hang_timeout,
     )

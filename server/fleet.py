@@ -92,11 +92,11 @@ class Fleet:
         *,
         num_apis: int,
         external_api: bool,
-        pool: PoolUp,
+        pools: list[PoolUp],
         hang_s: float,
     ) -> None:
         self._specs = {spec.worker: spec for spec in workers}
-        self._pool = pool
+        self._pools = pools
         self._hang_s = hang_s
         self._scheduler = Member(Address("scheduler", 0, 1))
         self._workers = [Member(Address("worker", spec.worker, 1)) for spec in workers]
@@ -274,7 +274,8 @@ class Fleet:
         for member in self._workers:
             if member.announced:
                 self._tell_scheduler(self._worker_up(member))
-        self._tell_scheduler(self._pool)
+        for pool in self._pools:
+            self._tell_scheduler(pool)
         apis = self.up("api")
         for api in apis:
             self._tell_scheduler(ApiUp(api.number, api.epoch))

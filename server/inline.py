@@ -12,7 +12,7 @@ from collections.abc import AsyncGenerator
 from typing import cast
 
 from diptych.engine.core.config import EngineOptions, WorkerSpec
-from diptych.engine.core.errors import EngineDeadError
+from diptych.engine.core.errors import ConfigError, EngineDeadError
 from diptych.engine.core.messages import (
     Address,
     ApiUp,
@@ -49,6 +49,8 @@ class InlineClient:
 
     def __init__(self, options: EngineOptions) -> None:
         options.verify()
+        if options.separate_pools:
+            raise ConfigError("an inline engine has one memory: separate pools need processes")
         self._options = options
         model = load_model(options.model)
         config = model.config

@@ -6,6 +6,7 @@ step's inputs; commands are carried out in order; a page is read only when the s
 
 import logging
 import time
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Final, TypeGuard
 
@@ -25,7 +26,7 @@ from diptych.engine.core.messages import (
     WorkerDown,
     WorkerUp,
 )
-from diptych.engine.core.types import Epoch
+from diptych.engine.core.types import Epoch, PoolId
 from diptych.scheduler.commands import PageEntry, PoolRead, ReadPool, SchedulerInput
 from diptych.scheduler.scheduler import Scheduler
 from diptych.server.boot import HostBoot
@@ -33,8 +34,7 @@ from diptych.server.lifeline import die_by_thread, name_process
 from diptych.server.logs import configure_logs
 from diptych.server.run_dir import remove_run_dir
 from diptych.transfer.channels import Channels, process_name
-from diptych.transfer.control_page import ControlPage, page_bytes
-from diptych.transfer.shared_memory import SharedMemory
+from diptych.transfer.control_page import ControlPage
 
 TICK_S: Final = 0.1
 _INPUTS: Final = (
@@ -57,11 +57,15 @@ class SchedulerProcess:
     """The loop of one scheduler incarnation. `run` returns when it is told to end."""
 
     def __init__(
-        self, channels: Channels, scheduler: Scheduler, page: ControlPage, slot: int
+        self,
+        channels: Channels,
+        scheduler: Scheduler,
+        pages: Mapping[PoolId, ControlPage],
+        slot: int,
     ) -> None:
         self._channels = channels
         self._scheduler = scheduler
-        self._page = page
+        self._pages = pages
         self._slot = slot
         self._ended = False
 
@@ -69,7 +73,7 @@ class SchedulerProcess:
         self._channels.announce()
         while not self._ended:
             self._turn(self._inputs(TICK_S))
-            self._page.beat(self._slot)
+            self._pages[0].beat(self._slot)
 
     def _inputs(self, timeout_s: float) -> list[SchedulerInput]:
         return [message for message in self._channels.receive(timeout_s) if self._is_input(message)]
@@ -88,7 +92,7 @@ class SchedulerProcess:
 
     def _read(self, command: ReadPool) -> PoolRead:
         started_s = time.monotonic()
-        generations, entries = self._page.read_all()
+        generations, entries = self._pages[command.pool].read_all()
         rows = [PageEntry(entry.block, entry.hash, entry.parent) for entry in entries]
         elapsed_ms = (time.monotonic() - started_s) * 1e3
         _log.info(
@@ -118,10 +122,8 @@ def run_scheduler(boot: HostBoot, epoch: Epoch) -> None:
     run_dir = Path(boot.run_dir)
     die_by_thread(boot.lifeline_fd, lambda: remove_run_dir(run_dir))
     layout = boot.layout
-    num_pulses = layout.num_workers + 1
-    memory = SharedMemory(layout.page_fd, page_bytes(layout.num_blocks, num_pulses))
-    page = ControlPage(memory.view, layout.num_blocks, num_pulses)
+    pages = {pool.pool: layout.map_page(pool.pool) for pool in layout.pools}
     scheduler = Scheduler(epoch, boot.options.scheduler, boot.options.cache)
     channels = Channels(run_dir, me)
-    SchedulerProcess(channels, scheduler, page, layout.num_workers).run()
+    SchedulerProcess(channels, scheduler, pages, layout.num_workers).run()
     channels.close()

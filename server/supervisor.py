@@ -7,6 +7,7 @@ and nothing of it is left.
 
 import logging
 import os
+import secrets
 import signal
 import socket
 import time
@@ -19,7 +20,14 @@ import zmq
 from diptych.engine.core.errors import ConfigError, DiptychError, EngineDeadError, ModelLoadError
 from diptych.engine.core.messages import Address, Drain, PoolUp, Ready, Send, Stuck
 from diptych.engine.core.model_config import load_model_config
-from diptych.server.boot import ApiBoot, ApiProcessBoot, HostBoot, HostLayout, SupervisorBoot
+from diptych.server.boot import (
+    ApiBoot,
+    ApiProcessBoot,
+    HostBoot,
+    HostLayout,
+    PoolLayout,
+    SupervisorBoot,
+)
 from diptych.server.children import Children
 from diptych.server.client import EngineInfo
 from diptych.server.fleet import Fleet, GiveUp, Kill, Start
@@ -39,8 +47,8 @@ from diptych.server.run_dir import create_run_dir, remove_run_dir
 from diptych.server.status import Progressed, Started, Status
 from diptych.server.warm_launcher import WarmLauncher
 from diptych.transfer.channels import SUPERVISOR, Channels, process_name
-from diptych.transfer.control_page import ControlPage, page_bytes
-from diptych.transfer.shared_memory import SharedMemory, create_memory
+from diptych.transfer.control_page import page_bytes
+from diptych.transfer.shared_memory import create_memory
 
 TICK_S: Final = 0.1
 EXIT_S_MAX: Final = 1.0  # for an orderly exit after a drain
@@ -74,11 +82,11 @@ class Supervisor:
             options=boot.options,
             layout=layout,
             lifeline_fd=self._lifeline_read,
+            transfer_key=secrets.token_hex(32),
             log_level=boot.log_level,
         )
-        num_pulses = layout.num_workers + 1
-        memory = SharedMemory(layout.page_fd, page_bytes(layout.num_blocks, num_pulses))
-        self._page = ControlPage(memory.view, layout.num_blocks, num_pulses)
+        self._pages = {pool.pool: layout.map_page(pool.pool) for pool in layout.pools}
+        self._pool_of = {spec.worker: spec.pool for spec in boot.options.workers()}
         self._control = (
             socket.socket(fileno=boot.control_fd) if boot.control_fd is not None else None
         )
@@ -86,7 +94,7 @@ class Supervisor:
             boot.options.workers(),
             num_apis=boot.num_apis,
             external_api=boot.api_target is None,
-            pool=PoolUp(0, layout.num_blocks, layout.block_size),
+            pools=[PoolUp(p.pool, layout.num_blocks, layout.block_size) for p in layout.pools],
             hang_s=boot.options.hang_s,
         )
         self._table = ProcessTable(self._run_dir)
@@ -209,12 +217,12 @@ class Supervisor:
 
     def _read_pulses(self) -> dict[Address, int]:
         readings = {
-            address: self._page.pulse(address.number).counter
+            address: self._pages[self._pool_of[address.number]].pulse(address.number).counter
             for address in self._fleet.up("worker")
         }
         slot = self._host.layout.num_workers
         for address in self._fleet.up("scheduler"):
-            readings[address] = self._page.pulse(slot).counter
+            readings[address] = self._pages[0].pulse(slot).counter
         return readings
 
     # ---- acting
@@ -304,8 +312,7 @@ class Supervisor:
             self._lifeline_read,
             self._signal_read,
             self._signal_write,
-            self._host.layout.pool_fd,
-            self._host.layout.page_fd,
+            *self._host.layout.fds,
         ):
             os.close(fd)
         remove_run_dir(self._run_dir)
@@ -329,12 +336,19 @@ def plan_layout(boot: SupervisorBoot) -> HostLayout:
     config = load_model_config(model.path, model.dtype, model.max_model_len)
     block_bytes = config.block_bytes(cache.block_size)
     num_blocks = cache.blocks(block_bytes)
-    num_workers = len(options.workers())
+    workers = options.workers()
+    num_workers = len(workers)
     return HostLayout(
         num_blocks=num_blocks,
         block_size=cache.block_size,
         block_bytes=block_bytes,
         num_workers=num_workers,
-        pool_fd=create_memory("pool", num_blocks * block_bytes),
-        page_fd=create_memory("page", page_bytes(num_blocks, num_workers + 1)),
+        pools=[
+            PoolLayout(
+                pool=pool,
+                pool_fd=create_memory(f"pool{pool or ''}", num_blocks * block_bytes),
+                page_fd=create_memory(f"page{pool or ''}", page_bytes(num_blocks, num_workers + 1)),
+            )
+            for pool in sorted({spec.pool for spec in workers})
+        ],
     )

@@ -123,7 +123,7 @@ class WarmLauncher:
         self._wire, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         self._wire.setblocking(False)
         boot, layout = self._boot, self._boot.layout
-        fds = [theirs.fileno(), layout.pool_fd, layout.page_fd, boot.lifeline_fd]
+        fds = [theirs.fileno(), *layout.fds, boot.lifeline_fd]
         warm_boot = WarmBoot(host=boot, socket_fd=theirs.fileno())
         self._process = spawn("diptych.server.warm_parent", warm_boot, fds)
         theirs.close()

@@ -32,9 +32,11 @@ from diptych.scheduler.commands import ClearBlock, CommitBlock
 from diptych.server.boot import HostBoot
 from diptych.server.lifeline import die_by_kernel, name_process
 from diptych.server.logs import configure_logs
+from diptych.server.pool_routes import make_porter
 from diptych.transfer.channels import Channels, process_name
-from diptych.transfer.control_page import ControlPage, page_bytes
-from diptych.transfer.shared_memory import SharedMemory
+from diptych.transfer.control_page import ControlPage
+from diptych.transfer.pool_memory import PoolMemory
+from diptych.transfer.porter import PeerMessage, Porter
 
 IDLE_S: Final = 0.5
 """An idle worker shows that it lives this often; far below any `hang_s`."""
@@ -51,13 +53,20 @@ class Worker:
     """The loop of one worker. `run` returns when it is told to end."""
 
     def __init__(
-        self, channels: Channels, batcher: Batcher, runner: StepRunner, page: ControlPage, slot: int
+        self,
+        channels: Channels,
+        batcher: Batcher,
+        runner: StepRunner,
+        page: ControlPage,
+        slot: int,
+        porter: Porter | None = None,
     ) -> None:
         self._channels = channels
         self._batcher = batcher
         self._runner = runner
         self._page = page
         self._slot = slot
+        self._porter = porter  # None: there is only one memory domain
         self._ended = False
 
     def run(self) -> None:
@@ -66,19 +75,31 @@ class Worker:
         stepped = False
         while not self._ended:
             self._hear(0 if stepped else IDLE_S)
+            self._move_blocks()
             stepped = self._step()
 
     def _hear(self, timeout_s: float) -> None:
-        """Only a message can change what there is to do after an empty plan: then it may sleep."""
+        """Only a message, or blocks on their way, can change what there is to do after an empty
+        plan: then it may sleep."""
+        if self._porter is not None:
+            self._channels.watch(self._porter.fds())
+            timeout_s = self._porter.due_s(timeout_s)
         for message in self._channels.receive(timeout_s):
             self._handle(message)
         self._page.beat(self._slot)
+
+    def _move_blocks(self) -> None:
+        if self._porter is not None:
+            self._porter.turn()
+            self._carry_out()  # what was read is named before the next step
 
     def _handle(self, message: AnyMessage) -> None:
         if isinstance(message, _FOR_BATCHER):
             self._batcher.handle(message)
         elif isinstance(message, Drain):
             self._ended = True
+        elif isinstance(message, PeerMessage) and self._porter is not None:
+            self._porter.hear(message)
         else:
             _log.error("dropped a %s, which no worker takes", type(message).__name__)
 
@@ -105,8 +126,11 @@ class Worker:
                 self._channels.send(command)
             elif isinstance(command, ClearBlock):
                 self._page.clear(command.block, command.generation)
-            else:
+            elif isinstance(command, CommitBlock):
                 _commit(self._page, command)
+            else:
+                assert self._porter is not None, "only one memory domain"
+                self._porter.order(command)
 
     def _beat(self) -> None:
         self._page.beat(self._slot)
@@ -123,12 +147,9 @@ def run_worker(boot: HostBoot, model: LoadedModel, worker: WorkerId, epoch: Epoc
     name_process(process_name(me))
     die_by_kernel(boot.lifeline_fd)
     layout = boot.layout
-    num_pulses = layout.num_workers + 1
-    page_len = page_bytes(layout.num_blocks, num_pulses)
-    page_memory = SharedMemory(layout.page_fd, page_len)
-    page = ControlPage(page_memory.view, layout.num_blocks, num_pulses)
-    pool_memory = SharedMemory(layout.pool_fd, layout.pool_bytes)
-    pool = KVPool.over(pool_memory.view, model.config, layout.num_blocks, layout.block_size)
+    home = next(spec.pool for spec in boot.options.workers() if spec.worker == worker)
+    page, memory = layout.map_page(home), layout.map_pool(home)
+    pool = KVPool.over(memory, model.config, layout.num_blocks, layout.block_size)
     batcher = Batcher(
         worker,
         epoch,
@@ -140,5 +161,9 @@ def run_worker(boot: HostBoot, model: LoadedModel, worker: WorkerId, epoch: Epoc
     threads = boot.options.worker_threads(len(os.sched_getaffinity(0)))
     runner = make_runner(model, pool, threads)
     channels = Channels(Path(boot.run_dir), me)
-    Worker(channels, batcher, runner, page, worker).run()
+    porter = None
+    if len(layout.pools) > 1:
+        own = PoolMemory(memory, page, layout.block_bytes)
+        porter = make_porter(boot, me, home, own, model.fingerprint, channels.send, batcher.handle)
+    Worker(channels, batcher, runner, page, worker, porter).run()
     channels.close()

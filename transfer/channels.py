@@ -89,6 +89,7 @@ class Channels:
         self.inbox.setsockopt(zmq.MAXMSGSIZE, FRAME_BYTES_MAX)
         self.inbox.bind(f"ipc://{path}")
         self._shortcut = ShortcutInbox(path) if me.kind == "worker" else None
+        self._watched: dict[int, bool] = {}
         self._poller = zmq.Poller()
         self._poller.register(self.inbox, zmq.POLLIN)
         if self._shortcut is not None:
@@ -97,6 +98,16 @@ class Channels:
     def fileno(self) -> int:
         """Readable when frames may have come; edge triggered: `receive` until it returns none."""
         return int(self.inbox.getsockopt(zmq.FD))
+
+    def watch(self, fds: dict[int, bool]) -> None:
+        """`receive` also ends when one of these is readable (True: or writable)."""
+        if fds == self._watched:
+            return
+        for fd in self._watched.keys() - fds.keys():
+            self._poller.unregister(fd)
+        for fd, write in fds.items():
+            self._poller.register(fd, zmq.POLLIN | (zmq.POLLOUT if write else 0))
+        self._watched = dict(fds)
 
     def send(self, send: Send) -> bool:
         """Queues the message. False: the peer is dead or gone, and the message is lost."""
@@ -128,7 +139,7 @@ class Channels:
         for source, _ in self._poller.poll(timeout_ms):
             if source is self.inbox:
                 self._drain_inbox(messages)
-            else:
+            elif source not in self._watched:
                 self._drain_shortcut(messages)
         return messages
 

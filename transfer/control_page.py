@@ -76,6 +76,10 @@ class ControlPage:
         _PACK_HASH(self._parent, block * _HASH_BYTES, parent)
         self._committed[block] = generation  # last: until here the entry stays void
 
+    def generation(self, block: BlockId) -> Generation:
+        """The block's life as of now; somebody may be writing."""
+        return self._generation[block]
+
     def read_all(self) -> tuple[list[Generation], list[ValidEntry]]:
         """The generation of every block, and the valid entries; nobody may be writing."""
         generations = self._generation.tolist()

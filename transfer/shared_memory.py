@@ -28,8 +28,9 @@ def create_memory(name: str, num_bytes: int) -> int:
 class SharedMemory:
     """A mapping of `create_memory`'s descriptor. Keeps no hold on the descriptor itself."""
 
-    def __init__(self, fd: int, num_bytes: int) -> None:
-        self._map = mmap.mmap(fd, max(num_bytes, mmap.PAGESIZE), mmap.MAP_SHARED)
+    def __init__(self, fd: int, num_bytes: int, *, writable: bool = True) -> None:
+        access = mmap.PROT_READ | mmap.PROT_WRITE if writable else mmap.PROT_READ
+        self._map = mmap.mmap(fd, max(num_bytes, mmap.PAGESIZE), mmap.MAP_SHARED, access)
         self.view = memoryview(self._map)[:num_bytes]
         if num_bytes >= _HUGE_PAGE_BYTES:
             with suppress(OSError):  # a kernel without huge pages here: small ones serve as well

@@ -12,6 +12,7 @@ from diptych.engine.core.types import HASH_UNIT_TOKENS
 
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
 Quantization = Literal["int8", "int4", "int4-g32", "int4-g64", "int4-g128"]
+Transfer = Literal["auto", "shm", "tcp"]
 
 
 class ModelOptions(msgspec.Struct, frozen=True, kw_only=True):
@@ -80,13 +81,20 @@ class EngineOptions(msgspec.Struct, frozen=True, kw_only=True):
     prefill: int = 1  # workers with dial 100
     decode: int = 1  # workers with dial 0
     mixed: int = 0  # workers with dial 50
+    separate_pools: bool = False  # prefill, decode and mixed workers each have their own memory
+    transfer: Transfer = "auto"  # how blocks move between pools
     threads: int | None = None  # per worker; None: cores / workers
     hang_s: float = 3.0  # a progress counter still for this long, with work, is a hang
 
     def workers(self) -> list[WorkerSpec]:
-        """Prefill workers first, then decode, then mixed; all in pool 0 of this host."""
-        dials = [100] * self.prefill + [0] * self.decode + [50] * self.mixed
-        return [WorkerSpec(worker, 0, dial) for worker, dial in enumerate(dials)]
+        """Prefill workers first, then decode, then mixed; pools are numbered from 0."""
+        kinds = ((self.prefill, 100), (self.decode, 0), (self.mixed, 50))
+        places = [
+            (pool if self.separate_pools else 0, dial)
+            for pool, (count, dial) in enumerate(kind for kind in kinds if kind[0])
+            for _ in range(count)
+        ]
+        return [WorkerSpec(worker, pool, dial) for worker, (pool, dial) in enumerate(places)]
 
     def worker_threads(self, cores: int) -> int:
         """Threads of one worker, when the workers of this host may use `cores` cores."""
@@ -99,5 +107,7 @@ class EngineOptions(msgspec.Struct, frozen=True, kw_only=True):
             raise ConfigError("worker counts cannot be negative")
         if not self.mixed and not (self.prefill and self.decode):
             raise ConfigError("need --prefill N and --decode N of at least 1 each, or --mixed N")
+        if self.transfer != "auto" and not self.separate_pools:
+            raise ConfigError(f"--transfer {self.transfer} needs --separate-pools")
         if self.batch.max_num_batched_tokens < 1:
             raise ConfigError("max_num_batched_tokens must be at least 1")

@@ -157,6 +157,7 @@ class Stats(Message, frozen=True):
     prefill_tokens: int
     workers: list[WorkerStats]
     ready: bool  # every pool is read and at least one prefill and one decode place exist
+    blocks_pulled: int = 0  # moved between pools, since start
 
 
 # ---- scheduler -> worker -----------------------------------------------------------------------
@@ -170,11 +171,28 @@ class Join(Message, frozen=True):
     dial: int
 
 
+class Handoff(msgspec.Struct, frozen=True, array_like=True):
+    """The two sides of an assignment are in different memory domains: blocks have to move.
+
+    To the DECODE side: entry i is about block `first + i` of the table, to be pulled from the peer
+    once it is published; the blocks before are here. To the PREFILL side only `first` matters: it
+    publishes from there on.
+    """
+
+    pool: PoolId  # of the peer
+    first: int
+    blocks: list[BlockId]  # in the peer's pool
+    generations: list[Generation]
+
+
 class Assign(Message, frozen=True):
     """Run this sequence. [0, num_computed) is in the pool already (a prefix-cache hit).
 
     LOCAL, PREFILL: the blocks after num_computed are this worker's to write.
-    DECODE: nothing may be touched before the seal of the same `ref` came from the peer.
+    DECODE: nothing may be touched before the seal of the same `ref` came from the peer. With a
+    `handoff` the blocks after num_computed are this worker's from the start, to pull into.
+    `prefix`: the decode side's pool knows more of the prompt. To the PREFILL side, the blocks to
+    pull before it computes the rest; to the DECODE side, publish from `first` to num_computed.
     `api` is where tokens go, `peer` the other side of a handoff (worker, epoch).
     """
 
@@ -192,6 +210,8 @@ class Assign(Message, frozen=True):
     api_epoch: Epoch
     peer: tuple[WorkerId, Epoch] | None
     want_prompt_logprobs: bool
+    handoff: Handoff | None = None
+    prefix: Handoff | None = None
 
 
 class Grant(Message, frozen=True):
@@ -243,6 +263,43 @@ class Seal(Message, frozen=True):
     prompt_logprobs: list[TokenLogprobs] | None = None
 
 
+class Publish(Message, frozen=True):
+    """Blocks [first, first + len(digests)) of the sequence's table are final in the sender's pool.
+
+    Cumulative: a later one holds all of an earlier one, so that a lost one is harmless. `endpoint`
+    is where the sender's pool can be read over the network ("" if only through memory).
+    """
+
+    scheduler_epoch: Epoch
+    worker: WorkerId
+    worker_epoch: Epoch
+    peer_epoch: Epoch
+    ref: SeqRef
+    first: int
+    digests: list[int]  # xxh3-64 of each block's bytes
+    endpoint: str
+
+
+class AskPublish(Message, frozen=True):
+    """Nothing was heard for a while: publish again what is final."""
+
+    scheduler_epoch: Epoch
+    worker: WorkerId  # that asks
+    worker_epoch: Epoch
+    peer_epoch: Epoch
+    ref: SeqRef
+
+
+class PullOver(Message, frozen=True):
+    """The sender reads no block of this sequence any more: what was published may be forgotten."""
+
+    scheduler_epoch: Epoch
+    worker: WorkerId  # that read
+    worker_epoch: Epoch
+    peer_epoch: Epoch
+    ref: SeqRef
+
+
 # ---- worker -> scheduler -----------------------------------------------------------------------
 
 
@@ -265,12 +322,20 @@ class CommittedBlock(msgspec.Struct, frozen=True, array_like=True):
     parent: BlockHash  # hash of the block before it, or the request's root
 
 
+class Landed(msgspec.Struct, frozen=True, array_like=True):
+    """Every block of a handoff is here and verified: the worker reads the peer's no more."""
+
+    ref: SeqRef
+    num_blocks: int  # that moved
+    read_s: float  # during which at least one read was under way
+
+
 class Progress(Message, frozen=True):
     """What changed since the last report. Running sequences' tokens are implied, never listed.
 
     finished: ended by itself; the worker touches its blocks no more
     sealed:   handed to its peer; the worker touches its blocks no more
-    released: given back after `Revoke`; likewise
+    released: given back after `Revoke`, or because the peer's blocks cannot be had; likewise
     """
 
     scheduler_epoch: Epoch
@@ -285,6 +350,7 @@ class Progress(Message, frozen=True):
     finished: list[SeqRef]
     released: list[SeqRef]
     starved: list[SeqRef]  # sat out a step for want of a block
+    landed: list[Landed] = []  # msgspec copies the default
 
 
 # ---- worker -> API server ----------------------------------------------------------------------
@@ -406,6 +472,9 @@ AnyMessage = (
     | Revoke
     | SetDial
     | Seal
+    | Publish
+    | AskPublish
+    | PullOver
     | Joined
     | Progress
     | TokenBatch

@@ -13,16 +13,23 @@ SEED = 5
 
 
 @pytest.mark.timeout(120)
-def test_killed_workers_and_schedulers_are_not_noticed(tmp_path: Path) -> None:
-    args = kills.parse(["--kills", "12", "--users", "6", "--seed", str(SEED)])
+@pytest.mark.parametrize("memory", [[], ["--transfer", "tcp"]], ids=["one pool", "separate"])
+def test_killed_workers_and_schedulers_are_not_noticed(tmp_path: Path, memory: list[str]) -> None:
+    args = kills.parse(["--kills", "12", "--users", "6", "--seed", str(SEED), *memory])
     result = asyncio.run(kills.run(write_model(tmp_path, "tiny"), args))
     assert kills.clean(result), result
     assert result["requests_completed"], result
 
 
-@pytest.mark.parametrize("inline", [True, False])
-def test_aborts_at_random_moments_leave_nothing(tmp_path: Path, inline: bool) -> None:
-    args = argparse.Namespace(aborts=150, users=16, num_blocks=512, inline=inline, seed=SEED)
+@pytest.mark.parametrize(
+    ("inline", "transfer"), [(True, None), (False, None), (False, "shm"), (False, "tcp")]
+)
+def test_aborts_at_random_moments_leave_nothing(
+    tmp_path: Path, inline: bool, transfer: str | None
+) -> None:
+    args = argparse.Namespace(
+        aborts=150, users=16, num_blocks=512, inline=inline, transfer=transfer, seed=SEED
+    )
     result = asyncio.run(aborts.run(write_model(tmp_path, "tiny"), args))
     assert result["blocks_leaked"] == 0, result
     assert result["running"] == 0, result

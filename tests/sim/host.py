@@ -53,8 +53,9 @@ class Host:
         process: WorkerProcess | ApiProcess | SchedulerProcess
         if address.kind == "worker":
             setup = self.setups[number]
-            memory = self.memories[setup.pool]
-            process = WorkerProcess(self.world, address, setup, memory, self.watch, self.clients)
+            process = WorkerProcess(
+                self.world, address, setup, self.memories, self.watch, self.clients
+            )
             self.workers[number] = process
         elif address.kind == "api":
             process = ApiProcess(self.world, address, self.clients)

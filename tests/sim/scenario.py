@@ -36,6 +36,9 @@ FEATURES: Final = (
     "minimal_pool",
     "crowd",
     "crash_loop",
+    "far",
+    "transfer_loss",
+    "transfer_faults",
 )
 RARE: Final = ("minimal_pool", "crowd", "crash_loop")
 
@@ -88,6 +91,9 @@ class Scenario:
     apis: int
     workers: tuple[WorkerSpec, ...]
     token_loss: float  # chance that a batch of tokens is dropped on its way
+    transfer_loss: float  # chance that a message about blocks is dropped, or comes twice
+    transfer_faults: float  # chance that a read fails, is stale, or brings a wrong bit
+    reads_outlive_source: bool  # as through memory; else a read ends with the source's process
     scheduler: SchedulerOptions
     batch: BatchOptions
     prefix_caching: bool
@@ -117,6 +123,8 @@ def generate(seed: int, features: frozenset[str] | None = None) -> Scenario:
     if "minimal_pool" in has:
         num_blocks = rng.randint(2, 5)
     pools = 2 if "two_pools" in has else 1
+    if "far" in has:
+        pools = rng.choice((2, 2, 3))
     apis = rng.choice((1, 1, 2))
     max_model_len = min(160, (num_blocks - 1) * block_size)
     scheduler, batch = _options(rng, has)
@@ -127,8 +135,11 @@ def generate(seed: int, features: frozenset[str] | None = None) -> Scenario:
         block_size=block_size,
         pools=pools,
         apis=apis,
-        workers=_workers(rng, pools, "crowd" in has),
+        workers=_workers(rng, pools, has),
         token_loss=0.03 if "token_loss" in has else 0.0,
+        transfer_loss=0.2 if "transfer_loss" in has else 0.0,
+        transfer_faults=rng.choice((0.02, 0.1)) if "transfer_faults" in has else 0.0,
+        reads_outlive_source=rng.random() < 0.5,
         scheduler=scheduler,
         batch=batch,
         prefix_caching="no_cache" not in has,
@@ -142,7 +153,14 @@ def generate(seed: int, features: frozenset[str] | None = None) -> Scenario:
     return replace(scenario, requests=_requests(rng, has, scenario))
 
 
-def _workers(rng: Random, pools: int, crowd: bool) -> tuple[WorkerSpec, ...]:
+_FAR: Final = (
+    ((100,), (100,), (100, 100), (100, 50)),  # of the first pool
+    ((0,), (0,), (0, 0), (0, 50), (50,)),  # of the second
+    ((0,), (50,), (100,), (100, 0)),  # of the third
+)
+
+
+def _workers(rng: Random, pools: int, has: frozenset[str]) -> tuple[WorkerSpec, ...]:
     workers: list[WorkerSpec] = []
     shape: tuple[int, ...]
     for pool in range(pools):
@@ -158,7 +176,9 @@ def _workers(rng: Random, pools: int, crowd: bool) -> tuple[WorkerSpec, ...]:
                 (100, 0, 50),
             )
         )
-        if crowd:
+        if "far" in has:  # prompts are computed in one memory domain and decoded in another
+            shape = rng.choice(_FAR[pool])
+        elif "crowd" in has:
             shape = rng.choice(((100, 100, 0, 0), (100, 0, 0, 0), (50, 50, 50), (100, 30, 0, 70)))
         workers += [WorkerSpec(len(workers) + i, pool, dial) for i, dial in enumerate(shape)]
     return tuple(workers)
@@ -172,7 +192,7 @@ def _options(rng: Random, has: frozenset[str]) -> tuple[SchedulerOptions, BatchO
         max_waiting_tokens=rng.randint(150, 400) if small else 4_194_304,
         headroom_blocks=rng.randint(1, 3),
         preemptions_max=rng.randint(0, 3),
-        local_prefill_tokens=rng.choice((0, 8, 32, 64)),
+        local_prefill_tokens=rng.choice((0, 0, 8) if "far" in has else (0, 8, 32, 64)),
     )
     batch = BatchOptions(
         max_num_batched_tokens=rng.choice((8, 16, 24, 64, 256)),

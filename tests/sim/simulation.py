@@ -15,8 +15,9 @@ from tests.sim.host import Host
 from tests.sim.memory import Memory
 from tests.sim.model import Oracle, RequestSpec
 from tests.sim.scenario import Scenario
-from tests.sim.supervisor import make_supervisor
+from tests.sim.supervisor import Supervisor
 from tests.sim.watch import Watch
+from tests.sim.worker import WorkerProcess
 from tests.sim.world import Violation, World, check
 
 REST_S: Final = 60.0
@@ -66,7 +67,7 @@ class Simulation:
             scenario.prefix_caching,
         )
         self.host = Host(self.world, self.memories, self.watch, self.clients)
-        self.supervisor = make_supervisor(self.host)
+        self.supervisor = Supervisor(self.host)
 
     def run(self) -> Outcome:
         """Runs to rest, or to the first violation."""
@@ -128,6 +129,7 @@ class Simulation:
             check(process.batcher.num_sequences == 0, "{} has sequences at rest", process.slot)
             check(not process.batcher._seals._early, "{} has seals at rest", process.slot)
             check(process.plan is None, "{} is in a step at rest", process.slot)
+            self._settled_transfers(process)
         stats = self._stats()
         check(stats is not None, "no statistics at rest")
         if stats is not None:
@@ -144,6 +146,12 @@ class Simulation:
             check(used == 0, "pool is not at rest: {}", pool)
         for api in self.host.apis.values():
             check(api.machine.num_open == 0, "{} has open requests at rest", api.slot)
+
+    def _settled_transfers(self, process: WorkerProcess) -> None:
+        mover, exchange = process.mover, process.batcher._exchange
+        left = (len(mover.puller), len(mover.reads), len(exchange.pulling), len(exchange.stale))
+        check(not any(left), "{} still pulls at rest: {}", process.slot, left)
+        check(not exchange.join_due, "{} has not joined at rest", process.slot)
 
     def _again(self) -> None:
         """A fault came while settling: wait once more for the whole."""

@@ -13,13 +13,23 @@ from diptych.engine.core.messages import (
     Address,
     Assign,
     Grant,
+    Handoff,
     Joined,
     Message,
     Progress,
     WorkerDown,
 )
 from diptych.engine.core.request import SeqRef, Sequence
-from diptych.engine.core.types import BlockId, Epoch, Generation, PoolId, WorkerId, unpack_ids
+from diptych.engine.core.types import (
+    BlockHash,
+    BlockId,
+    Epoch,
+    Generation,
+    PoolId,
+    Role,
+    WorkerId,
+    unpack_ids,
+)
 from tests.sim.memory import Memory
 from tests.sim.model import Oracle
 from tests.sim.names import Names
@@ -38,6 +48,8 @@ class Hold:
     table: list[BlockId]
     generations: list[Generation]
     num_shared: int  # the first blocks: read only
+    source: PoolId | None = None  # the pool that it reads from, of a peer elsewhere
+    reads: list[BlockId] = field(default_factory=list)  # blocks there
 
 
 @dataclass(slots=True)
@@ -45,6 +57,7 @@ class Block:
     generation: Generation = 0
     committed: bool = False
     holders: set[HoldKey] = field(default_factory=set)
+    readers: set[HoldKey] = field(default_factory=set)  # pull it into another pool
 
 
 def progress_key(progress: Progress, ref: SeqRef) -> HoldKey:
@@ -94,6 +107,7 @@ class Watch:
             block.generation = memory.generation(i)
             block.committed = memory.is_valid(i)
             check(not block.holders, "pool {} is read while {} hold a block", pool, block.holders)
+            block.readers.clear()  # for an older scheduler: what they read fails their checks
 
     def scheduler_sends(self, to: Address, message: Message) -> None:
         if isinstance(message, Assign):
@@ -130,6 +144,35 @@ class Watch:
             hold.table.append(block)
             hold.generations.append(generation)
             self.blocks[pool][block].holders.add(key)
+        if message.handoff is not None and message.role is Role.DECODE:
+            self._reads(key, hold, message)
+        elif message.prefix is not None:
+            self._reads_prefix(key, hold, message.prefix, message.hashes)
+
+    def _reads(self, key: HoldKey, hold: Hold, message: Assign) -> None:
+        """The decode side of a handoff between pools reads blocks of the other one."""
+        handoff, ref = message.handoff, message.ref
+        assert handoff is not None
+        check(handoff.pool != hold.pool, "{}: handoff inside pool {}", ref, handoff.pool)
+        check(handoff.first == hold.num_shared, "{}: pulls what is here", ref)
+        size = self.memories[hold.pool].block_size
+        num_tokens = message.request.num_prompt + len(message.emitted) // 4
+        due = -(-num_tokens // size) - handoff.first
+        check(len(handoff.blocks) == due, "{}: pulls {} blocks", ref, len(handoff.blocks))
+        hold.source, hold.reads = handoff.pool, list(handoff.blocks)
+        for block in handoff.blocks:
+            self.blocks[handoff.pool][block].readers.add(key)
+
+    def _reads_prefix(
+        self, key: HoldKey, hold: Hold, prefix: Handoff, hashes: list[BlockHash]
+    ) -> None:
+        """The prefill side begins with cached blocks of the other pool."""
+        check(prefix.first == hold.num_shared, "{}: pulls what is here", key)
+        hold.source, hold.reads = prefix.pool, list(prefix.blocks)
+        generations = zip(prefix.blocks, prefix.generations, strict=True)
+        for i, (block, generation) in enumerate(generations, prefix.first):
+            self._share(key[2], prefix.pool, block, generation, hashes[i])
+            self.blocks[prefix.pool][block].readers.add(key)
 
     def _share(
         self, ref: SeqRef, pool: PoolId, block: BlockId, generation: Generation, block_hash: bytes
@@ -148,6 +191,8 @@ class Watch:
     def _give(self, key: HoldKey, hold: Hold, block: BlockId, generation: Generation) -> None:
         """The block becomes private to the sequence `key`, or to it and its peer."""
         state, ref = self.blocks[hold.pool][block], key[2]
+        for other in state.readers:
+            check(other[2] == ref, "block {} goes to {} while {} pulls it", block, key, other)
         for other in state.holders:
             same = other[2] == key[2] and other[0] == hold.peer
             check(same, "block {} goes to {} while {} holds it", block, key, other)
@@ -214,6 +259,8 @@ class Watch:
                 if state.generation == row.generation and self._has(progress_key(message, row.ref)):
                     state.committed = True
                     self.names[self.pool_of[message.worker]].commit(row)
+            for landed in message.landed:
+                self._stop_reading(progress_key(message, landed.ref))
             for ref in (*message.finished, *message.sealed, *message.released):
                 self._drop(progress_key(message, ref))
         elif isinstance(message, Joined) and message.scheduler_epoch == epoch:
@@ -228,7 +275,14 @@ class Watch:
         self.gone.add((worker, worker_epoch))
         self._drop_all(worker, worker_epoch, before=self.epoch)
 
+    def _stop_reading(self, key: HoldKey) -> None:
+        hold = self.holds.get(key)
+        if hold is not None and hold.source is not None:
+            for block in hold.reads:
+                self.blocks[hold.source][block].readers.discard(key)
+
     def _drop(self, key: HoldKey) -> None:
+        self._stop_reading(key)
         hold = self.holds.pop(key, None)
         if hold is not None:
             self.just_dropped[key] = hold
@@ -242,6 +296,23 @@ class Watch:
                 self._drop(key)
 
     # ---- what the workers do -------------------------------------------------------------------
+
+    def pull_write(
+        self, worker: WorkerId, worker_epoch: Epoch, ref: SeqRef, block: BlockId
+    ) -> None:
+        """A read from another pool writes into `block`."""
+        key = (worker, worker_epoch, ref)
+        hold = self.holds.get(key)
+        if hold is None or block not in hold.table:
+            check(False, "{} pulls into block {}, which it does not hold", key, block)
+            return
+        i, memory = hold.table.index(block), self.memories[hold.pool]
+        generation = hold.generations[i]
+        check(i >= hold.num_shared, "{}: pulls into shared block {}", key, block)
+        check(memory.generation(block) == generation, "{}: pulls into an old block {}", key, block)
+        check(memory.committed(block) < generation, "{}: pulls into committed {}", key, block)
+        state = self.blocks[hold.pool][block]
+        check(state.holders == {key}, "{}: pulls into {}, held by {}", key, block, state.holders)
 
     def touch(
         self, worker: WorkerId, worker_epoch: Epoch, seq: Sequence, start: int, end: int

@@ -5,26 +5,32 @@ process may die between any two of them, and between the parts of a page entry.
 """
 
 from diptych.engine.core.config import WorkerSpec
+from diptych.engine.core.handoff import TransferNews
 from diptych.engine.core.messages import (
     Address,
+    AskPublish,
     Assign,
     Grant,
     Join,
     Joined,
     Message,
     Progress,
+    Publish,
+    PullOver,
     Revoke,
     Seal,
+    Send,
     SetDial,
 )
 from diptych.engine.core.plan import Sample, StepPlan, StepResult, StepRow, TokenLogprobs
 from diptych.engine.core.request import Sequence
-from diptych.engine.core.types import DownCause
+from diptych.engine.core.types import DownCause, PoolId
 from diptych.scheduler.batcher import Batcher
 from diptych.scheduler.commands import BatcherCommand, ClearBlock, CommitBlock
 from tests.sim.clients import Clients
 from tests.sim.memory import Memory
 from tests.sim.model import EOS, first_cell, logits_of, logprob_of, next_cell, sample
+from tests.sim.transfers import Mover
 from tests.sim.watch import Watch
 from tests.sim.world import Crashed, Process, World, check
 
@@ -37,14 +43,14 @@ class WorkerProcess(Process):
         world: World,
         address: Address,
         setup: WorkerSpec,
-        memory: Memory,
+        memories: dict[PoolId, Memory],
         watch: Watch,
         clients: Clients,
     ) -> None:
         super().__init__(world, address, f"w{setup.worker}")
         scenario = world.scenario
         self.setup = setup
-        self.memory = memory
+        self.memory = memories[setup.pool]
         self.watch = watch
         self.clients = clients
         self.mid_step = "mid_step" in scenario.features  # hears while a step runs
@@ -58,15 +64,20 @@ class WorkerProcess(Process):
             eos_token_ids=frozenset({EOS}),
             max_model_len=scenario.max_model_len,
         )
+        self.mover = Mover(self, memories, self._hear_news)
         self.inbox: list[Message] = []
         self.plan: StepPlan | None = None  # the step in flight
         self.work = (0, 0, 0)  # steps, prefill and decode tokens since the last report
+        self.serves: int | None = None  # the scheduler whose sequences it computes
         self.epoch = 0  # of the scheduler that it said to have joined
         self.wakes = False
 
     # ---- the loop ------------------------------------------------------------------------------
 
     def receive(self, message: Message) -> None:
+        if isinstance(message, Publish | AskPublish | PullOver):
+            self.mover.hear(message)
+            return
         if self.plan is not None:
             if self.mid_step:
                 self._handle(message)
@@ -109,7 +120,19 @@ class WorkerProcess(Process):
         check(not stale or before == after, "{}: an old {} changes it", self.slot, message)
         self.batcher.check_integrity()
 
+    def _hear_news(self, news: TransferNews) -> None:
+        """Blocks came from another pool, or will not."""
+        self.op("news")
+        self.batcher.handle(news)
+        self._carry_out(self.batcher.take())
+        self.batcher.check_integrity()
+        if self.plan is None and not self.wakes:
+            self.wakes = True
+            self.world.at(self.world.rng.random() * 0.0002, self._wake, self)
+
     def _carry_out(self, commands: list[BatcherCommand]) -> None:
+        if self.serves != self.batcher._epoch:  # it joins once what it reads for the old is drained
+            self.serves, self.work = self.batcher._epoch, (0, 0, 0)
         for command in commands:
             if isinstance(command, ClearBlock):
                 self.op("clear")
@@ -122,14 +145,16 @@ class WorkerProcess(Process):
                 self.memory.page.clear(command.block, command.generation)
             elif isinstance(command, CommitBlock):
                 self._commit_block(command)
+            elif not isinstance(command, Send):
+                self.op("order")
+                self.mover.order(command)
             else:
                 if isinstance(command.message, Progress):
                     self._check_progress(command.message)
                 elif isinstance(command.message, Joined):
-                    if self.epoch != command.message.scheduler_epoch:
-                        self.work = (0, 0, 0)
                     self.epoch = command.message.scheduler_epoch
                 self.send(command.to, command.message)
+        self.mover.carry_out()
 
     def _commit_block(self, command: CommitBlock) -> None:
         block, memory = command.block, self.memory

@@ -15,12 +15,22 @@ from typing import Final
 
 import msgspec
 
-from diptych.engine.core.messages import Address, AnyMessage, Message, Seal, TokenBatch
+from diptych.engine.core.messages import (
+    Address,
+    AnyMessage,
+    AskPublish,
+    Message,
+    Publish,
+    PullOver,
+    Seal,
+    TokenBatch,
+)
 from diptych.engine.core.types import DownCause
 from tests.sim.scenario import Scenario
 
 _ENCODER: Final = msgspec.msgpack.Encoder()
 _DECODER: Final = msgspec.msgpack.Decoder(AnyMessage)
+_ABOUT_BLOCKS: Final = (Publish, AskPublish, PullOver)
 TRACE_KEPT: Final = 400
 
 
@@ -176,13 +186,23 @@ class World:
             delay += link.rng.random() * timing.spike_s
         if self._drops(link, message):
             return
+        if isinstance(message, _ABOUT_BLOCKS) and self.scenario.transfer_loss:
+            fate = link.rng.random() / self.scenario.transfer_loss
+            if fate < 1.0:
+                if fate < 0.3:  # twice, and out of turn
+                    self._past_the_queue(link, to, message, delay * 3.0)
+                else:
+                    return
         if isinstance(message, Seal) and link.rng.random() < 0.3:  # past the queue, at once
-            frame = Link(link.rng, queue=deque((_ENCODER.encode(message),)))
-            self.at(delay, lambda: self._deliver(frame, to))
+            self._past_the_queue(link, to, message, delay)
             return
         link.last = max(link.last, self.now + delay)
         link.queue.append(_ENCODER.encode(message))
         self.at(link.last - self.now, lambda: self._deliver(link, to))
+
+    def _past_the_queue(self, link: Link, to: Address, message: Message, delay: float) -> None:
+        frame = Link(link.rng, queue=deque((_ENCODER.encode(message),)))
+        self.at(delay, lambda: self._deliver(frame, to))
 
     def _drops(self, link: Link, message: Message) -> bool:
         """Loses tokens now and then, but never a finish: only a gap is noticed."""

@@ -12,7 +12,8 @@ def pool_before_workers(stack: ExitStack) -> None:
     """A new scheduler hears of the pool before it hears of the workers."""
 
     def tell(self: Fleet) -> None:
-        self._tell_scheduler(self._pool)
+        for pool in self._pools:
+            self._tell_scheduler(pool)
         original(self)
 
     original = Fleet._tell_scheduler_everything

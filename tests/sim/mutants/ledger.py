@@ -80,11 +80,11 @@ def hit_covers_last_token(stack: ExitStack) -> None:
 def partial_block_shared(stack: ExitStack) -> None:
     """A block is found by hash before it is full."""
 
-    def announce(self: Runs, pool: Pool, row: Row) -> None:
-        original(self, pool, row)
+    def announce(self: Runs, row: Row) -> None:
+        original(self, row)
         for i, name in enumerate(row.wanted.hashes[: len(row.table)]):
             parent = row.wanted.hashes[i - 1] if i else row.entry.request.root
-            ledger = pool.ledger
+            ledger = self._members.pools[row.pool].ledger
             if ledger.state(row.table[i]).name == "PRIVATE":
                 ledger.commit(row.table[i], ledger.generations[row.table[i]], name, parent)
 

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from importlib import import_module
-from types import FunctionType
+from types import FunctionType, ModuleType
 from typing import Any
 
 Patch = Callable[[ExitStack], None]
@@ -30,7 +30,7 @@ _MUTANTS: dict[str, Mutant] = {}
 
 def all_mutants() -> dict[str, Mutant]:
     """Every mutant by name."""
-    for module in ("ledger", "placing", "batching", "journal", "fleet"):
+    for module in ("ledger", "placing", "batching", "journal", "fleet", "transfers"):
         import_module(f"tests.sim.mutants.{module}")
     return _MUTANTS
 
@@ -47,14 +47,14 @@ def mutant(*features: str) -> Callable[[Patch], Patch]:
     return register
 
 
-def replace(stack: ExitStack, owner: type, name: str, new: object) -> None:
-    """Sets an attribute of a class until the stack closes."""
+def replace(stack: ExitStack, owner: type | ModuleType, name: str, new: object) -> None:
+    """Sets an attribute of a class or module until the stack closes."""
     old = owner.__dict__[name]
     setattr(owner, name, new)
     stack.callback(setattr, owner, name, old)
 
 
-def edit(stack: ExitStack, owner: type, name: str, old: str, new: str) -> None:
+def edit(stack: ExitStack, owner: type | ModuleType, name: str, old: str, new: str) -> None:
     """Replaces `old`, which the method's source must hold exactly once, by `new`."""
     attribute = owner.__dict__[name]
     function = attribute.fget if isinstance(attribute, property) else attribute

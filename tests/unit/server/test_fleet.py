@@ -47,7 +47,7 @@ def api(epoch: int = 1) -> Address:
 
 
 def make(external_api: bool = False) -> Fleet:
-    return Fleet(SPECS, num_apis=1, external_api=external_api, pool=POOL, hang_s=HANG_S)
+    return Fleet(SPECS, num_apis=1, external_api=external_api, pools=[POOL], hang_s=HANG_S)
 
 
 def serving() -> Fleet:

@@ -1,0 +1,69 @@
+"""What runs in one step of one worker: all decodes, then prompt chunks within the budget.
+
+Owns the turns of decodes and prompts where a step has room for one row only. Invariant: a plan is
+within the options' limits, and a sequence stands in it once.
+"""
+
+from diptych.engine.core.config import BatchOptions
+from diptych.engine.core.plan import StepPlan, StepRow
+from diptych.engine.core.request import SeqRef
+from diptych.scheduler.lineup import Lineup
+from diptych.scheduler.running import Running
+
+
+class StepPlanner:
+    def __init__(self, lineup: Lineup, options: BatchOptions, block_size: int) -> None:
+        self._lineup = lineup
+        self._options = options
+        self._block_size = block_size
+        self._odd = 0  # parity of the steps that ran
+
+    def stepped(self) -> None:
+        """A planned step is over."""
+        self._odd = 1 - self._odd
+
+    def plan(self, dial: int, starved: list[SeqRef]) -> tuple[StepPlan, list[Running]]:
+        """The step and its rows' sequences; adds to `starved` those that lack a block."""
+        lineup, options = self._lineup, self._options
+        starved += [run.ref for run in lineup.settle()]
+        budget, seats, reserve = options.max_num_batched_tokens, options.max_num_seqs, 0
+        if lineup.prefills:
+            # Waiting prompts always get a block's worth of the budget and one row of the step;
+            # where a step has room for one only, they and the decodes take turns.
+            reserve = min(self._block_size, budget // 2) or self._odd
+            seats = seats - 1 or 1 - self._odd
+        decodes = lineup.next_decodes(min(budget - reserve, seats))
+        rows = [StepRow(run.seq, len(run.tokens) - 1, 1, True) for run in decodes]
+        num_decodes = num_tokens = len(rows)
+        runs = decodes.copy()
+        if lineup.prefills:
+            left = budget - num_decodes
+            if num_decodes:
+                left = min(left, max(reserve, left * dial // 100))
+            num_tokens += self._plan_prefills(rows, runs, left, starved)
+        return StepPlan(rows, num_tokens, num_decodes), runs
+
+    def _plan_prefills(
+        self, rows: list[StepRow], runs: list[Running], budget: int, starved: list[SeqRef]
+    ) -> int:
+        """Append chunks of the waiting prompts, in their order; returns the tokens planned."""
+        options, block_size, left = self._options, self._block_size, budget
+        for run in self._lineup.prefills.copy():
+            if left <= 0 or len(rows) >= options.max_num_seqs:
+                break
+            start, end = run.seq.num_computed, len(run.tokens)
+            room = run.room(block_size)
+            if room <= 0:
+                self._lineup.starve(run)
+                starved.append(run.ref)
+                continue
+            length = min(end - start, left, room, options.max_chunk_tokens or left)
+            if start + length < end:
+                # A chunk that does not finish its prompt ends with a block where it can: the
+                # block is committed at once.
+                length = max(length - (start + length) % block_size, 0) or length
+            rows.append(StepRow(run.seq, start, length, start + length == end))
+            runs.append(run)
+            run.plan_chunk(start + length, block_size)
+            left -= length
+        return budget - left

@@ -1,0 +1,235 @@
+"""Every backend against plain slices, and its promises when things break."""
+
+import select
+import socket
+import time
+from collections.abc import Iterator
+from random import Random
+
+import pytest
+
+from diptych.engine.core.handoff import PublishBlocks, Pulled, PullEnded, StartPull, TransferNews
+from diptych.engine.core.messages import Address, AskPublish, Publish, PullOver, Send
+from diptych.engine.core.request import SeqRef
+from diptych.transfer.backend import Backend
+from diptych.transfer.control_page import ControlPage, page_bytes
+from diptych.transfer.digest import block_digest
+from diptych.transfer.pool_memory import PoolMemory
+from diptych.transfer.porter import Porter
+from diptych.transfer.shm_backend import ShmBackend
+from diptych.transfer.spans import Read, ReadDone, ReadFailed, coalesce
+from diptych.transfer.tcp_backend import TcpBackend
+from diptych.transfer.tcp_server import BlockServer
+from diptych.transfer.tcp_wire import ACCEPTED, ANSWER, NONCE_BYTES
+
+BLOCKS = 64
+BLOCK_BYTES = 4096
+KEY = b"k" * 32
+LAYOUT = b"l" * 32
+PEER = (1, 1)
+
+
+def make_pool(rng: Random) -> PoolMemory:
+    page = ControlPage(memoryview(bytearray(page_bytes(BLOCKS, 0))), BLOCKS, 0)
+    for block in range(BLOCKS):
+        page.clear(block, 100 + block)
+    data = memoryview(bytearray(rng.randbytes(BLOCKS * BLOCK_BYTES)))
+    return PoolMemory(data, page, BLOCK_BYTES)
+
+
+class Rig:
+    """A source, an own pool, a backend between them."""
+
+    def __init__(self, kind: str) -> None:
+        rng = Random(1)
+        self.source, self.own = make_pool(rng), make_pool(rng)
+        self.server: BlockServer | None = None
+        self.endpoint = ""
+        self.backend: Backend
+        if kind == "shm":
+            self.backend = ShmBackend(self.own, {0: self.source})
+        else:
+            self.server = BlockServer("127.0.0.1", self.source, KEY, LAYOUT)
+            self.endpoint = self.server.endpoint
+            self.backend = TcpBackend(self.own, KEY, LAYOUT)
+
+    def read(self, handle: int, source: list[int], own: list[int]) -> None:
+        self.backend.read(Read(handle, PEER, 0, self.endpoint, coalesce(source, own)))
+
+    def wait(self, count: int) -> dict[int, ReadDone | ReadFailed]:
+        """Polls as a worker does: when a descriptor is ready, or at once if it is eager."""
+        answers: dict[int, ReadDone | ReadFailed] = {}
+        until = time.monotonic() + 10.0
+        while len(answers) < count:
+            assert time.monotonic() < until, f"{len(answers)} of {count} answers"
+            fds = self.backend.fds()
+            if fds and not self.backend.eager:
+                select.select(list(fds), [fd for fd, write in fds.items() if write], [], 0.1)
+            for answer in self.backend.poll():
+                assert answer.handle not in answers, "answered twice"
+                answers[answer.handle] = answer
+        return answers
+
+    def close(self) -> None:
+        self.backend.close()
+        if self.server is not None:
+            self.server.close()
+
+
+@pytest.fixture(params=["shm", "tcp"])
+def rig(request: pytest.FixtureRequest) -> Iterator[Rig]:
+    made = Rig(request.param)
+    yield made
+    made.close()
+
+
+def test_scattered_blocks_arrive_where_they_belong(rig: Rig) -> None:
+    rng, expected, handle = Random(2), bytearray(rig.own.data), 0
+    places = rng.sample(range(BLOCKS), BLOCKS)
+    for start in range(0, BLOCKS, 8):
+        handle += 1
+        source = [start, start + 1, *rng.sample(range(BLOCKS), 6)]
+        own = places[start : start + 8]
+        rig.read(handle, source, own)
+        for a, b in zip(source, own, strict=True):
+            piece = rig.source.blocks(a, 1)
+            expected[b * BLOCK_BYTES : (b + 1) * BLOCK_BYTES] = piece
+    answers = rig.wait(handle)
+    assert bytes(rig.own.data) == expected
+    for answer in answers.values():
+        assert isinstance(answer, ReadDone)
+        assert all(generation >= 100 for generation in answer.generations)
+
+
+def test_generations_and_digests_stand_in_the_order_of_the_spans(rig: Rig) -> None:
+    source = [9, 10, 4, 63]
+    rig.source.page.clear(4, 999)
+    rig.read(1, source, [1, 2, 3, 0])
+    answer = rig.wait(1)[1]
+    digests = [block_digest(rig.source.blocks(block, 1)) for block in source]
+    assert answer == ReadDone(1, [109, 110, 999, 163], digests)
+
+
+def test_a_cancelled_read_writes_nothing_more_and_is_answered(rig: Rig) -> None:
+    before = bytes(rig.own.data)
+    rig.read(1, [1, 2], [1, 2])
+    rig.backend.cancel(1)
+    rig.read(2, [3], [40])
+    answers = rig.wait(2)
+    assert isinstance(answers[1], ReadFailed)
+    assert isinstance(answers[2], ReadDone)
+    after = bytes(rig.own.data)
+    size = BLOCK_BYTES
+    assert after[: 40 * size] == before[: 40 * size]
+    assert after[40 * size : 41 * size] == bytes(rig.source.blocks(3, 1))
+
+
+def test_a_cancel_in_the_middle_of_a_block() -> None:
+    """The server is the test's own, so that it can stop there."""
+    rig = Rig("tcp")
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        rig.endpoint = "{}:{}".format(*listener.getsockname())
+        rig.read(1, [1, 2, 3], [1, 2, 3])
+        peer = listener.accept()[0]
+    peer.sendall(bytes(NONCE_BYTES))
+    while not select.select([peer], [], [], 0)[0]:
+        rig.backend.poll()
+    assert peer.recv(4096).endswith(LAYOUT)
+    peer.sendall(bytes([ACCEPTED]) + ANSWER.pack(1, 3) + b"A" * (BLOCK_BYTES // 2))
+    until = time.monotonic() + 10.0
+    while rig.own.data[BLOCK_BYTES + BLOCK_BYTES // 2 - 1] != ord("A"):
+        assert time.monotonic() < until
+        assert not rig.backend.poll()
+    frozen = bytes(rig.own.data)
+    rig.backend.cancel(1)
+    rig.read(2, [5], [5])
+    peer.sendall(b"A" * (BLOCK_BYTES * 5 // 2) + bytes(24))
+    peer.sendall(ANSWER.pack(2, 1) + b"B" * BLOCK_BYTES + bytes(8))
+    answers = rig.wait(2)
+    assert isinstance(answers[1], ReadFailed)
+    assert isinstance(answers[2], ReadDone)
+    assert bytes(rig.own.data[: 5 * BLOCK_BYTES]) == frozen[: 5 * BLOCK_BYTES]
+    assert bytes(rig.own.blocks(5, 1)) == b"B" * BLOCK_BYTES
+    peer.close()
+    rig.close()
+
+
+@pytest.mark.parametrize(
+    ("key", "layout", "reason"), [(b"x" * 32, LAYOUT, "key"), (KEY, b"m" * 32, "layout")]
+)
+def test_strangers_get_nothing(key: bytes, layout: bytes, reason: str) -> None:
+    rig = Rig("tcp")
+    before = bytes(rig.own.data)
+    rig.backend = TcpBackend(rig.own, key, layout)
+    rig.read(1, [1], [1])
+    answer = rig.wait(1)[1]
+    assert isinstance(answer, ReadFailed)
+    assert reason in answer.reason
+    assert bytes(rig.own.data) == before
+    rig.close()
+
+
+def test_a_source_that_is_gone_fails_its_reads() -> None:
+    rig = Rig("tcp")
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        rig.endpoint = "{}:{}".format(*listener.getsockname())
+        rig.read(1, [1], [1])
+        rig.read(2, [2], [2])
+        listener.accept()[0].close()
+    answers = rig.wait(2)
+    assert all(isinstance(answer, ReadFailed) for answer in answers.values())
+    rig.read(3, [1], [1])  # nobody listens any more
+    assert isinstance(rig.wait(1)[3], ReadFailed)
+    rig.close()
+
+
+def test_what_is_not_in_the_pool_is_not_served() -> None:
+    rig = Rig("tcp")
+    rig.read(1, [BLOCKS], [1])
+    assert isinstance(rig.wait(1)[1], ReadFailed)
+    rig.close()
+
+
+class FlippingBackend(ShmBackend):
+    """Every third block that passes has a wrong bit."""
+
+    count = 0
+
+    def _copy(self, read: Read) -> list[int]:
+        super()._copy(read)
+        for span in read.spans:
+            for block in range(span.own, span.own + span.count):
+                self.count += 1
+                if self.count % 3 == 0:
+                    self._own.blocks(block, 1)[self.count % BLOCK_BYTES] ^= 1
+        return [
+            self._own.digest(block)
+            for span in read.spans
+            for block in range(span.own, span.own + span.count)
+        ]
+
+
+def test_porters_move_blocks_through_a_lying_backend() -> None:
+    rng = Random(3)
+    source, own = make_pool(rng), make_pool(rng)
+    wire: list[Send] = []
+    news: list[TransferNews] = []
+    here, there = Address("worker", 5, 9), Address("worker", 1, 1)
+    reader = Porter(here, own, {0: FlippingBackend(own, {0: source})}, "", wire.append, news.append)
+    writer = Porter(there, source, {}, "", wire.append, news.append)
+    ref, blocks = SeqRef("r", 0, 0), list(range(20, 30))
+    generations = [source.page.generation(block) for block in blocks]
+    mine = list(range(3, 13))
+    reader.order(StartPull(1, ref, PEER, 0, 0, blocks, generations, mine))
+    writer.order(PublishBlocks(1, ref, (5, 9), 0, blocks))
+    for _ in range(50):
+        while wire:
+            send = wire.pop(0)
+            assert isinstance(send.message, Publish | AskPublish | PullOver)
+            (reader if send.to == here else writer).hear(send.message)
+        reader.turn()
+        if news and isinstance(news[-1], PullEnded):
+            break
+    assert news[-1] == PullEnded(ref, True, 10, news[-1].read_s)  # type: ignore[union-attr]
+    assert [item.upto for item in news if isinstance(item, Pulled)][-1] == 10
+    assert bytes(own.blocks(3, 10)) == bytes(source.blocks(20, 10))

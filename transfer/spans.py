@@ -1,0 +1,68 @@
+"""Reads between pools as data: which blocks, in how few pieces, and what came of them.
+
+Owns nothing. Invariant: spans cover exactly the pairs (source block, own block) that they were made
+from, in order, and a span is contiguous on both sides.
+"""
+
+from collections.abc import Iterator, Sequence
+
+import msgspec
+
+from diptych.engine.core.types import BlockId, Epoch, Generation, PoolId, WorkerId
+
+
+class Span(msgspec.Struct, frozen=True, array_like=True):
+    """`count` neighbouring blocks of the source go to `count` neighbouring own blocks."""
+
+    source: BlockId
+    own: BlockId
+    count: int
+
+
+class Read(msgspec.Struct, frozen=True):
+    """Puller -> shell: read these spans; answered by `ReadDone` or `ReadFailed`, exactly once."""
+
+    handle: int
+    peer: tuple[WorkerId, Epoch]
+    pool: PoolId
+    endpoint: str
+    spans: list[Span]
+
+
+class CancelRead(msgspec.Struct, frozen=True):
+    """Puller -> shell: its outcome does not matter any more; still answered once it is drained."""
+
+    handle: int
+
+
+class ReadDone(msgspec.Struct, frozen=True):
+    """Shell -> puller: the bytes are here. Lists are per block, in the order of the spans.
+
+    `generations` were read at the source after the data; `digests` are of the own copies.
+    """
+
+    handle: int
+    generations: list[Generation]
+    digests: list[int]
+
+
+class ReadFailed(msgspec.Struct, frozen=True):
+    """Shell -> puller: the read is drained and proves nothing about its own blocks."""
+
+    handle: int
+    reason: str
+
+
+def coalesce(source: Sequence[BlockId], own: Sequence[BlockId]) -> list[Span]:
+    """The fewest spans, in order."""
+    return list(_runs(source, own))
+
+
+def _runs(source: Sequence[BlockId], own: Sequence[BlockId]) -> Iterator[Span]:
+    start = 0
+    for i in range(1, len(source) + 1):
+        steps = i - start
+        if i < len(source) and source[i] == source[start] + steps and own[i] == own[start] + steps:
+            continue
+        yield Span(source[start], own[start], steps)
+        start = i

@@ -1,0 +1,223 @@
+"""Reads from pools over TCP: one connection per source, bytes received where they belong.
+
+Owns the connections. All of it runs inside `read` and `poll`, without threads and without waiting:
+so a cancel is over at once (what still comes for it goes to a waste buffer). Invariant: answers
+come in the order of the requests of a connection; a connection that breaks fails all of its reads.
+"""
+
+import errno
+import os
+import socket
+import struct
+from collections.abc import Generator
+from typing import Final
+
+from diptych.transfer.backend import POLL_BYTES_MAX
+from diptych.transfer.pool_memory import PoolMemory
+from diptych.transfer.spans import Read, ReadDone, ReadFailed
+from diptych.transfer.tcp_wire import (
+    ACCEPTED,
+    ANSWER,
+    LAYOUT_BYTES,
+    NONCE_BYTES,
+    REFUSALS,
+    encode_request,
+    prove,
+)
+
+_WASTE_BYTES: Final = 1 << 20
+_CONNECTING: Final = (errno.EINPROGRESS, errno.EWOULDBLOCK)
+
+
+class _Broken(Exception):
+    """The connection is of no use any more."""
+
+
+class _Connection:
+    """The client's end: a script that says which bytes it waits for, and a driver."""
+
+    def __init__(self, endpoint: str, own: PoolMemory, key: bytes, layout: bytes) -> None:
+        host, _, port = endpoint.rpartition(":")
+        self.reads: dict[int, Read | None] = {}  # handle -> None once cancelled
+        self.answers: list[ReadDone] = []
+        self._own = own
+        self._key = key
+        self._layout = layout
+        self._unsent = b""
+        self._requests: list[bytes] = []  # until it is accepted
+        self._accepted = False
+        self._current: int | None = None  # whose bytes are being received
+        self._waste = memoryview(bytearray(_WASTE_BYTES))
+        self._left_to_waste = 0
+        self.socket = socket.socket(socket.AF_INET, socket.SOCK_STREAM | socket.SOCK_NONBLOCK)
+        self.socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        code = self.socket.connect_ex((host, int(port)))
+        self._failure = "" if code in (0, *_CONNECTING) else os.strerror(code)
+        self._script = self._converse()
+        self._target = next(self._script)
+
+    @property
+    def wants_to_write(self) -> bool:
+        return bool(self._unsent)
+
+    @property
+    def failed_at_once(self) -> bool:
+        return bool(self._failure)
+
+    def request(self, read: Read) -> None:
+        self.reads[read.handle] = read
+        request = encode_request(read.handle, read.spans)
+        if self._accepted:
+            self._unsent += request
+        else:
+            self._requests.append(request)
+
+    def cancel(self, handle: int) -> None:
+        """Nothing more is received into its blocks."""
+        if self.reads.get(handle) is None:
+            return
+        self.reads[handle] = None
+        if self._current == handle:
+            self._left_to_waste = len(self._target)
+            self._target = self._waste[: min(self._left_to_waste, _WASTE_BYTES)]
+
+    def progress(self, bytes_max: int) -> int:
+        """Sends and receives what goes without waiting; returns the bytes received."""
+        if self._failure:
+            raise _Broken(self._failure)
+        received = 0
+        try:
+            self._flush()
+            while received < bytes_max:
+                count = self.socket.recv_into(self._target)
+                if not count:
+                    raise _Broken("the peer closed the connection")
+                received += count
+                self._received(count)
+        except BlockingIOError:
+            pass
+        except OSError as error:
+            if error.errno != errno.ENOTCONN:
+                raise _Broken(os.strerror(error.errno or 0)) from error
+        return received
+
+    def _flush(self) -> None:
+        while self._unsent:
+            self._unsent = self._unsent[self.socket.send(self._unsent) :]
+
+    def _received(self, count: int) -> None:
+        self._target = self._target[count:]
+        if self._left_to_waste:
+            self._left_to_waste -= count
+            if self._left_to_waste and not self._target:
+                self._target = self._waste[: min(self._left_to_waste, _WASTE_BYTES)]
+        while not self._target:
+            self._target = next(self._script)
+
+    def _converse(self) -> Generator[memoryview, None, None]:
+        nonce = bytearray(NONCE_BYTES)
+        yield memoryview(nonce)
+        self._unsent += prove(self._key, bytes(nonce), self._layout) + self._layout
+        self._flush()
+        answer = bytearray(1)
+        yield memoryview(answer)
+        if answer[0] != ACCEPTED:
+            raise _Broken(f"refused: {REFUSALS.get(answer[0], 'it speaks another protocol')}")
+        self._accepted = True
+        self._unsent += b"".join(self._requests)
+        self._flush()
+        while True:
+            yield from self._answer()
+
+    def _answer(self) -> Generator[memoryview, None, None]:
+        header = bytearray(ANSWER.size)
+        yield memoryview(header)
+        handle, num_blocks = ANSWER.unpack(header)
+        read = self.reads.get(handle)
+        if handle not in self.reads:
+            raise _Broken("it answers what was not asked")
+        self._current = handle
+        digests: list[int] = []
+        if read is None:
+            yield from self._discard(num_blocks * self._own.block_bytes)
+        else:
+            for span in read.spans:
+                if self.reads[handle] is None:
+                    yield from self._discard(span.count * self._own.block_bytes)
+                else:
+                    yield self._own.blocks(span.own, span.count)
+                    digests += [self._own.digest(span.own + i) for i in range(span.count)]
+        self._current = None
+        generations = bytearray(8 * num_blocks)
+        yield memoryview(generations)
+        read = self.reads.pop(handle)
+        if read is not None:
+            seen = list(struct.unpack(f"<{num_blocks}Q", generations))
+            self.answers.append(ReadDone(handle, seen, digests))
+
+    def _discard(self, num_bytes: int) -> Generator[memoryview, None, None]:
+        while num_bytes:
+            piece = self._waste[: min(num_bytes, _WASTE_BYTES)]
+            yield piece
+            num_bytes -= len(piece)
+
+
+class TcpBackend:
+    name = "tcp"
+
+    def __init__(self, own: PoolMemory, key: bytes, layout: bytes) -> None:
+        assert len(layout) == LAYOUT_BYTES
+        self._own = own
+        self._key = key
+        self._layout = layout
+        self._connections: dict[str, _Connection] = {}
+        self._answers: list[ReadDone | ReadFailed] = []
+
+    @property
+    def eager(self) -> bool:
+        return bool(self._answers) or any(c.failed_at_once for c in self._connections.values())
+
+    def read(self, read: Read) -> None:
+        connection = self._connections.get(read.endpoint)
+        if connection is None:
+            connection = _Connection(read.endpoint, self._own, self._key, self._layout)
+            self._connections[read.endpoint] = connection
+        connection.request(read)
+        self._progress(read.endpoint, connection, 0)
+
+    def poll(self) -> list[ReadDone | ReadFailed]:
+        left = POLL_BYTES_MAX
+        for endpoint, connection in list(self._connections.items()):
+            left -= self._progress(endpoint, connection, left)
+        answers, self._answers = self._answers, []
+        return answers
+
+    def cancel(self, handle: int) -> None:
+        for connection in self._connections.values():
+            if connection.reads.get(handle) is not None:
+                connection.cancel(handle)
+                self._answers.append(ReadFailed(handle, "cancelled"))
+
+    def fds(self) -> dict[int, bool]:
+        return {c.socket.fileno(): c.wants_to_write for c in self._connections.values()}
+
+    def close(self) -> None:
+        for connection in self._connections.values():
+            connection.socket.close()
+        self._connections.clear()
+
+    def _progress(self, endpoint: str, connection: _Connection, bytes_max: int) -> int:
+        received = 0
+        try:
+            received = connection.progress(bytes_max)
+        except _Broken as error:
+            del self._connections[endpoint]
+            connection.socket.close()
+            self._answers += [
+                ReadFailed(handle, str(error))
+                for handle, read in connection.reads.items()
+                if read is not None
+            ]
+        self._answers += connection.answers
+        connection.answers = []
+        return received
