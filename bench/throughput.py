@@ -9,15 +9,20 @@ import asyncio
 import tempfile
 import time
 from pathlib import Path
+from typing import Final
 
 import torch
 from transformers import AutoModelForCausalLM
 
+from bench.kernels import limits
 from bench.models import SIZES, write_model
 from bench.record import spread, write
 from diptych.engine.core.config import CacheOptions, EngineOptions, ModelOptions
 from diptych.engine.core.params import SamplingParams
+from diptych.kernels import load
 from diptych.server.hosting import Hosted, host_engine
+
+_READ_BYTES: Final = 1 << 30  # far more than the caches hold
 
 
 def make_weights(folder: Path, size: str) -> None:
@@ -50,22 +55,10 @@ def theirs(model: torch.nn.Module, prompt: list[int], num_out: int) -> tuple[flo
     return first - start, (time.perf_counter() - first) / (num_out - 1)
 
 
-def read_bandwidth(threads: int) -> float:
-    """Bytes per second of summing a tensor far larger than the caches."""
-    torch.set_num_threads(threads)
-    data = torch.ones(256 << 20, dtype=torch.int32)
-    data.sum()
-    best = 1e9
-    for _ in range(3):
-        start = time.perf_counter()
-        data.sum(dtype=torch.int32)
-        best = min(best, time.perf_counter() - start)
-    return data.numel() * 4 / best
-
-
 async def measure(folder: Path, args: argparse.Namespace) -> dict[str, object]:
-    bandwidth = read_bandwidth(args.threads)
     torch.set_num_threads(args.threads)
+    level = load("cpp", num_threads=args.threads).level
+    bandwidth = limits(level, _READ_BYTES)["read_gb_per_s"] * 1e9
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16).eval()
     weight_bytes = sum(p.numel() * p.element_size() for p in model.parameters())
     options = EngineOptions(

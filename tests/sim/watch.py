@@ -212,9 +212,13 @@ class Watch:
                 self.names[hold.pool].give_away(block, self._unused(hold.pool))
 
     def _unused(self, pool: PoolId) -> set[BlockId]:
-        """Blocks that nobody held since this step began."""
-        unused = {i for i, block in enumerate(self.blocks[pool]) if not block.holders}
-        return unused.difference(*(hold.table for hold in self.just_dropped.values()))
+        """Blocks that nobody held or read since this step began."""
+        blocks = enumerate(self.blocks[pool])
+        unused = {i for i, block in blocks if not block.holders and not block.readers}
+        dropped = self.just_dropped.values()
+        return unused.difference(
+            *(hold.table for hold in dropped), *(hold.reads for hold in dropped)
+        )
 
     def _grant(self, to: Address, message: Grant) -> None:
         key = (to.number, to.epoch, message.ref)
