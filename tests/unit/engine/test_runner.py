@@ -168,10 +168,12 @@ def test_unusable_options(tmp_path: Path) -> None:
 
 FORK = """
 import os, sys
+import torch
 from bench.drive import Driver
 from diptych.engine.core.config import ModelOptions
 from diptych.engine.runner import load_model
 
+torch.set_num_threads(1)  # the contract of load_model for a process that forks
 threads = os.listdir("/proc/self/task")
 model = load_model(ModelOptions(path=sys.argv[1]))
 assert os.listdir("/proc/self/task") == threads, "a thread was started before the fork"
