@@ -53,6 +53,8 @@ class KVPool:
     def block_size(self) -> int:
         return self.data.shape[4]
 
-    def layer(self, layer: int) -> tuple[Tensor, Tensor]:
-        """Keys and values of one layer, each [num_blocks, kv_heads, block_size, head_dim]."""
-        return self.data[:, layer, 0], self.data[:, layer, 1]
+    def layer(self, layer: int, heads: range | None = None) -> tuple[Tensor, Tensor]:
+        """Keys and values of one layer, each [num_blocks, kv_heads, block_size, head_dim]; only of
+        the KV heads `heads` where they are given."""
+        picked = slice(None) if heads is None else slice(heads.start, heads.stop)
+        return self.data[:, layer, 0, picked], self.data[:, layer, 1, picked]

@@ -53,8 +53,8 @@ class LoadedModel:
     fingerprint: str  # equal fingerprints compute equal bits
 
 
-def load_model(options: ModelOptions) -> LoadedModel:
-    """Loads and packs the weights. Raises ModelLoadError or ConfigError.
+def load_model(options: ModelOptions, num_shards: int = 1) -> LoadedModel:
+    """Loads and packs the weights, in as many shards. Raises ModelLoadError or ConfigError.
 
     Fork-safe as long as torch runs on one thread (a process that forks calls
     `torch.set_num_threads(1)` first): the kernels' own threads are made by `make_runner`.
@@ -64,7 +64,7 @@ def load_model(options: ModelOptions) -> LoadedModel:
     source = open_weights(Path(options.path), config, options.load_format, options.seed)
     digest = sha256(source.identity().encode())
     digest.update(_numerics(config))
-    digest.update(f"tp=1 kv={config.dtype} {kernels.fingerprint()}".encode())
+    digest.update(f"tp={num_shards} kv={config.dtype} {kernels.fingerprint()}".encode())
     narrow: backends.Narrow | None = None
     if options.quantization is not None:
         narrow = backends.NARROW.get(options.quantization)
@@ -72,7 +72,7 @@ def load_model(options: ModelOptions) -> LoadedModel:
             known = ", ".join(backends.NARROW)
             raise ConfigError(f"quantization must be {known}, got {options.quantization!r}")
         digest.update(f" {narrow}".encode())
-    weights = pack_weights(config, source, kernels, narrow)
+    weights = pack_weights(config, source, kernels, narrow, num_shards)
     return LoadedModel(config, weights, kernels, digest.hexdigest())
 
 

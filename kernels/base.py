@@ -85,6 +85,12 @@ class Kernels(Protocol):
         """
         ...
 
+    def sum_parts(self, out: Tensor, parts: Tensor) -> None:
+        """`out = parts[0] + parts[1] + ...`, element by element in this order; out: any shape,
+        fp32, parts: [P, out's elements] fp32.
+        """
+        ...
+
     def embedding(self, out: Tensor, table: Tensor | PackedLinear, ids: Tensor) -> None:
         """`out[t] = table[ids[t]]`; out: [T, D] fp32, table: [V, D] model dtype, or the packed
         layer of such a table (not narrow); ids: [T] int32 in [0, V).

@@ -50,6 +50,7 @@ class CppKernels:
         self._pack_linear: Callable[..., None] = lib.pack_linear
         self._linear: Callable[..., None] = lib.linear
         self._linear_narrow: Callable[..., None] = lib.linear_narrow
+        self._sum_parts: Callable[..., None] = lib.sum_parts
         self._embedding: Callable[..., None] = lib.embedding
         self._embedding_packed: Callable[..., None] = lib.embedding_packed
         self._rms_norm: Callable[..., None] = lib.rms_norm
@@ -113,6 +114,9 @@ class CppKernels:
         else:
             bits, group = w.narrow.bits, w.narrow.group
             self._linear_narrow(self._level, out, x, w.data, w.scales, w.bias, bits, group)
+
+    def sum_parts(self, out: Tensor, parts: Tensor) -> None:
+        self._sum_parts(out, parts)
 
     def embedding(self, out: Tensor, table: Tensor | PackedLinear, ids: Tensor) -> None:
         if isinstance(table, Tensor):

@@ -61,6 +61,11 @@ class ReferenceKernels:
         for t in range(x.shape[0]):
             out[t] = torch.mv(weight, x[t].double()) + bias
 
+    def sum_parts(self, out: Tensor, parts: Tensor) -> None:
+        total = out.view(-1).copy_(parts[0])
+        for part in parts[1:]:
+            total += part
+
     def embedding(self, out: Tensor, table: Tensor | PackedLinear, ids: Tensor) -> None:
         rows = table if isinstance(table, Tensor) else table.data  # [V, D]
         out.copy_(rows[ids.long()])

@@ -12,6 +12,7 @@
 #include "kernels.h"
 #include "machine.h"
 #include "pool.h"
+#include "ranks.h"
 
 namespace diptych::cpu {
 namespace {
@@ -269,6 +270,20 @@ void log_softmax(int64_t level, TensorView out, TensorView logits) {
       {dense_floats(logits, 2), rows, vocab, nullptr, nullptr, dense_floats(out, 2)});
 }
 
+void sum_of_parts(TensorView out, TensorView parts) {
+  CHECK(parts.ndim() == 2 && parts.size(0) > 0 && parts.size(1) == out.numel());
+  CHECK(is_type(out, kDLFloat, 32) && out.IsContiguous() && out.device().device_type == kDLCPU);
+  sum_parts(data<float>(out), dense_floats(parts, 2), parts.size(0), out.numel());
+}
+
+void meet_ranks(TensorView meeting, int64_t num_ranks) {
+  int32_t* words = const_cast<int32_t*>(ints(meeting, kMeetingWords));
+  CHECK(reinterpret_cast<uintptr_t>(words) % 64 == 0 && num_ranks > 0);
+  meet(words, num_ranks);
+}
+
+int64_t meeting_words() { return kMeetingWords; }
+
 // Reads `data` once with every thread; returns nothing that matters.
 void probe_read(int64_t level, TensorView data_read) {
   const float* from = dense_floats(data_read, 1);
@@ -316,6 +331,9 @@ TVM_FFI_DLL_EXPORT_TYPED_FUNC(silu_mul, diptych::cpu::silu_mul)
 TVM_FFI_DLL_EXPORT_TYPED_FUNC(write_kv, diptych::cpu::write_kv)
 TVM_FFI_DLL_EXPORT_TYPED_FUNC(attention, diptych::cpu::attention)
 TVM_FFI_DLL_EXPORT_TYPED_FUNC(argmax_logprob, diptych::cpu::argmax_logprob)
+TVM_FFI_DLL_EXPORT_TYPED_FUNC(sum_parts, diptych::cpu::sum_of_parts)
+TVM_FFI_DLL_EXPORT_TYPED_FUNC(meet, diptych::cpu::meet_ranks)
+TVM_FFI_DLL_EXPORT_TYPED_FUNC(meeting_words, diptych::cpu::meeting_words)
 TVM_FFI_DLL_EXPORT_TYPED_FUNC(probe_read, diptych::cpu::probe_read)
 TVM_FFI_DLL_EXPORT_TYPED_FUNC(probe_compute, diptych::cpu::probe_compute)
 TVM_FFI_DLL_EXPORT_TYPED_FUNC(log_softmax, diptych::cpu::log_softmax)

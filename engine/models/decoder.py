@@ -1,7 +1,9 @@
 """The decoder: token ids to hidden states to logits, over the kernels and the paged pool.
 
-Owns the activation buffers of one worker (grown to the largest step seen, never shrunk). Invariant:
-a row's result depends on its own sequence only, so any batch and any chunking give the same bits.
+Owns the activation buffers of one rank (grown to the largest step seen, never shrunk). A rank
+computes its shards one after another; what all shards add up to, every rank has. Invariant: a row's
+result depends on its own sequence only, so any batch, any chunking and any number of ranks give the
+same bits.
 """
 
 from collections.abc import Callable
@@ -11,8 +13,10 @@ import torch
 from torch import Tensor
 
 from diptych.engine.batch import ModelInput
+from diptych.engine.collectives import Collectives, Solo
 from diptych.engine.core.model_config import ModelConfig
-from diptych.engine.models.weights import DecoderWeights, LayerWeights
+from diptych.engine.core.sharding import Shard
+from diptych.engine.models.weights import DecoderWeights, LayerShard, LayerWeights
 from diptych.engine.pool import KVPool
 from diptych.kernels import Kernels
 
@@ -20,25 +24,40 @@ __all__ = ["Decoder"]
 
 _ROWS_MIN: Final = 16  # rows of the smallest buffers
 
+_OwnShard = tuple[LayerShard, Tensor, Tensor]  # and its heads' keys and values
+
 
 class _Buffers:
-    """Activations of up to `rows` tokens, all fp32."""
+    """Activations of up to `rows` tokens, all fp32; those inside a shard are of one shard."""
 
-    __slots__ = ("attention", "config", "gate_up", "hidden", "inner", "qk", "qkv", "residual")
+    __slots__ = (
+        "attention",
+        "gate_up",
+        "head_dim",
+        "hidden",
+        "inner",
+        "num_kv",
+        "num_q",
+        "qk",
+        "qkv",
+        "residual",
+    )
 
-    def __init__(self, config: ModelConfig, rows: int) -> None:
+    def __init__(self, config: ModelConfig, shard: Shard, rows: int) -> None:
         def buffer(width: int) -> Tensor:
             return torch.empty(rows, width, dtype=torch.float32)
 
-        self.config = config
+        self.head_dim = config.head_dim
+        self.num_q, self.num_kv = len(shard.q_heads), len(shard.kv_heads)
+        q_size, kv_size = self.num_q * self.head_dim, self.num_kv * self.head_dim
         self.residual = buffer(config.hidden_size)
         self.hidden = buffer(config.hidden_size)
-        self.qkv = buffer(config.q_size + 2 * config.kv_size)
-        self.attention = buffer(config.q_size)
-        self.gate_up = buffer(2 * config.intermediate_size)
-        self.inner = buffer(config.intermediate_size)
+        self.qkv = buffer(q_size + 2 * kv_size)
+        self.attention = buffer(q_size)
+        self.gate_up = buffer(2 * len(shard.inner))
+        self.inner = buffer(len(shard.inner))
         # The norm of q and k wants dense heads, so these leave the fused rows.
-        self.qk = torch.empty(rows * (config.q_size + config.kv_size if config.qk_norm else 0))
+        self.qk = torch.empty(rows * (q_size + kv_size if config.qk_norm else 0))
 
 
 class _Views:
@@ -62,7 +81,7 @@ class _Views:
     )
 
     def __init__(self, buffers: _Buffers, rows: int) -> None:
-        config, dim = buffers.config, buffers.config.head_dim
+        dim, num_q, num_kv = buffers.head_dim, buffers.num_q, buffers.num_kv
         self.residual = buffers.residual[:rows]  # [T, hidden]
         self.hidden = buffers.hidden[:rows]  # [T, hidden]
         self.qkv = buffers.qkv[:rows]  # [T, q_size + 2 * kv_size]
@@ -71,14 +90,13 @@ class _Views:
         self.gate_up = buffers.gate_up[:rows]  # [T, 2 * inner]
         self.inner = buffers.inner[:rows]  # [T, inner]
         heads = self.qkv.view(rows, -1, dim)  # [T, Hq + 2 * Hk, D]
-        num_q, num_kv = config.num_q_heads, config.num_kv_heads
         self.q = heads[:, :num_q]  # [T, Hq, D], rows strided
         self.k = heads[:, num_q : num_q + num_kv]  # [T, Hk, D], rows strided
         self.v = heads[:, num_q + num_kv :]  # [T, Hk, D], rows strided
         self.q_dense = self.k_dense = self.q_heads = self.k_heads = buffers.qk
-        if config.qk_norm:
-            split = rows * config.q_size
-            end = split + rows * config.kv_size
+        if buffers.qk.numel():
+            split = rows * num_q * dim
+            end = split + rows * num_kv * dim
             self.q_heads = buffers.qk[:split].view(-1, dim)  # [T * Hq, D]
             self.k_heads = buffers.qk[split:end].view(-1, dim)  # [T * Hk, D]
             self.q_dense = self.q_heads.view(rows, num_q, dim)  # [T, Hq, D]
@@ -86,66 +104,121 @@ class _Views:
 
 
 class Decoder:
-    """One worker's decoder. `forward` writes the KV of the step into the pool."""
+    """One rank's decoder. `forward` writes the KV of the step and of its shards into the pool."""
 
     def __init__(
-        self, config: ModelConfig, weights: DecoderWeights, kernels: Kernels, pool: KVPool
+        self,
+        config: ModelConfig,
+        weights: DecoderWeights,
+        kernels: Kernels,
+        pool: KVPool,
+        ranks: Collectives | None = None,
     ) -> None:
+        """ranks: None where this rank computes all shards."""
         self._config = config
         self._weights = weights
         self._kernels = kernels
+        self._ranks: Collectives = Solo(len(weights.shards)) if ranks is None else ranks
+        self._whole = len(weights.shards) == 1  # nothing is added up or put together
+        self._shards = [weights.shards[index] for index in self._ranks.shards]
         self._layers = [
-            (layer, window or 0, *pool.layer(index))
+            (layer, window or 0, self._own(layer, pool, index))
             for index, (layer, window) in enumerate(
                 zip(weights.layers, config.windows, strict=True)
             )
         ]
         self._scale = config.head_dim**-0.5
-        self._buffers = _Buffers(config, _ROWS_MIN)
+        self._buffers = _Buffers(config, self._shards[0], _ROWS_MIN)
         self._views = _Views(self._buffers, 1)
         self._logits = torch.empty(1, config.vocab_size, dtype=torch.float32)
+
+    def _own(self, layer: LayerWeights, pool: KVPool, index: int) -> list[_OwnShard]:
+        """The shards of this rank in one layer, with the keys and values of their heads."""
+        return [
+            (layer.shards[number], *pool.layer(index, shard.kv_heads))
+            for number, shard in zip(self._ranks.shards, self._shards, strict=True)
+        ]
 
     def forward(self, inputs: ModelInput, on_layer: Callable[[], None] | None = None) -> Tensor:
         """Hidden states before the last norm, [T, hidden] fp32; valid until the next call."""
         kernels, eps = self._kernels, self._config.rms_norm_eps
         b = self._views_of(inputs.ids.shape[0])
-        kernels.embedding(b.residual, self._weights.embedding, inputs.ids)
-        for index, (layer, window, k_cache, v_cache) in enumerate(self._layers):
+        self._embed(b.residual, inputs.ids)
+        for index, (layer, window, shards) in enumerate(self._layers):
             if index == 0:
                 kernels.rms_norm(b.hidden, b.residual, layer.attn_norm, eps)
             else:
                 kernels.add_rms_norm(b.hidden, b.residual, b.hidden, layer.attn_norm, eps)
-            self._attend(layer, inputs, b, k_cache, v_cache, window)
-            kernels.linear(b.hidden, b.attention, layer.o)
+            parts = self._parts(b.hidden)
+            for part, (shard, k_cache, v_cache) in zip(parts, shards, strict=True):
+                self._attend(layer, shard, inputs, b, k_cache, v_cache, window)
+                kernels.linear(part, b.attention, shard.o)
+            self._sum(b.hidden)
             kernels.add_rms_norm(b.hidden, b.residual, b.hidden, layer.mlp_norm, eps)
-            kernels.linear(b.gate_up, b.hidden, layer.gate_up)
-            kernels.silu_mul(b.inner, b.gate_up)
-            kernels.linear(b.hidden, b.inner, layer.down)
+            parts = self._parts(b.hidden)
+            for part, (shard, _, _) in zip(parts, shards, strict=True):
+                kernels.linear(b.gate_up, b.hidden, shard.gate_up)
+                kernels.silu_mul(b.inner, b.gate_up)
+                kernels.linear(part, b.inner, shard.down)
+            self._sum(b.hidden)
             if on_layer is not None:
                 on_layer()
         return b.residual.add_(b.hidden)
+
+    def _parts(self, out: Tensor) -> list[Tensor]:
+        """Where each shard of this rank puts its part of `out`."""
+        if self._whole:
+            return [out]
+        return [part.view(out.shape) for part in self._ranks.parts(out.numel())]
+
+    def _sum(self, out: Tensor) -> None:
+        """Adds up the parts of all shards of all ranks."""
+        if not self._whole:
+            self._kernels.sum_parts(out, self._ranks.gather())
+
+    def _embed(self, out: Tensor, ids: Tensor) -> None:
+        """out: [T, hidden]; ids: [T]."""
+        table, head = self._weights.embedding, self._weights.lm_head
+        if table is not None:
+            self._kernels.embedding(out, table, ids)
+        elif self._whole:
+            self._kernels.embedding(out, head[0], ids)
+        else:  # each token is a row of one shard's head
+            for shard, packed in zip(self._weights.shards, head, strict=True):
+                inside = (ids >= shard.vocab.start) & (ids < shard.vocab.stop)
+                mine = inside.nonzero().flatten()  # [t] rows of out
+                if mine.numel():
+                    rows = torch.empty(mine.numel(), out.shape[1], dtype=torch.float32)
+                    self._kernels.embedding(rows, packed, ids[mine] - shard.vocab.start)
+                    out.index_copy_(0, mine, rows)
 
     def _views_of(self, rows: int) -> _Views:
         """Decode steps of one batch size follow each other: their views are made once."""
         if rows != self._views.hidden.shape[0]:
             capacity = self._buffers.hidden.shape[0]
             if rows > capacity:
-                self._buffers = _Buffers(self._config, max(rows, 2 * capacity))
+                rows_max = max(rows, 2 * capacity)
+                self._buffers = _Buffers(self._config, self._shards[0], rows_max)
             self._views = _Views(self._buffers, rows)
         return self._views
 
     def _attend(
         self,
         layer: LayerWeights,
+        shard: LayerShard,
         inputs: ModelInput,
         b: _Views,
         k_cache: Tensor,
         v_cache: Tensor,
         window: int,
     ) -> None:
-        """b.hidden -> b.attention; k_cache, v_cache: [num_blocks, Hk, block_size, D]."""
+        """b.hidden -> b.attention; k_cache, v_cache: [num_blocks, Hk, block_size, D].
+
+        Where neighbouring shards have one KV head, each writes it: the same bytes, so that none has
+        to wait for another's.
+        """
         kernels, eps = self._kernels, self._config.rms_norm_eps
-        kernels.linear(b.qkv, b.hidden, layer.qkv)
+        kernels.linear(b.qkv, b.hidden, shard.qkv)
         q, k = b.q, b.k
         if layer.q_norm is not None and layer.k_norm is not None:
             q, k = b.q_dense.copy_(q), b.k_dense.copy_(k)
@@ -167,11 +240,27 @@ class Decoder:
         )
 
     def logits(self, hidden: Tensor) -> Tensor:
-        """[R, vocab] fp32 of hidden states [R, hidden] (overwritten); valid until the next call."""
-        rows = hidden.shape[0]
+        """[R, vocab] fp32 of hidden states [R, hidden] (overwritten); valid until the next call.
+
+        Every rank computes its part of the vocabulary; only rank 0 has the whole.
+        """
+        rows, weights = hidden.shape[0], self._weights
         if rows > self._logits.shape[0]:
             self._logits = torch.empty(rows, self._config.vocab_size, dtype=torch.float32)
-        weights, logits = self._weights, self._logits[:rows]
+        logits = self._logits[:rows]
         self._kernels.rms_norm(hidden, hidden, weights.norm, self._config.rms_norm_eps)
-        self._kernels.linear(logits, hidden, weights.lm_head)
+        if self._whole:
+            self._kernels.linear(logits, hidden, weights.lm_head[0])
+            return logits
+        widest = max(len(shard.vocab) for shard in weights.shards)
+        parts = self._ranks.parts(rows * widest)
+        for part, index in zip(parts, self._ranks.shards, strict=True):
+            columns = len(weights.shards[index].vocab)
+            out = part[: rows * columns].view(rows, columns)
+            self._kernels.linear(out, hidden, weights.lm_head[index])
+        collected = self._ranks.collect()
+        if collected is not None:
+            for part, shard in zip(collected, weights.shards, strict=True):
+                columns = part[: rows * len(shard.vocab)].view(rows, -1)
+                logits[:, shard.vocab.start : shard.vocab.stop] = columns
         return logits
