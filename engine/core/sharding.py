@@ -46,7 +46,8 @@ def cut(config: ModelConfig, num_shards: int) -> list[Shard]:
 
 def shards_of_rank(num_shards: int, rank: int, num_ranks: int) -> range:
     """The shards that one rank of a worker computes."""
-    assert num_shards % num_ranks == 0 and 0 <= rank < num_ranks
+    assert num_shards % num_ranks == 0
+    assert 0 <= rank < num_ranks
     each = num_shards // num_ranks
     return range(rank * each, (rank + 1) * each)
 

@@ -27,11 +27,13 @@ def tiny_model(
     dtype: torch.dtype = torch.float32,
     kernels: str = BACKEND,
     level: str | None = None,
+    num_shards: int = 1,
 ) -> LoadedModel:
     """A loaded model of bench.oracle.FAMILIES; its folder is gone, its weights are kept."""
     with tempfile.TemporaryDirectory() as folder:
         make_checkpoint(Path(folder), family, dtype)
-        return load_model(ModelOptions(path=folder, kernels=kernels, kernel_level=level))
+        options = ModelOptions(path=folder, kernels=kernels, kernel_level=level)
+        return load_model(options, num_shards)
 
 
 def all_logits(model: LoadedModel, pool: KVPool, seq: Sequence, cuts: list[int]) -> Tensor:

@@ -142,3 +142,20 @@ def test_embedding_refuses_ids_outside_the_table(cpp: CppKernels) -> None:
     for wrong in (-1, 5):
         with pytest.raises(AssertionError, match="inside"):
             cpp.embedding(torch.empty(1, 8), torch.zeros(5, 8), int32([wrong]))
+
+
+@pytest.mark.parametrize("num_parts", [1, 2, 5])
+@pytest.mark.parametrize("shape", [(1, 7), (3, 64), (37, 960)])
+def test_parts_are_added_in_their_order(
+    cpp: CppKernels, reference: ReferenceKernels, num_parts: int, shape: tuple[int, int]
+) -> None:
+    torch.manual_seed(num_parts)
+    size = shape[0] * shape[1]
+    parts = torch.randn(num_parts, size) * 10.0 ** torch.arange(num_parts)[:, None]
+    wanted, got = torch.empty(shape), torch.empty(shape)
+    reference.sum_parts(wanted, parts)
+    for threads in (1, 3):
+        cpp.set_num_threads(threads)
+        cpp.sum_parts(got.zero_(), parts)
+        assert torch.equal(got, wanted)
+    cpp.set_num_threads(1)
