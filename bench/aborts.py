@@ -11,7 +11,7 @@ import tempfile
 import time
 from pathlib import Path
 
-from bench.kills import blocks_at_rest
+from bench.chaos import blocks_at_rest
 from bench.losslessness import prompt_of
 from bench.models import write_model
 from bench.record import spread, write

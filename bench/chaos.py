@@ -1,7 +1,9 @@
-"""Kills random workers and schedulers under load, and looks for anything a client could notice.
+"""Kills or stops random processes under load, and looks for anything a client could notice.
 
-Every request is compared with what an undisturbed engine gave for it. At the end nothing may be
-left: no block in use, no process, no shared memory, no run directory.
+`--kills` are SIGKILLs, `--stops` are SIGSTOPs (a process that stands still: it must be found out
+and fenced), mixed at random when both are given. Every request is compared with what an undisturbed
+engine gave for it. At the end nothing may be left: no block in use, no process, no shared memory,
+no run directory.
 """
 
 import argparse
@@ -11,6 +13,7 @@ import random
 import signal
 import tempfile
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Final
@@ -28,6 +31,7 @@ from diptych.server.load.report import percentile
 
 _NUM_KINDS: Final = 24
 _REST_S_MAX: Final = 10.0
+STOP_S: Final = 1.0  # between a signal and the next SIGSTOP: a hang takes seconds to be found out
 
 
 @dataclass(slots=True)
@@ -118,27 +122,35 @@ async def user(
             tally.wrong.append(f"{name} kind {kind}")
 
 
-async def killer(hosted: Hosted, count: int, seed: int) -> dict[str, int]:
-    """SIGKILLs `count` times a random worker or the scheduler; returns how often each."""
-    rng = random.Random(f"{seed} killer")
+def targets(supervisor: int, kinds: Sequence[str]) -> dict[str, int]:
+    """Name -> pid of what may be disturbed now: processes of these kinds ("worker", ...)."""
+    return {
+        name: pid
+        for name, pid in engine_processes(supervisor).items()
+        if name.startswith(tuple(kinds))
+    }
+
+
+async def disturb(hosted: Hosted, args: argparse.Namespace) -> dict[str, int]:
+    """Sends the signals, each to a random process; returns how many of which kind each got."""
+    rng = random.Random(f"{args.seed} killer")
     assert hosted.launched is not None
-    killed: dict[str, int] = {}
-    while sum(killed.values()) < count:
-        await asyncio.sleep(rng.uniform(0.05, 0.6))
-        targets = {
-            name: pid
-            for name, pid in engine_processes(hosted.launched.supervisor_pid).items()
-            if name.startswith(("worker", "scheduler"))
-        }
-        if not targets:
+    signals = [signal.SIGKILL] * args.kills + [signal.SIGSTOP] * args.stops
+    rng.shuffle(signals)
+    sent: dict[str, int] = {}
+    while signals:
+        await asyncio.sleep(rng.uniform(0.05, 0.6) if signals[-1] == signal.SIGKILL else STOP_S)
+        found = targets(hosted.launched.supervisor_pid, args.targets)
+        if not found:
             continue
-        name = rng.choice(sorted(targets))
+        name = rng.choice(sorted(found))
         try:
-            os.kill(targets[name], signal.SIGKILL)
+            os.kill(found[name], signals[-1])
         except ProcessLookupError:
             continue
-        killed[name] = killed.get(name, 0) + 1
-    return killed
+        what = f"{name} {signals.pop().name}"
+        sent[what] = sent.get(what, 0) + 1
+    return dict(sorted(sent.items()))
 
 
 async def blocks_at_rest(hosted: Hosted) -> int | None:
@@ -179,7 +191,7 @@ async def run(folder: Path, args: argparse.Namespace) -> dict[str, object]:
         for i in range(args.users)
     ]
     start = time.monotonic()
-    killed = await killer(hosted, args.kills, args.seed)
+    sent = await disturb(hosted, args)
     stop.set()
     await asyncio.gather(*users)
     seconds = time.monotonic() - start
@@ -190,7 +202,7 @@ async def run(folder: Path, args: argparse.Namespace) -> dict[str, object]:
     return {
         "seed": args.seed,
         "seconds": seconds,
-        "kills": killed,
+        "signals": sent,
         "requests_completed": tally.completed,
         "requests_refused_429": tally.refused,
         "requests_failed": tally.failed,
@@ -215,6 +227,10 @@ def clean(result: dict[str, object]) -> bool:
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--kills", type=int, default=200)
+    parser.add_argument("--stops", type=int, default=0)
+    parser.add_argument(
+        "--targets", nargs="+", default=["worker", "scheduler"], help="kinds of processes"
+    )
     parser.add_argument("--users", type=int, default=12)
     parser.add_argument("--prefill", type=int, default=2)
     parser.add_argument("--decode", type=int, default=2)

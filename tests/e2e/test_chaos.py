@@ -1,4 +1,4 @@
-"""A short slice of `bench.kills` and `bench.aborts`: nothing fails, is wrong, or is left."""
+"""A short slice of `bench.chaos` and `bench.aborts`: nothing fails, is wrong, or is left."""
 
 import argparse
 import asyncio
@@ -6,18 +6,22 @@ from pathlib import Path
 
 import pytest
 
-from bench import aborts, kills
+from bench import aborts, chaos
 from bench.models import write_model
 
 SEED = 5
 
 
 @pytest.mark.timeout(120)
-@pytest.mark.parametrize("memory", [[], ["--transfer", "tcp"]], ids=["one pool", "separate"])
-def test_killed_workers_and_schedulers_are_not_noticed(tmp_path: Path, memory: list[str]) -> None:
-    args = kills.parse(["--kills", "12", "--users", "6", "--seed", str(SEED), *memory])
-    result = asyncio.run(kills.run(write_model(tmp_path, "tiny"), args))
-    assert kills.clean(result), result
+@pytest.mark.parametrize(
+    "flags",
+    [["--kills", "12"], ["--kills", "12", "--transfer", "tcp"], ["--kills", "0", "--stops", "2"]],
+    ids=["kills", "kills, separate pools", "stops"],
+)
+def test_disturbed_workers_and_schedulers_are_not_noticed(tmp_path: Path, flags: list[str]) -> None:
+    args = chaos.parse(["--users", "6", "--seed", str(SEED), *flags])
+    result = asyncio.run(chaos.run(write_model(tmp_path, "tiny"), args))
+    assert chaos.clean(result), result
     assert result["requests_completed"], result
 
 
