@@ -41,6 +41,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         default="auto",
         help="auto: sampling defaults of the model's generation_config.json",
     )
+    front(
+        "--overload-status",
+        type=int,
+        choices=[429, 503],
+        default=429,
+        help="HTTP status of a full queue, always with Retry-After (default: %(default)s)",
+    )
     front("--shutdown-timeout", type=float, default=30.0, metavar="S", help="to drain on SIGTERM")
     front("--log-level", choices=["debug", "info", "warning", "error"], default="info")
     front("--inline", action="store_true", help="everything in one process, for debugging")
@@ -64,6 +71,7 @@ def main(args: argparse.Namespace) -> int:
         sampling_defaults=dict(
             config.sampling_defaults if args.generation_config == "auto" else {}
         ),
+        overload_status=args.overload_status,
         grace_s=args.shutdown_timeout,
     )
     settings.verify()

@@ -11,6 +11,7 @@ class DiptychError(Exception):
     status = 500
     type = "server_error"
     code: str | None = None
+    retryable = True  # False: the same request would fail again
 
     def __init__(self, message: str, *, param: str | None = None, code: str | None = None) -> None:
         super().__init__(message)
@@ -49,6 +50,7 @@ class RequestTimeoutError(DiptychError):
     status = 408
     type = "timeout_error"
     code = "deadline_exceeded"
+    retryable = False
 
 
 class OverloadedError(DiptychError):
@@ -75,6 +77,7 @@ class PoisonRequestError(DiptychError):
     """This request alone crashed a worker: 500 with its id."""
 
     code = "request_failed"
+    retryable = False
 
 
 class ConfigError(DiptychError):

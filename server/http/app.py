@@ -24,7 +24,6 @@ from diptych.server.http.errors import (
     InternalError,
     MethodNotAllowedError,
     UnknownUrlError,
-    error_response,
 )
 from diptych.server.http.front import Front
 from diptych.server.http.gate import Gate
@@ -61,6 +60,7 @@ def make_app(client: EngineClient, tokenizer: Tokenizer, settings: HttpSettings)
         ("GET", "/v1/models", _models),
         ("GET", "/v1/models/{model:path}", _model),
         ("GET", "/health", _health),
+        ("GET", "/ready", _health),
         ("GET", "/ping", _ping),
         ("POST", "/ping", _ping),
         ("GET", "/metrics", _metrics),
@@ -69,7 +69,8 @@ def make_app(client: EngineClient, tokenizer: Tokenizer, settings: HttpSettings)
         ("GET", "/server_info", _server_info),
     ]
     for method, path, handler in routes:
-        app.add_api_route(path, _bound(handler, front), methods=[method], response_model=None)
+        methods = ["GET", "HEAD"] if method == "GET" else [method]
+        app.add_api_route(path, _bound(handler, front), methods=methods, response_model=None)
     return app
 
 
@@ -88,7 +89,7 @@ def _bound(handler: Handler, front: Front) -> Callable[[Request], Awaitable[Resp
 
 async def _operating_error(request: Request, error: Exception) -> Response:
     assert isinstance(error, DiptychError)
-    return error_response(error)
+    return front_of(request.app).error_response(error)
 
 
 async def _http_error(request: Request, error: Exception) -> Response:
@@ -97,10 +98,11 @@ async def _http_error(request: Request, error: Exception) -> Response:
     where = f"{request.method} {request.scope['path'][:200]}"
     if error.status_code == 405:
         allowed = (error.headers or {}).get("Allow", "another method")
-        response = error_response(MethodNotAllowedError(f"{where}: use {allowed} here."))
+        refusal = MethodNotAllowedError(f"{where}: use {allowed} here.")
+        response = front_of(request.app).error_response(refusal)
         response.headers["Allow"] = allowed
         return response
-    return error_response(UnknownUrlError(f"Unknown request URL: {where}."))
+    return front_of(request.app).error_response(UnknownUrlError(f"Unknown request URL: {where}."))
 
 
 async def _client_gone(request: Request, error: Exception) -> Response:
@@ -110,7 +112,7 @@ async def _client_gone(request: Request, error: Exception) -> Response:
 async def _our_bug(request: Request, error: Exception) -> Response:
     request_id = str(request.scope.get("diptych.request_id", ""))
     _LOG.error("request %s failed", request_id, exc_info=error)
-    response = error_response(InternalError(request_id))
+    response = front_of(request.app).error_response(InternalError(request_id))
     response.headers["X-Request-Id"] = request_id
     return response
 

@@ -58,6 +58,10 @@ class EngineCollector(Collector):
         yield self._gauge("num_requests_waiting", "Sequences waiting for a place.", waiting)
         yield self._gauge("kv_cache_usage_perc", "Blocks in use, 0 to 1.", used)
         yield self._gauge("gpu_cache_usage_perc", "Alias of kv_cache_usage_perc.", used)
+        yield self._gauge("cpu_cache_usage_perc", "No KV is kept outside the pools.", 0.0)
+        yield self._gauge("num_requests_swapped", "Sequences are never swapped.", 0.0)
+        rate = 0.0 if stats is None else stats.prefix_hits / max(1, stats.prefix_queries)
+        yield self._gauge("gpu_prefix_cache_hit_rate", "Hits over queries, since the start.", rate)
         family = GaugeMetricFamily(
             "vllm:num_requests_waiting_by_reason",
             "Sequences waiting, by reason.",
@@ -72,6 +76,8 @@ class EngineCollector(Collector):
             "vllm:num_preemptions": (0 if stats is None else stats.preemptions),
             "vllm:prefix_cache_queries": (0 if stats is None else stats.prefix_queries),
             "vllm:prefix_cache_hits": (0 if stats is None else stats.prefix_hits),
+            "vllm:gpu_prefix_cache_queries": (0 if stats is None else stats.prefix_queries),
+            "vllm:gpu_prefix_cache_hits": (0 if stats is None else stats.prefix_hits),
             "diptych:losses": (0 if stats is None else stats.losses),
             "diptych:prefill_tokens": (0 if stats is None else stats.prefill_tokens),
         }

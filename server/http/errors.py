@@ -9,7 +9,12 @@ import math
 import msgspec
 from starlette.responses import Response
 
-from diptych.engine.core.errors import DiptychError, EngineDeadError, InvalidRequestError
+from diptych.engine.core.errors import (
+    DiptychError,
+    EngineDeadError,
+    InvalidRequestError,
+    OverloadedError,
+)
 
 
 class ErrorObject(msgspec.Struct, frozen=True):
@@ -76,11 +81,15 @@ def error_body(error: DiptychError) -> bytes:
     )
 
 
-def error_response(error: DiptychError) -> Response:
+def error_response(error: DiptychError, overload_status: int) -> Response:
+    """The HTTP answer; `overload_status` is what overload is answered with (429 or 503)."""
     headers: dict[str, str] = {}
+    status = overload_status if isinstance(error, OverloadedError) else error.status
     retry_after_s = getattr(error, "retry_after_s", None)
     if isinstance(retry_after_s, int | float):
         headers["Retry-After"] = str(max(1, math.ceil(retry_after_s)))
     if error.status == 401:
         headers["WWW-Authenticate"] = "Bearer"
-    return Response(error_body(error), error.status, headers, media_type="application/json")
+    if not error.retryable:
+        headers["X-Should-Retry"] = "false"  # OpenAI's clients would send a 408 or 500 again
+    return Response(error_body(error), status, headers, media_type="application/json")

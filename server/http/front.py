@@ -11,9 +11,16 @@ import secrets
 import time
 from typing import Final
 
-from diptych.engine.core.errors import InvalidRequestError, ModelNotFoundError, OverloadedError
+from starlette.responses import Response
+
+from diptych.engine.core.errors import (
+    DiptychError,
+    InvalidRequestError,
+    ModelNotFoundError,
+    OverloadedError,
+)
 from diptych.server.client import EngineClient
-from diptych.server.http.errors import DrainingError
+from diptych.server.http.errors import DrainingError, error_response
 from diptych.server.http.metrics import Metrics
 from diptych.server.http.settings import HttpSettings
 from diptych.server.text.tokenizer import Tokenizer
@@ -38,6 +45,9 @@ class Front:
 
     def new_id(self) -> str:
         return f"{self.settings.api_number}-{next(self._counter)}-{secrets.token_hex(4)}"
+
+    def error_response(self, error: DiptychError) -> Response:
+        return error_response(error, self.settings.overload_status)
 
     def enter(self) -> None:
         """One more request in flight; pairs with `leave`."""

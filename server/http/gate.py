@@ -13,10 +13,9 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from diptych.engine.core.errors import AuthenticationError, DiptychError
 from diptych.server.http.answering import valid_header_id
-from diptych.server.http.errors import error_response
 from diptych.server.http.front import Front
 
-OPEN_PATHS: Final = frozenset({"/health", "/ping", "/metrics"})
+OPEN_PATHS: Final = frozenset({"/health", "/ping", "/ready", "/metrics"})
 _COUNTED: Final = frozenset(
     {
         *OPEN_PATHS,
@@ -53,7 +52,7 @@ class Gate:
             if works:
                 self._front.enter()
         except DiptychError as error:
-            await error_response(error)(scope, receive, stamped)
+            await self._front.error_response(error)(scope, receive, stamped)
             return
         try:
             await self._app(scope, receive, stamped)

@@ -5,6 +5,7 @@ wrong type is a 400 that names it; a field that asks for something we cannot do 
 ignored; any other unknown field is ignored and reported to the caller for counting.
 """
 
+import json
 import re
 from collections.abc import Callable, Mapping
 from typing import Final, TypeVar
@@ -155,6 +156,8 @@ def decode_object(body: bytes) -> dict[str, object]:
         raise InvalidRequestError("The request body is nested too deeply.") from error
     except msgspec.MsgspecError as error:
         reason = "a number is out of range" if "out of range" in str(error) else str(error)
+        if _half_characters(body):
+            reason = r"a \u escape is half a character (a surrogate without its pair)"
         raise InvalidRequestError(
             f"The request body is not valid JSON: {_sentence(reason)}. (NaN and Infinity are not "
             "JSON numbers.)"
@@ -162,6 +165,17 @@ def decode_object(body: bytes) -> dict[str, object]:
     if not isinstance(value, dict):
         raise InvalidRequestError("The request body must be a JSON object.")
     return {name: item for name, item in value.items() if item is not None}
+
+
+def _half_characters(body: bytes) -> bool:
+    """Whether the standard library reads it, with text in it that no UTF-8 can hold."""
+    try:
+        json.dumps(json.loads(body), ensure_ascii=False).encode()
+    except UnicodeEncodeError:
+        return True
+    except (ValueError, RecursionError):
+        pass
+    return False
 
 
 def parse(fields: Mapping[str, object], kind: type[T]) -> tuple[T, list[str]]:
@@ -173,12 +187,20 @@ def parse(fields: Mapping[str, object], kind: type[T]) -> tuple[T, list[str]]:
                 f"{name}: {why}. Remove this field.", param=name, code="unsupported_parameter"
             )
     try:
-        request = msgspec.convert(fields, kind, str_keys=True)
+        request = msgspec.convert(_integral(fields), kind, str_keys=True)
     except msgspec.ValidationError as error:
         raise _bad_form(str(error)) from error
     except RecursionError as error:
         raise InvalidRequestError("The request body is nested too deeply.") from error
     return request, [name for name in fields.keys() - known - _IGNORED if name not in _REFUSED]
+
+
+def _integral(fields: Mapping[str, object]) -> dict[str, object]:
+    """5.0 is an integer to JSON, and some clients know one kind of number only."""
+    return {
+        name: int(value) if isinstance(value, float) and value.is_integer() else value
+        for name, value in fields.items()
+    }
 
 
 def _bad_form(reason: str) -> InvalidRequestError:

@@ -36,6 +36,7 @@ class HttpSettings(msgspec.Struct, frozen=True, kw_only=True):
     in_flight_max: int = 4096  # 429
     timeout_s: float | None = None  # of requests that set none
     timeout_s_max: float = 86_400.0  # 400
+    overload_status: int = 429  # or 503, for gateways that know no other
     retry_after_s: float = 5.0  # while draining
     grace_s: float = 30.0  # for running streams, after the drain began
 

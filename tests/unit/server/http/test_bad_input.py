@@ -31,6 +31,8 @@ RAW = [
     (b'{"prompt": "x", "temperature": Infinity}', "Infinity"),
     (b'{"prompt": "x", "temperature": 1e999}', "out of range"),
     (b'{"prompt": ' + b"[" * 100_000, "nested too deeply"),
+    (rb'{"prompt": "cut in two: \ud83d"}', "half a character"),
+    (rb'{"prompt": "\udc00 alone"}', "half a character"),
 ]
 
 

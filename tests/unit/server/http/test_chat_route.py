@@ -237,7 +237,25 @@ def test_refusals_of_the_engine_are_http_errors(site: Site) -> None:
             assert response.status_code == status
             assert response.json()["error"]["code"] == code
             assert response.headers.get("retry-after") == ("3" if status == 429 else None)
+            again = "false" if status in (408, 500) else None  # it would fail again
+            assert response.headers.get("x-should-retry") == again
     assert site.http.get("/load").json() == {"server_load": 0}
+
+
+def test_overload_can_be_503(make_site: MakeSite) -> None:
+    site = make_site(overload_status=503)
+    site.engine.refuse = OverloadedError("full", retry_after_s=2.2)
+    response = site.http.post(CHAT, json={"messages": HELLO})
+    assert response.status_code == 503
+    assert response.headers["retry-after"] == "3"
+    assert response.json()["error"]["code"] == "server_overloaded"
+
+
+def test_whole_numbers_may_be_written_as_floats(site: Site) -> None:
+    body = b'{"messages": [{"role": "user", "content": "x"}], "max_tokens": 2.0, "seed": 1e2}'
+    response = site.http.post(CHAT, content=body, headers={"Content-Type": "application/json"})
+    assert response.json()["usage"]["completion_tokens"] == 2
+    assert site.engine.calls[0][2].seed == 100
 
 
 def test_an_error_after_the_start_is_an_event_without_done(site: Site) -> None:

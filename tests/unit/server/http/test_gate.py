@@ -82,11 +82,14 @@ def test_too_many_in_flight(make_site: MakeSite) -> None:
 
 
 def test_health(site: Site) -> None:
-    assert site.http.get("/health").json() == {"status": "ok"}
+    for path in ("/health", "/ready"):
+        assert site.http.get(path).json() == {"status": "ok"}
+        head = site.http.head(path)
+        assert (head.status_code, head.content) == (200, b"")
     for method in ("GET", "POST"):
         assert site.http.request(method, "/ping").json() == {"status": "Healthy"}
     site.engine.healthy = Health(False, "no step for 5 s")
-    for path in ("/health", "/ping"):
+    for path in ("/health", "/ready", "/ping"):
         response = site.http.get(path)
         assert response.status_code == 503
         assert "no step for 5 s" in response.json()["error"]["message"]

@@ -15,6 +15,12 @@ TIER_A = {
     "vllm:num_preemptions_total": 1.0,
     "vllm:prefix_cache_queries_total": 100.0,
     "vllm:prefix_cache_hits_total": 40.0,
+    "vllm:gpu_prefix_cache_queries_total": 100.0,
+    "vllm:gpu_prefix_cache_hits_total": 40.0,
+    "vllm:gpu_prefix_cache_hit_rate": 0.4,
+    "vllm:gpu_cache_usage_perc": 0.25,
+    "vllm:cpu_cache_usage_perc": 0.0,
+    "vllm:num_requests_swapped": 0.0,
 }
 HISTOGRAMS = [
     "time_to_first_token_seconds",
