@@ -20,7 +20,7 @@ from diptych.engine.core.messages import (
     ChoiceState,
     Closed,
     CommittedBlock,
-    Grant,
+    Grants,
     Joined,
     PoolUp,
     Progress,
@@ -69,10 +69,11 @@ class Driver:
             message = command.message
             if isinstance(message, Assign):
                 self.tables[message.ref] = (list(message.block_table), list(message.generations))
-            elif isinstance(message, Grant):
-                blocks, generations = self.tables[message.ref]
-                blocks += message.blocks
-                generations += message.generations
+            elif isinstance(message, Grants):
+                for grant in message.grants:
+                    blocks, generations = self.tables[grant.ref]
+                    blocks += grant.blocks
+                    generations += grant.generations
 
     def submit(self, name: str, prompt: bytes, hashes: list[bytes]) -> Submit:
         request = Request(name, prompt, SamplingParams(max_tokens=4096, seed=0), 0, 0, ROOT)

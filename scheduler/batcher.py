@@ -12,6 +12,7 @@ from diptych.engine.core.messages import (
     Address,
     Assign,
     Grant,
+    Grants,
     Handoff,
     Join,
     Joined,
@@ -87,8 +88,9 @@ class Batcher:
         elif message.worker_epoch == self._worker_epoch and message.scheduler_epoch == self._epoch:
             if isinstance(message, Assign):
                 self._assign(message)
-            elif isinstance(message, Grant):
-                self._grant(message)
+            elif isinstance(message, Grants):
+                for grant in message.grants:
+                    self._grant(grant)
             elif isinstance(message, Revoke):
                 self._revoke(message)
             else:
@@ -134,8 +136,7 @@ class Batcher:
             if assign.prefix is not None:
                 self._commands.append(exchange.prefix_order(run, assign))
             self._pull(run, run.handoff)
-        seal = self._seals.claim(run.ref)
-        if seal is not None:
+        if (seal := self._seals.claim(run.ref)) is not None:
             self._take_seal(seal)
 
     def _take_seal(self, seal: Seal) -> None:
@@ -226,8 +227,7 @@ class Batcher:
         self._lineup.feed(run)
 
     def _revoke(self, revoke: Revoke) -> None:
-        run = self._lineup.get(revoke.ref)
-        if run is not None:
+        if (run := self._lineup.get(revoke.ref)) is not None:
             if run.phase is Phase.AWAITING_SEAL and run.early_seal is None:
                 self._seals.void(run.ref)
             self._lineup.remove(run)

@@ -16,7 +16,7 @@ from diptych.engine.core.messages import (
     Assign,
     Closed,
     Failed,
-    Grant,
+    Grants,
     Join,
     Joined,
     Lost,
@@ -123,5 +123,5 @@ JournalInput = (
     Accepted | Rejected | Placed | Lost | Failed | TokenBatch | Stats | SchedulerUp | SchedulerDown
 )
 JournalCommand = Send | Delivered | Refused | Ended
-BatcherInput = Join | Assign | Grant | Revoke | SetDial | Seal | TransferNews
+BatcherInput = Join | Assign | Grants | Revoke | SetDial | Seal | TransferNews
 BatcherCommand = Send | ClearBlock | CommitBlock | TransferOrder

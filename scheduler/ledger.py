@@ -54,6 +54,10 @@ class PoolLedger:
         """What `allocate` can give: free blocks, and cached ones by eviction."""
         return len(self._free) + self.cache.num_parked
 
+    def up_to(self, count: int) -> int:
+        """How many of `count` blocks `allocate` can give."""
+        return count if len(self._free) >= count else min(count, self.num_available)
+
     def state(self, block: BlockId) -> BlockState:
         return self._states[block]
 
@@ -81,16 +85,16 @@ class PoolLedger:
 
     def allocate(self, count: int) -> list[BlockId]:
         """`count` private blocks with new generations; evicts cached ones as needed."""
-        assert count <= self.num_available, f"{count} of {self.num_available} blocks"
-        taken: list[BlockId] = []
-        for _ in range(count):
-            if not self._free:
+        free = self._free
+        if len(free) < count:
+            assert count <= self.num_available, f"{count} of {self.num_available} blocks"
+            while len(free) < count:
                 self.evict()
-            block = self._free.popleft()
+        taken = [free.popleft() for _ in range(count)]
+        for block in taken:
             self.generations[block] += 1
             self._states[block] = _PRIVATE
             self._uses[block] = 1
-            taken.append(block)
         return taken
 
     def share(self, blocks: Iterable[BlockId]) -> None:

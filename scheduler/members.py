@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from enum import Enum, auto
 
 from diptych.engine.core.errors import ConfigError
-from diptych.engine.core.messages import Address, PoolUp, WorkerUp
+from diptych.engine.core.messages import Address, Grant, PoolUp, WorkerUp
 from diptych.engine.core.types import ApiId, BlockHash, Epoch, PoolId, WorkerId
 from diptych.scheduler.cost_model import PairCost, WorkerCost
 from diptych.scheduler.ledger import PoolLedger
@@ -38,6 +38,7 @@ class Worker:
     finished: dict[RowKey, Row] = field(default_factory=dict)  # ended here, not closed yet
     sealed: dict[RowKey, Row] = field(default_factory=dict)  # its seal may not have arrived
     cost: WorkerCost = field(default_factory=WorkerCost)
+    grants: list[Grant] = field(default_factory=list)  # of this step, not sent yet
     backlog_tokens: int = 0  # assigned for prefill and not reported as computed
     steps: int = 0
     step_s: float = 0.0  # mean of the last report

@@ -50,7 +50,7 @@ class RankHeap:
 
     def discard(self, row: Row) -> bool:
         """False: it was not here."""
-        return self._tickets.pop(row.key, None) is not None
+        return bool(self._tickets) and self._tickets.pop(row.key, None) is not None
 
 
 class DrainRate:

@@ -56,6 +56,7 @@ class Runs:
         self.counts = RunCounts()
         self.room_version = 0  # raised whenever a waiting row might fit that did not before
         self._options = options
+        self._headroom = options.headroom_blocks
         self._cache = cache
         self._members = members
         self._rows = rows
@@ -184,7 +185,8 @@ class Runs:
         ):
             self.counts.ignored_commits += 1
             return
-        row.num_committed = max(row.num_committed, index + 1)
+        if index >= row.num_committed:
+            row.num_committed = index + 1
         if row.computing:
             self._computed(pool, row, block.hash)
         if row.state is RowState.RUNNING:
@@ -238,15 +240,24 @@ class Runs:
 
     def extend(self, row: Row, pool: Pool) -> None:
         """Grants up to the block being written and the headroom; without room, makes some."""
-        headroom = self._options.headroom_blocks
-        target = min(row.blocks_max, max(row.blocks_base, row.num_committed + 1) + headroom)
+        target = max(row.blocks_base, row.num_committed + 1) + self._headroom
+        if target > row.blocks_max:
+            target = row.blocks_max
         have = len(row.table)
         if have >= target:
             pool.hungry.discard(row)
             return
-        give = min(target - have, pool.ledger.num_available)
+        give = pool.ledger.up_to(target - have)
         if give:
-            self._grant(row, pool, give)
+            decoder = row.decoder
+            assert row.ref is not None
+            assert decoder in row.holds
+            worker = self._members.workers[decoder]
+            blocks = pool.ledger.allocate(give)
+            of_pool = pool.ledger.generations
+            generations = [of_pool[block] for block in blocks]
+            self._outbox.grant(worker, Grant(row.ref, have, blocks, generations))
+            row.table += blocks
         if have + give >= target:
             pool.hungry.discard(row)
             return
@@ -254,19 +265,6 @@ class Runs:
             pool.hungry.push(row, row.order)
         if len(row.table) <= row.num_committed:
             self._preempt(pool)
-
-    def _grant(self, row: Row, pool: Pool, count: int) -> None:
-        worker = self._members.workers[row.decoder]
-        assert row.ref is not None
-        assert worker.id in row.holds
-        first = len(row.table)
-        blocks = pool.ledger.allocate(count)
-        row.table += blocks
-        generations = [pool.ledger.generations[block] for block in blocks]
-        self._outbox.to_worker(
-            worker,
-            Grant(self._outbox.epoch, worker.epoch, row.ref, first, blocks, generations),
-        )
 
     def _preempt(self, pool: Pool) -> None:
         """Takes the newest row of the lowest priority back, unless blocks are coming anyway."""

@@ -155,11 +155,15 @@ class Scheduler:
             worker.cost.observe(message.steps, message.compute_s, message.prefill_tokens)
             worker.backlog_tokens = max(0, worker.backlog_tokens - message.prefill_tokens)
             self._runs.counts.prefill_tokens += message.prefill_tokens
-        find = self._rows.find
+        find, commit, me = self._rows.find, self._runs.commit, worker.id
         for block in message.committed:
             row = find(block.ref)
-            if row is not None and (role := row.holds.get(worker.id)) is not None:
-                self._committed(row, role, pool, block)
+            if row is None or me not in row.holds:
+                continue
+            if row.source is None and row.sealed_on is None:  # nearly all
+                commit(row, pool, block)
+            else:
+                self._committed(row, row.holds[me], pool, block)
         for landed in message.landed:
             row = find(landed.ref)
             if row is not None and (role := row.holds.get(worker.id)) is not None:

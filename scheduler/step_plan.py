@@ -33,7 +33,7 @@ class StepPlanner:
             reserve = min(self._block_size, budget // 2) or self._odd
             seats = seats - 1 or 1 - self._odd
         decodes = lineup.next_decodes(min(budget - reserve, seats))
-        rows = [StepRow(run.seq, len(run.tokens) - 1, 1, True) for run in decodes]
+        rows = [StepRow(seq := run.seq, seq.num_computed, 1, True) for run in decodes]
         num_decodes = num_tokens = len(rows)
         runs = decodes.copy()
         if lineup.prefills:

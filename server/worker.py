@@ -16,7 +16,7 @@ from diptych.engine.core.messages import (
     AnyMessage,
     Assign,
     Drain,
-    Grant,
+    Grants,
     Join,
     Revoke,
     Seal,
@@ -40,7 +40,7 @@ from diptych.transfer.porter import PeerMessage, Porter
 
 IDLE_S: Final = 0.5
 """An idle worker shows that it lives this often; far below any `hang_s`."""
-_FOR_BATCHER: Final = (Join, Assign, Grant, Revoke, SetDial, Seal)
+_FOR_BATCHER: Final = (Join, Assign, Grants, Revoke, SetDial, Seal)
 
 _log = logging.getLogger("diptych")
 

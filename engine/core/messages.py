@@ -214,15 +214,21 @@ class Assign(Message, frozen=True):
     prefix: Handoff | None = None
 
 
-class Grant(Message, frozen=True):
+class Grant(msgspec.Struct, frozen=True, array_like=True, gc=False):
     """More blocks at the end of a sequence's table. `first` is the table index of blocks[0]."""
 
-    scheduler_epoch: Epoch
-    worker_epoch: Epoch
     ref: SeqRef
     first: int
     blocks: list[BlockId]
     generations: list[Generation]
+
+
+class Grants(Message, frozen=True):
+    """What the rows of one worker are granted in one step of the scheduler."""
+
+    scheduler_epoch: Epoch
+    worker_epoch: Epoch
+    grants: list[Grant]
 
 
 class Revoke(Message, frozen=True):
@@ -311,7 +317,7 @@ class Joined(Message, frozen=True):
     worker_epoch: Epoch
 
 
-class CommittedBlock(msgspec.Struct, frozen=True, array_like=True):
+class CommittedBlock(msgspec.Struct, frozen=True, array_like=True, gc=False):
     """Block `index` of the sequence's table is full and its step is over."""
 
     ref: SeqRef
@@ -468,7 +474,7 @@ AnyMessage = (
     | Stats
     | Join
     | Assign
-    | Grant
+    | Grants
     | Revoke
     | SetDial
     | Seal

@@ -31,7 +31,7 @@ class Request(msgspec.Struct, frozen=True, array_like=True):
         return len(self.prompt_ids) // 4
 
 
-class SeqRef(msgspec.Struct, frozen=True, array_like=True):
+class SeqRef(msgspec.Struct, frozen=True, array_like=True, gc=False):
     """One attempt at one choice of a request: the name of a sequence in every message."""
 
     request: RequestId

@@ -13,6 +13,7 @@ from diptych.engine.core.messages import (
     Address,
     Assign,
     Grant,
+    Grants,
     Handoff,
     Joined,
     Message,
@@ -112,8 +113,9 @@ class Watch:
     def scheduler_sends(self, to: Address, message: Message) -> None:
         if isinstance(message, Assign):
             self._assign(to, message)
-        elif isinstance(message, Grant):
-            self._grant(to, message)
+        elif isinstance(message, Grants):
+            for grant in message.grants:
+                self._grant(to, grant)
 
     def _assign(self, to: Address, message: Assign) -> None:
         worker, ref = to.number, message.ref

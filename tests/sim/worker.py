@@ -10,7 +10,7 @@ from diptych.engine.core.messages import (
     Address,
     AskPublish,
     Assign,
-    Grant,
+    Grants,
     Join,
     Joined,
     Message,
@@ -111,7 +111,7 @@ class WorkerProcess(Process):
             self._begin(plan)
 
     def _handle(self, message: Message) -> None:
-        assert isinstance(message, Join | Assign | Grant | Revoke | SetDial | Seal), message
+        assert isinstance(message, Join | Assign | Grants | Revoke | SetDial | Seal), message
         self.op("handle")
         before = (self.batcher.num_sequences, len(self.batcher._commands))
         self.batcher.handle(message)

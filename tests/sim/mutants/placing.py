@@ -4,6 +4,7 @@ from contextlib import ExitStack
 
 from diptych.engine.core.messages import Grant
 from diptych.scheduler.intake import Intake
+from diptych.scheduler.members import Worker
 from diptych.scheduler.outbox import Outbox
 from diptych.scheduler.placement import Placer
 from diptych.scheduler.queue import WaitingRoom
@@ -52,13 +53,12 @@ def starved_row_ignored(stack: ExitStack) -> None:
 def granted_twice(stack: ExitStack) -> None:
     """A grant is sent two times."""
 
-    def to_worker(self: Outbox, worker: object, message: object) -> None:
-        original(self, worker, message)  # type: ignore[arg-type]
-        if isinstance(message, Grant):
-            original(self, worker, message)  # type: ignore[arg-type]
+    def grant(self: Outbox, worker: Worker, granted: Grant) -> None:
+        original(self, worker, granted)
+        original(self, worker, granted)
 
-    original = Outbox.to_worker
-    replace(stack, Outbox, "to_worker", to_worker)
+    original = Outbox.grant
+    replace(stack, Outbox, "grant", grant)
 
 
 @mutant("disconnect")

@@ -12,6 +12,7 @@ from diptych.engine.core.hashing import extend_chain, hash_root
 from diptych.engine.core.messages import (
     Assign,
     Grant,
+    Grants,
     Join,
     Joined,
     Message,
@@ -203,7 +204,7 @@ class Shell:
     def grant(self, ref: SeqRef, first: int, blocks: list[int]) -> None:
         generations = [block + 1000 for block in blocks]
         epoch = WORKER_EPOCH + self.worker
-        self.batcher.handle(Grant(EPOCH, epoch, ref, first, blocks, generations))
+        self.batcher.handle(Grants(EPOCH, epoch, [Grant(ref, first, blocks, generations)]))
 
     def seals(self) -> list[Seal]:
         return [send.message for send in self.out if isinstance(send.message, Seal)]

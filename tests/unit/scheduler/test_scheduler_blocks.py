@@ -6,7 +6,7 @@ import msgspec
 import pytest
 
 from diptych.engine.core.config import SchedulerOptions
-from diptych.engine.core.messages import Assign, Grant, Lost, Stats
+from diptych.engine.core.messages import Assign, Grants, Lost, Stats
 from diptych.engine.core.request import SeqRef
 from diptych.engine.core.types import LossCause, Role
 from diptych.scheduler.lifecycle import RowState
@@ -31,20 +31,21 @@ def test_headroom_is_kept_up_to_what_max_tokens_needs() -> None:
     world.submit(make_request("a", ids(1, 32), max_tokens=65))  # 96 tokens of KV: 6 blocks
     assert len(world.held[0][ref("a")].table) == 4
     world.prefill_done(0, ref("a"))
-    [grant] = world.of(Grant)
-    assert isinstance(grant, Grant)
+    [grants] = world.of(Grants)
+    assert isinstance(grants, Grants)
+    [grant] = grants.grants
     assert (grant.first, len(grant.blocks)) == (4, 1)  # writes block 2, has 3 and 4 ahead
     world.progress(0, committed=world.full(0, ref("a"), 3))
     assert len(world.held[0][ref("a")].table) == 6
     world.progress(0, committed=world.full(0, ref("a"), 6))
-    assert not world.of(Grant)
+    assert not world.of(Grants)
 
 
 def test_grants_of_a_pair_go_to_the_decode_side() -> None:
     world = World()
     world.submit(make_request("a", ids(1, 48), max_tokens=200))
     world.prefill_done(0, ref("a"))
-    assert [send.to.number for send in world.sent if isinstance(send.message, Grant)] == [1]
+    assert [send.to.number for send in world.sent if isinstance(send.message, Grants)] == [1]
 
 
 def test_a_decode_report_may_overtake_the_prefill_report() -> None:

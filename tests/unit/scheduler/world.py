@@ -17,7 +17,7 @@ from diptych.engine.core.messages import (
     ChoiceState,
     Closed,
     CommittedBlock,
-    Grant,
+    Grants,
     Join,
     Joined,
     Message,
@@ -253,11 +253,12 @@ class World:
                 list(message.generations),
                 message.num_computed // SIZE,
             )
-        elif isinstance(message, Grant) and message.ref in held:
-            mine = held[message.ref]
-            assert message.first == len(mine.table)
-            mine.table += message.blocks
-            mine.generations += message.generations
+        elif isinstance(message, Grants):
+            for grant in message.grants:
+                if (mine := held.get(grant.ref)) is not None:
+                    assert grant.first == len(mine.table)
+                    mine.table += grant.blocks
+                    mine.generations += grant.generations
 
 
 def page_entries(ids: Seq[int], blocks: Seq[BlockId]) -> list[PageEntry]:

@@ -18,7 +18,7 @@ def test_keys_guard_everything_but_the_open_paths(make_site: MakeSite) -> None:
     for method, path in sorted(routes | {("GET", "/nowhere"), ("POST", "//v1/completions")}):
         for headers in ({}, {"Authorization": "Bearer wrong"}, {"Authorization": "Basic sekrit"}):
             response = site.http.request(method, path, headers=headers)
-            if path in ("/health", "/ping", "/metrics"):
+            if path in ("/health", "/ready", "/ping", "/metrics"):
                 assert response.status_code == 200
                 continue
             assert response.status_code == 401, (method, path)
