@@ -22,7 +22,8 @@ def test_keys_guard_everything_but_the_open_paths(make_site: MakeSite) -> None:
                 assert response.status_code == 200
                 continue
             assert response.status_code == 401, (method, path)
-            assert response.json()["error"]["code"] == "invalid_api_key"
+            if method != "HEAD":  # whose answers have no body
+                assert response.json()["error"]["code"] == "invalid_api_key"
             assert response.headers["www-authenticate"] == "Bearer"
     for key in ("sekrit", "other"):
         headers = {"Authorization": f"Bearer {key}"}
