@@ -85,16 +85,17 @@ class PoolLedger:
 
     def allocate(self, count: int) -> list[BlockId]:
         """`count` private blocks with new generations; evicts cached ones as needed."""
-        free = self._free
-        if len(free) < count:
+        if len(self._free) < count:
             assert count <= self.num_available, f"{count} of {self.num_available} blocks"
-            while len(free) < count:
+        taken: list[BlockId] = []
+        for _ in range(count):
+            if not self._free:
                 self.evict()
-        taken = [free.popleft() for _ in range(count)]
-        for block in taken:
+            block = self._free.popleft()
             self.generations[block] += 1
             self._states[block] = _PRIVATE
             self._uses[block] = 1
+            taken.append(block)
         return taken
 
     def share(self, blocks: Iterable[BlockId]) -> None:
