@@ -32,7 +32,7 @@ from diptych.engine.pool import KVPool
 from diptych.engine.sampling import Sampler
 from diptych.kernels import Kernels
 
-__all__ = ["LoadedModel", "Runner", "load_model", "make_runner"]
+__all__ = ["CoreShare", "LoadedModel", "Runner", "load_model", "make_runner"]
 
 _LOGITS_BYTES_MAX: Final = 64 << 20  # logits are made in slices of at most this
 
@@ -95,9 +95,27 @@ def _numerics(config: ModelConfig) -> bytes:
     return msgspec.json.encode(fields, order="sorted")
 
 
-def make_runner(model: LoadedModel, pool: KVPool, threads: int) -> "Runner":
-    """A runner of this process with `threads` threads; call it after a fork, not before."""
+@dataclass(frozen=True, slots=True, eq=False)
+class CoreShare:
+    """A worker's part in its host's cores (transfer/core_table.py)."""
+
+    table: memoryview  # [workers] bytes of shared memory, mapped for the life of the process
+    slot: int
+    cores: list[int]
+    prefill_share: int  # percent
+
+
+def make_runner(
+    model: LoadedModel, pool: KVPool, threads: int, share: CoreShare | None = None
+) -> "Runner":
+    """A runner of this process with at most `threads` threads; call it after a fork, not before.
+
+    Without a share the threads are anywhere.
+    """
     model.kernels.set_num_threads(threads)
+    if share is not None:
+        table = torch.frombuffer(share.table, dtype=torch.uint8)
+        model.kernels.share_cores(table, share.slot, share.cores, share.prefill_share)
     config = model.config
     sampler = Sampler(model.kernels, config.vocab_size, config.eos_token_ids)
     return Runner(model, pool, sampler)

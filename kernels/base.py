@@ -10,6 +10,7 @@ So on one `level` a row computed alone equals, bit for bit, the same row compute
 a decode row equals the same row of a prefill chunk.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -60,6 +61,15 @@ class Kernels(Protocol):
     def set_num_threads(self, num_threads: int) -> None:
         """Use this many threads, the caller's included, in later calls; 1 runs everything inline.
         Changes no bit.
+        """
+        ...
+
+    def share_cores(
+        self, table: Tensor, slot: int, cores: Sequence[int], prefill_share: int
+    ) -> None:
+        """This process is worker `slot` of a host whose workers share `cores`: its threads are
+        pinned to them and use those only that are its own by `table` ([slots] uint8, shared memory
+        that stays mapped; transfer/core_table.py). Changes no bit. Before the first other call.
         """
         ...
 

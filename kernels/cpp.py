@@ -5,7 +5,7 @@ go to C++ as they are (no copies, strided views included) and are checked there:
 dtype raises AssertionError. Calls release the GIL.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -82,6 +82,12 @@ class CppKernels:
     def set_num_threads(self, num_threads: int) -> None:
         assert num_threads >= 1
         self._set_num_threads(num_threads)
+
+    def share_cores(
+        self, table: Tensor, slot: int, cores: Sequence[int], prefill_share: int
+    ) -> None:
+        numbers = torch.tensor(cores, dtype=torch.int32)
+        library.load().share_cores(table, slot, numbers, prefill_share)
 
     def pack_linear(
         self, weight: Tensor, bias: Tensor | None, narrow: Narrow | None = None

@@ -6,6 +6,7 @@ machines without the C++ library; never for speed.
 """
 
 import math
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -28,6 +29,11 @@ class ReferenceKernels:
 
     def set_num_threads(self, num_threads: int) -> None:
         assert num_threads >= 1
+
+    def share_cores(
+        self, table: Tensor, slot: int, cores: Sequence[int], prefill_share: int
+    ) -> None:
+        """One thread, wherever it is."""
 
     def pack_linear(
         self, weight: Tensor, bias: Tensor | None, narrow: Narrow | None = None

@@ -52,7 +52,7 @@ class Batcher:
         self._eos = eos_token_ids
         self._max_model_len = max_model_len
         self._epoch: Epoch | None = None  # of the scheduler that is served
-        self._dial = 0
+        self.dial = 0  # share of step time for prefill, 0..100; set by messages only
         self._lineup = Lineup(block_size)
         self._planner = StepPlanner(self._lineup, options, block_size)
         self._seals = Seals()
@@ -94,7 +94,7 @@ class Batcher:
             elif isinstance(message, Revoke):
                 self._revoke(message)
             else:
-                self._dial = message.dial
+                self.dial = message.dial
 
     def _join(self, join: Join) -> None:
         if join.worker_epoch != self._worker_epoch:
@@ -107,7 +107,7 @@ class Batcher:
             self._seals.forget_before(join.scheduler_epoch)
             self._report = Report()
             self._epoch = join.scheduler_epoch
-        self._dial = join.dial
+        self.dial = join.dial
         self._exchange.join_due = True
         self._say_joined()
 
@@ -243,7 +243,7 @@ class Batcher:
     def plan(self) -> StepPlan:
         """What to run now: all decodes, then prefill chunks within the budget. May be empty."""
         assert self._in_flight is None, "one step at a time"
-        plan, runs = self._planner.plan(self._dial, self._report.starved)
+        plan, runs = self._planner.plan(self.dial, self._report.starved)
         if not plan.empty:
             self._in_flight = plan, runs
         return plan

@@ -31,6 +31,8 @@ class HostLayout(msgspec.Struct, frozen=True, kw_only=True):
     block_bytes: int
     num_workers: int
     pools: list[PoolLayout]
+    cores: list[int]  # that the workers share
+    cores_fd: int  # their core table
 
     @property
     def pool_bytes(self) -> int:
@@ -43,10 +45,15 @@ class HostLayout(msgspec.Struct, frozen=True, kw_only=True):
 
     @property
     def fds(self) -> list[int]:
-        return [fd for pool in self.pools for fd in (pool.pool_fd, pool.page_fd)]
+        pools = [fd for pool in self.pools for fd in (pool.pool_fd, pool.page_fd)]
+        return [*pools, self.cores_fd]
 
     def pool(self, pool: PoolId) -> PoolLayout:
         return next(found for found in self.pools if found.pool == pool)
+
+    def map_cores(self) -> memoryview:
+        """The core table; mapped for the life of the process."""
+        return SharedMemory(self.cores_fd, self.num_workers).view
 
     def map_page(self, pool: PoolId, *, writable: bool = True) -> ControlPage:
         """Mapped for the life of the process."""

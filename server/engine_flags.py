@@ -44,7 +44,15 @@ def add_engine_arguments(parser: argparse.ArgumentParser) -> None:
     workers("--prefill", type=int, metavar="N", help="prefill workers (default: 1)")
     workers("--decode", type=int, metavar="N", help="decode workers (default: 1)")
     workers("--mixed", type=int, metavar="N", help="workers that do both, instead or beside")
-    workers("--threads", type=int, help="threads of one worker (default: cores / workers)")
+    workers("--threads", type=int, help="threads of one worker at most")
+    workers("--cpu-cores", metavar="CORES", help="of all workers: a count, or a list as 0-3,8")
+    workers(
+        "--prefill-core-share",
+        type=int,
+        default=50,
+        metavar="PERCENT",
+        help="cores for prefill while decode is busy too (default: %(default)s)",
+    )
     workers("--kernels", choices=["auto", "cpp", "reference"], default="auto")
     workers("--kernel-level", help="plain, avx2, avx512, avx512_bf16 or amx (default: the best)")
 
@@ -114,6 +122,8 @@ def engine_options(args: argparse.Namespace, model_path: str) -> EngineOptions:
         separate_pools=args.separate_pools,
         transfer=args.transfer,
         threads=args.threads,
+        cpu_cores=args.cpu_cores,
+        prefill_core_share=args.prefill_core_share,
         hang_s=args.hang_timeout,
     )
     options.verify()

@@ -30,6 +30,7 @@ from diptych.server.boot import (
 )
 from diptych.server.children import Children
 from diptych.server.client import EngineInfo
+from diptych.server.cpu_cores import host_cores
 from diptych.server.fleet import Fleet, GiveUp, Kill, Start
 from diptych.server.launcher import (
     Launcher,
@@ -48,6 +49,7 @@ from diptych.server.status import Progressed, Started, Status
 from diptych.server.warm_launcher import WarmLauncher
 from diptych.transfer.channels import SUPERVISOR, Channels, process_name
 from diptych.transfer.control_page import page_bytes
+from diptych.transfer.core_table import CoreTable
 from diptych.transfer.shared_memory import create_memory
 
 TICK_S: Final = 0.1
@@ -86,6 +88,9 @@ class Supervisor:
             log_level=boot.log_level,
         )
         self._pages = {pool.pool: layout.map_page(pool.pool) for pool in layout.pools}
+        self._cores = CoreTable(layout.map_cores())
+        for spec in boot.options.workers():
+            self._cores.introduce(spec.worker, spec.dial)
         self._pool_of = {spec.worker: spec.pool for spec in boot.options.workers()}
         self._control = (
             socket.socket(fileno=boot.control_fd) if boot.control_fd is not None else None
@@ -213,6 +218,8 @@ class Supervisor:
                     level = logging.INFO if self._drain_until_s is not None else logging.WARNING
                     _log.log(level, "%s.%d ended: %s", process_name(address), address.epoch, how)
                 self._table.exited(address)
+                if address.kind == "worker":
+                    self._cores.rest(address.number)
                 self._fleet.exited(address, cause, now)
 
     def _read_pulses(self) -> dict[Address, int]:
@@ -351,4 +358,6 @@ def plan_layout(boot: SupervisorBoot) -> HostLayout:
             )
             for pool in sorted({spec.pool for spec in workers})
         ],
+        cores=host_cores(options.cpu_cores),
+        cores_fd=create_memory("cores", num_workers),
     )

@@ -6,7 +6,6 @@ never waits for anyone, and without work it sleeps until a message comes.
 """
 
 import logging
-import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Final, Protocol
@@ -26,7 +25,7 @@ from diptych.engine.core.messages import (
 from diptych.engine.core.plan import StepPlan, StepResult
 from diptych.engine.core.types import Epoch, WorkerId
 from diptych.engine.pool import KVPool
-from diptych.engine.runner import LoadedModel, make_runner
+from diptych.engine.runner import CoreShare, LoadedModel, make_runner
 from diptych.scheduler.batcher import Batcher
 from diptych.scheduler.commands import ClearBlock, CommitBlock
 from diptych.server.boot import HostBoot
@@ -35,6 +34,7 @@ from diptych.server.logs import configure_logs
 from diptych.server.pool_routes import make_porter
 from diptych.transfer.channels import Channels, process_name
 from diptych.transfer.control_page import ControlPage
+from diptych.transfer.core_table import CoreTable
 from diptych.transfer.pool_memory import PoolMemory
 from diptych.transfer.porter import PeerMessage, Porter
 
@@ -59,6 +59,7 @@ class Worker:
         runner: StepRunner,
         page: ControlPage,
         slot: int,
+        cores: CoreTable,
         porter: Porter | None = None,
     ) -> None:
         self._channels = channels
@@ -66,6 +67,7 @@ class Worker:
         self._runner = runner
         self._page = page
         self._slot = slot
+        self._cores = cores
         self._porter = porter  # None: there is only one memory domain
         self._ended = False
 
@@ -107,7 +109,9 @@ class Worker:
         plan = self._batcher.plan()
         self._carry_out()
         if plan.empty:
+            self._cores.rest(self._slot)  # neighbours compute here until there is work again
             return False
+        self._cores.wake(self._slot, self._batcher.dial)
         self._page.step_begin(self._slot)
         try:
             result = self._runner.run(plan, self._beat)
@@ -158,12 +162,13 @@ def run_worker(boot: HostBoot, model: LoadedModel, worker: WorkerId, epoch: Epoc
         eos_token_ids=model.config.eos_token_ids,
         max_model_len=model.config.max_model_len,
     )
-    threads = boot.options.worker_threads(len(os.sched_getaffinity(0)))
-    runner = make_runner(model, pool, threads)
+    options, cores = boot.options, layout.map_cores()
+    share = CoreShare(cores, worker, layout.cores, options.prefill_core_share)
+    runner = make_runner(model, pool, options.threads or len(layout.cores), share)
     channels = Channels(Path(boot.run_dir), me)
     porter = None
     if len(layout.pools) > 1:
         own = PoolMemory(memory, page, layout.block_bytes)
         porter = make_porter(boot, me, home, own, model.fingerprint, channels.send, batcher.handle)
-    Worker(channels, batcher, runner, page, worker, porter).run()
+    Worker(channels, batcher, runner, page, worker, CoreTable(cores), porter).run()
     channels.close()

@@ -9,6 +9,7 @@
 #include <tvm/ffi/optional.h>
 #include <tvm/ffi/string.h>
 
+#include "cores.h"
 #include "kernels.h"
 #include "machine.h"
 #include "pool.h"
@@ -308,6 +309,38 @@ bool has_level(int64_t level) { return machine_has(static_cast<Level>(level)); }
 
 int64_t rank_of_level(int64_t level) { return level_rank(static_cast<Level>(level)); }
 
+const uint8_t* core_table(const TensorView& t) {
+  CHECK(is_type(t, kDLUInt, 8) && t.ndim() == 1 && t.IsContiguous());
+  return data<const uint8_t>(t);
+}
+
+// Unlike all others this keeps a tensor's memory: the caller leaves it mapped.
+void share(TensorView states, int64_t slot, TensorView cores, int64_t prefill_share) {
+  const int64_t slots = states.size(0), num_cores = cores.size(0);
+  CHECK(slot >= 0 && slot < slots && num_cores > 0 && num_cores <= kCoresMax);
+  CHECK(prefill_share >= 0 && prefill_share <= 100);
+  share_cores(core_table(states), static_cast<int>(slots), static_cast<int>(slot),
+              ints(cores, num_cores), static_cast<int>(num_cores),
+              static_cast<int>(prefill_share));
+}
+
+// out: begin, end and seat of the span (cores.h).
+void span(TensorView out, TensorView states, int64_t slot, int64_t num_cores,
+          int64_t prefill_share, int64_t limit) {
+  CHECK(slot >= 0 && slot < states.size(0) && num_cores > 0 && limit > 0);
+  const CoreSpan found = seated_span(core_table(states), static_cast<int>(states.size(0)),
+                                     static_cast<int>(slot), static_cast<int>(num_cores),
+                                     static_cast<int>(prefill_share), static_cast<int>(limit));
+  auto* to = const_cast<int32_t*>(ints(out, 3));
+  to[0] = found.begin, to[1] = found.end, to[2] = found.seat;
+}
+
+void count_items(TensorView out) {
+  CHECK(is_type(out, kDLInt, 64) && out.ndim() == 1 && out.IsContiguous());
+  CHECK(out.size(0) <= kCoresMax);
+  items_of_cores(data<int64_t>(out), static_cast<int>(out.size(0)));
+}
+
 void set_threads(int64_t num_threads) { set_num_threads(static_cast<int>(num_threads)); }
 
 }  // namespace
@@ -318,6 +351,9 @@ TVM_FFI_DLL_EXPORT_TYPED_FUNC(level_name, diptych::cpu::level_name)
 TVM_FFI_DLL_EXPORT_TYPED_FUNC(machine_has, diptych::cpu::has_level)
 TVM_FFI_DLL_EXPORT_TYPED_FUNC(level_rank, diptych::cpu::rank_of_level)
 TVM_FFI_DLL_EXPORT_TYPED_FUNC(set_num_threads, diptych::cpu::set_threads)
+TVM_FFI_DLL_EXPORT_TYPED_FUNC(share_cores, diptych::cpu::share)
+TVM_FFI_DLL_EXPORT_TYPED_FUNC(core_span, diptych::cpu::span)
+TVM_FFI_DLL_EXPORT_TYPED_FUNC(items_of_cores, diptych::cpu::count_items)
 TVM_FFI_DLL_EXPORT_TYPED_FUNC(packed_size, diptych::cpu::packed_size)
 TVM_FFI_DLL_EXPORT_TYPED_FUNC(pack_linear, diptych::cpu::pack_linear)
 TVM_FFI_DLL_EXPORT_TYPED_FUNC(linear, diptych::cpu::linear)

@@ -16,6 +16,17 @@ using ItemFn = void (*)(void* context, int64_t item);
 void set_num_threads(int num_threads);
 int num_threads();
 
+// From now on this process is worker `slot` of a host whose workers share `cores` (numbers of the
+// system) by `table` (cores.h), shared memory that stays mapped. Its threads are pinned: the caller
+// of `run_items` to its seat, one helper to each core, which works only while the core is the
+// worker's. Called before the first job.
+constexpr int kCoresMax = 256;
+void share_cores(const uint8_t* table, int slots, int slot, const int32_t* cores, int num_cores,
+                 int prefill_share);
+
+// Items of shared jobs that ran on each of the cores so far.
+void items_of_cores(int64_t* items, int num_cores);
+
 // Runs fn(context, i) for every i in [0, num_items), on the caller and on idle workers; returns
 // when all are done. Runs inline when there is nothing to share or when another thread of this
 // process has the pool.

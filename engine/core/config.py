@@ -3,13 +3,14 @@
 Owns the defaults. Environment variables are read in server/cli only.
 """
 
-from typing import Literal
+from typing import Final, Literal
 
 import msgspec
 
 from diptych.engine.core.errors import ConfigError
 from diptych.engine.core.types import HASH_UNIT_TOKENS
 
+WORKERS_MAX: Final = 64  # of one host
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
 Quantization = Literal["int8", "int4", "int4-g32", "int4-g64", "int4-g128"]
 Transfer = Literal["auto", "shm", "tcp"]
@@ -83,7 +84,9 @@ class EngineOptions(msgspec.Struct, frozen=True, kw_only=True):
     mixed: int = 0  # workers with dial 50
     separate_pools: bool = False  # prefill, decode and mixed workers each have their own memory
     transfer: Transfer = "auto"  # how blocks move between pools
-    threads: int | None = None  # per worker; None: cores / workers
+    threads: int | None = None  # of one worker at most; None: as many as it has cores
+    cpu_cores: str | None = None  # of all workers of a host: a count or a list; None: all
+    prefill_core_share: int = 50  # percent of the cores, while prefill and decode are both busy
     hang_s: float = 3.0  # a progress counter still for this long, with work, is a hang
 
     def workers(self) -> list[WorkerSpec]:
@@ -96,11 +99,6 @@ class EngineOptions(msgspec.Struct, frozen=True, kw_only=True):
         ]
         return [WorkerSpec(worker, pool, dial) for worker, (pool, dial) in enumerate(places)]
 
-    def worker_threads(self, cores: int) -> int:
-        """Threads of one worker, when the workers of this host may use `cores` cores."""
-        workers = self.prefill + self.decode + self.mixed
-        return self.threads or max(1, cores // max(1, workers))
-
     def verify(self) -> None:
         self.cache.verify()
         if min(self.prefill, self.decode, self.mixed) < 0:
@@ -109,5 +107,11 @@ class EngineOptions(msgspec.Struct, frozen=True, kw_only=True):
             raise ConfigError("need --prefill N and --decode N of at least 1 each, or --mixed N")
         if self.transfer != "auto" and not self.separate_pools:
             raise ConfigError(f"--transfer {self.transfer} needs --separate-pools")
+        if self.prefill + self.decode + self.mixed > WORKERS_MAX:
+            raise ConfigError(f"one host runs at most {WORKERS_MAX} workers")
+        if self.threads is not None and self.threads < 1:
+            raise ConfigError(f"a worker needs at least 1 thread, got {self.threads}")
+        if not 0 <= self.prefill_core_share <= 100:
+            raise ConfigError(f"a share is 0 to 100 percent, got {self.prefill_core_share}")
         if self.batch.max_num_batched_tokens < 1:
             raise ConfigError("max_num_batched_tokens must be at least 1")
