@@ -1,10 +1,11 @@
 """What running decodes feel of a long prompt: prefill and decode workers against mixed ones.
 
-Four sequences decode while a prompt of 2,048 tokens arrives. Each engine is measured in turn, round
-by round, all on the same cores: first the prompt alone, then the decodes alone (quiet), then both
-for a fixed time that starts with the prompt (loaded). Gaps between tokens are the client's; those of
-the loaded phase count until the prompt's first token. Throughput is that of the whole loaded phase,
-prompt and answers together, and that of `--saturated` seconds in which one prompt follows another.
+Four sequences decode while a prompt of 2,048 tokens arrives. Each engine is measured in turn,
+round by round, all on the same cores: first the prompt alone, then the decodes alone (quiet), then
+both for a fixed time that starts with the prompt (loaded). Gaps between tokens are the client's;
+those of the loaded phase count until the prompt's first token. Throughput is that of the whole
+loaded phase, prompt and answers together, and that of `--saturated` seconds in which one prompt
+follows another.
 """
 
 import argparse
@@ -15,6 +16,7 @@ import tempfile
 import time
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from itertools import pairwise
 from pathlib import Path
 from typing import Final
 
@@ -49,7 +51,7 @@ class Gaps:
         return [
             (after - before) * 1e3
             for times in self.times
-            for before, after in zip(times, times[1:], strict=False)
+            for before, after in pairwise(times)
             if begin <= after < end
         ]
 

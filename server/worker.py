@@ -6,6 +6,7 @@ never waits for anyone, and without work it sleeps until a message comes.
 """
 
 import logging
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Final, Protocol
@@ -151,6 +152,7 @@ def run_worker(boot: HostBoot, model: LoadedModel, worker: WorkerId, epoch: Epoc
     name_process(process_name(me))
     die_by_kernel(boot.lifeline_fd)
     layout = boot.layout
+    os.sched_setaffinity(0, layout.cores)  # for its other threads; those that compute are pinned
     home = next(spec.pool for spec in boot.options.workers() if spec.worker == worker)
     page, memory = layout.map_page(home), layout.map_pool(home)
     pool = KVPool.over(memory, model.config, layout.num_blocks, layout.block_size)

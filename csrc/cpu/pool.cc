@@ -149,6 +149,7 @@ struct Pool {
       const Start s = *static_cast<Start*>(start);
       delete static_cast<Start*>(start);
       if (s.pool->share != nullptr) s.pool->share->sit(pthread_self(), s.index);
+      pthread_setname_np(pthread_self(), "dt-compute");
       s.pool->work(s.index);
       return nullptr;
     };

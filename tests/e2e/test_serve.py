@@ -198,6 +198,9 @@ def test_mistakes_on_the_command_line_are_one_line(
         (["serve", str(folder), "--host", "0.0.0.0", "--load-format", "dummy"], "API key"),
         (["serve", str(folder), "--prefill", "1", "--decode", "0"], "--prefill"),
         (["serve", str(folder), "--block-size", "10"], "multiple of 16"),
+        (["serve", str(folder), "--cpu-cores", "0-99999"], "may not use core"),
+        (["serve", str(folder), "--cpu-cores", "a"], "--cpu-cores"),
+        (["serve", str(folder), "--threads", "0"], "at least 1 thread"),
         (["chat", "--url", "http://127.0.0.1:9"], "no server answers"),
         (["status", "--url", "http://127.0.0.1:9"], "no server answers"),
     ):
