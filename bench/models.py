@@ -2,11 +2,13 @@
 
 `tiny` is for tests of the machinery; `bench-360m` and `bench-1b` have the sizes that speed is
 measured on. `python -m bench.models bench-360m FOLDER` writes one; serve it with
-`--load-format dummy`.
+`--load-format dummy`. With `--weights` the folder holds random weights too, and a tokenizer whose
+every id is printable text: what other engines need to serve the same folder.
 """
 
 import argparse
 import json
+import string
 from pathlib import Path
 from typing import Final
 
@@ -64,16 +66,42 @@ def write_model(folder: Path, size: str, dtype: str = "bfloat16", **changes: obj
     return folder
 
 
-def write_tokenizer(folder: Path) -> None:
-    """A byte-level tokenizer without merges: ids 0 to 255 are bytes, 256 to 258 special."""
+def write_weights(folder: Path, size: str, dtype: str = "bfloat16", **changes: object) -> Path:
+    """A model with weights by transformers' own initialisation, and all ids printable."""
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    write_model(folder, size, dtype, **changes)
+    config = AutoConfig.from_pretrained(folder)
+    write_tokenizer(folder, config.vocab_size)
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(config)
+    model.to(getattr(torch, dtype)).save_pretrained(folder)
+    return folder
+
+
+def _merges(count: int) -> list[tuple[str, str]]:
+    """The first `count` pairs of letters and digits, then triples of a pair and one more."""
+    letters = string.ascii_letters + string.digits
+    pairs = [(a, b) for a in letters for b in letters]
+    triples = [(a + b, c) for a, b in pairs for c in letters]
+    return (pairs + triples)[:count]
+
+
+def write_tokenizer(folder: Path, vocab_size: int = 0) -> None:
+    """A byte-level tokenizer: ids 0 to 255 are bytes, 256 to 258 special, then text up to
+    `vocab_size` (so that a stream shows every token of a model that writes at random)."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     vocab = {char: index for index, char in enumerate(alphabet)}
-    tokenizer = Tokenizer(models.BPE(vocab=vocab, merges=[]))
+    vocab |= {"<pad>": 256, "<s>": 257, "</s>": 258}
+    merges = _merges(max(0, vocab_size - len(vocab)))
+    vocab |= {left + right: 259 + index for index, (left, right) in enumerate(merges)}
+    tokenizer = Tokenizer(models.BPE(vocab=vocab, merges=merges))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     tokenizer.decoder = decoders.ByteLevel()
-    tokenizer.add_special_tokens(["<pad>", "<s>", "</s>"])  # 256, 257, 258
+    tokenizer.add_special_tokens(["<pad>", "<s>", "</s>"])
     tokenizer.save(str(folder / "tokenizer.json"))
     template = (
         "{% for message in messages %}{{ message.role }}: {{ message.content }}\n{% endfor %}"
@@ -89,8 +117,10 @@ def main() -> None:
     parser.add_argument("size", choices=SIZES)
     parser.add_argument("folder", type=Path)
     parser.add_argument("--dtype", default="bfloat16")
+    parser.add_argument("--weights", action="store_true", help="random weights too (transformers)")
     args = parser.parse_args()
-    print(write_model(args.folder, args.size, args.dtype))
+    make = write_weights if args.weights else write_model
+    print(make(args.folder, args.size, args.dtype))
 
 
 if __name__ == "__main__":

@@ -15,7 +15,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from bench.kernels import limits
-from bench.models import SIZES, write_model
+from bench.models import SIZES, write_weights
 from bench.record import spread, write
 from diptych.engine.core.config import CacheOptions, EngineOptions, ModelOptions
 from diptych.engine.core.params import SamplingParams
@@ -23,16 +23,6 @@ from diptych.kernels import load
 from diptych.server.hosting import Hosted, host_engine
 
 _READ_BYTES: Final = 1 << 30  # far more than the caches hold
-
-
-def make_weights(folder: Path, size: str) -> None:
-    """Random weights by transformers' own initialisation, saved as safetensors."""
-    from transformers import AutoConfig
-
-    write_model(folder, size)
-    torch.manual_seed(0)
-    model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(folder))
-    model.to(torch.bfloat16).save_pretrained(folder)
 
 
 async def ours(hosted: Hosted, prompt: list[int], num_out: int, name: str) -> tuple[float, float]:
@@ -108,7 +98,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path)
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
-        make_weights(Path(folder), args.size)
+        write_weights(Path(folder), args.size)
         write(args.out, asyncio.run(measure(Path(folder), args)))
 
 

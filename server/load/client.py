@@ -52,9 +52,17 @@ class LoadResult:
 
 
 async def run_request(
-    session: aiohttp.ClientSession, url: str, model: str, request: LoadRequest, ignore_eos: bool
+    session: aiohttp.ClientSession,
+    url: str,
+    model: str,
+    request: LoadRequest,
+    ignore_eos: bool,
+    result: LoadResult | None = None,
 ) -> LoadResult:
-    """Streams one completion. Never raises for what the server or the network does."""
+    """Streams one completion. Never raises for what the server or the network does.
+
+    A `result` that is passed in grows while the answer comes, for a caller who watches it.
+    """
     body = {
         "model": model,
         "prompt": request.prompt,
@@ -64,7 +72,8 @@ async def run_request(
         "stream_options": {"include_usage": True},
         "ignore_eos": ignore_eos,
     }
-    result = LoadResult(time.perf_counter())
+    result = result or LoadResult(0.0)
+    result.start_s = time.perf_counter()
     try:
         async with session.post(f"{url}/v1/completions", json=body) as response:
             if response.status != 200:
