@@ -218,6 +218,7 @@ def main() -> None:
     add("--out", type=Path, help="directory for the results")
     engines.add_arguments(parser)
     args = parser.parse_args()
+    args.logs = args.logs.absolute()
     groups: dict[Setting, list[str]] = {}
     for name in args.rows:
         row = ROWS[name]

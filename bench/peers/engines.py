@@ -54,12 +54,16 @@ class Setting:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
-    add("--models", type=Path, required=True, help="directory made by bench.peers.prepare")
-    add("--vllm-python", type=Path, help="interpreter that has vLLM's CPU build")
-    add("--llama-server", type=Path, help="llama.cpp's server program")
-    add("--openvino-python", type=Path, help="interpreter that has OpenVINO GenAI")
-    add("--transformers-python", type=Path, help="interpreter that has transformers[serving]")
+    add("--models", type=_absolute, required=True, help="directory made by bench.peers.prepare")
+    add("--vllm-python", type=_absolute, help="interpreter that has vLLM's CPU build")
+    add("--llama-server", type=_absolute, help="llama.cpp's server program")
+    add("--openvino-python", type=_absolute, help="interpreter that has OpenVINO GenAI")
+    add("--transformers-python", type=_absolute, help="interpreter that has transformers[serving]")
     add("--ours-flags", default="", help="further flags of `diptych serve`, for every variant")
+
+
+def _absolute(text: str) -> Path:
+    return Path(text).absolute()  # links stay: an interpreter finds its packages by them
 
 
 def ours(args: argparse.Namespace, setting: Setting, scheme: str, mode: str) -> Engine:

@@ -95,6 +95,8 @@ def write_openvino(args: argparse.Namespace) -> None:
             program = args.openvino_python.parent / "optimum-cli"
             words = [str(program), "export", "openvino", "-m", str(args.models / args.size)]
             words += ["--task", "text-generation-with-past", "--weight-format", width]
+            if width == "int4":
+                words += ["--group-size", "64"]  # 960 is no multiple of the default, 128
             subprocess.run([*words, str(folder)], check=True)
 
 

@@ -40,6 +40,7 @@ class Server:
                 stdout=sink,
                 stderr=sink,
                 env=os.environ | engine.environment,
+                cwd=log.parent,  # a folder of ours named as a package of theirs would hide it
                 start_new_session=True,
             )
 
