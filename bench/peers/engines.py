@@ -162,5 +162,5 @@ def peers(args: argparse.Namespace, setting: Setting) -> tuple[list[Engine], lis
 
 def _package(python: Path, name: str) -> str:
     code = f"import importlib.metadata as m; print(m.version({name!r}))"
-    found = subprocess.run([str(python), "-c", code], capture_output=True, text=True, check=True)
-    return f"{name} {found.stdout.strip()}"
+    found = subprocess.run([str(python), "-c", code], capture_output=True, text=True, check=False)
+    return f"{name} {found.stdout.strip() or 'of unknown version'}"

@@ -21,6 +21,7 @@ Load: TypeAlias = Callable[["Client", random.Random], Awaitable[Metrics]]
 
 _FIRST_ID = 259  # ids below are bytes and special tokens
 _STEADY_TOKENS = 8  # of every stream, before its gaps count
+_LOOK_S = 0.005  # between two looks at the streams
 _QUIET_TOKENS = 48  # gaps of every stream without the arriving prompt
 
 
@@ -99,7 +100,7 @@ def arrival(num_decodes: int, num_in: int) -> Load:
     async def load(client: Client, rng: random.Random) -> Metrics:
         alone = await client.run(client.prompt(rng, num_in), 1)
         results = [LoadResult(time.perf_counter()) for _ in range(num_decodes)]
-        runs = [client.run(client.prompt(rng, 128), 1024, result) for result in results]
+        runs = [client.run(client.prompt(rng, 128), 2048, result) for result in results]
         tasks = [asyncio.create_task(run) for run in runs]
         try:
             await _grown(results, tasks, _STEADY_TOKENS)
@@ -107,7 +108,9 @@ def arrival(num_decodes: int, num_in: int) -> Load:
             await _grown(results, tasks, _STEADY_TOKENS + _QUIET_TOKENS)
             quiet_to_s = time.perf_counter()
             late = await client.run(client.prompt(rng, num_in), 1)
-            await _grown(results, tasks, max(len(result.chunk_s) for result in results) + 1)
+            more = max(len(result.chunk_s) for result in results) + 1
+            while not any(task.done() for task in tasks) and _shortest(results) < more:
+                await asyncio.sleep(_LOOK_S)
         finally:
             for task in tasks:
                 task.cancel()
@@ -145,12 +148,16 @@ async def _grown(
     results: list[LoadResult], tasks: list[asyncio.Task[LoadResult]], count: int
 ) -> None:
     """Until every stream has `count` chunks; raises what ended a stream before that."""
-    while any(len(result.chunk_s) < count for result in results):
+    while _shortest(results) < count:
         for task in tasks:
             if task.done():
                 task.result()
                 raise RuntimeError("a stream ended before the measurement did")
-        await asyncio.sleep(0.005)
+        await asyncio.sleep(_LOOK_S)
+
+
+def _shortest(results: list[LoadResult]) -> int:
+    return min(len(result.chunk_s) for result in results)
 
 
 def _gaps_ms(results: list[LoadResult], from_s: float, to_s: float) -> list[float]:

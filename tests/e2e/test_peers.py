@@ -1,0 +1,69 @@
+"""`python -m bench.peers`: ours and a peer in turns, with a stand-in for the peer's library."""
+
+import json
+import os
+import subprocess
+import sys
+from argparse import Namespace
+from pathlib import Path
+
+import pytest
+
+from bench.models import write_weights
+from bench.peers.engines import Setting
+from bench.peers.report import Turn, report
+from bench.peers.rows import ROWS
+
+ROOT = Path(__file__).resolve().parents[2]
+FAKE = ROOT / "tests" / "data" / "fake_openvino"
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("models")
+    write_weights(folder / "tiny", "tiny")
+    (folder / "tiny-openvino-fp16").symlink_to(folder / "tiny")
+    return folder
+
+
+def test_turns_of_two_servers_end_in_one_result(models: Path, tmp_path: Path) -> None:
+    words = [sys.executable, "-m", "bench.peers", "http", "arrival", "--model", "tiny"]
+    words += ["--models", str(models), "--openvino-python", sys.executable, "--pairs", "1"]
+    words += ["--threads", "1", "--logs", str(tmp_path), "--out", str(tmp_path)]
+    environment = os.environ | {"PYTHONPATH": str(FAKE)}
+    subprocess.run(words, cwd=ROOT, env=environment, check=True, stdout=subprocess.DEVNULL)
+
+    http = json.loads((tmp_path / "peers_http_tiny_bf16.json").read_text())
+    assert [engine["name"] for engine in http["engines"]] == ["diptych bf16 mixed", "openvino bf16"]
+    assert str(models) not in json.dumps(http)
+    for measured in http["measured"].values():
+        assert measured["output_tokens"]["min"] == measured["output_tokens"]["max"] == 64 * 128
+    ratios = http["ours_better_by"]["diptych bf16 mixed"]
+    assert ratios["output_tok_s"]["best_peer"] == "openvino bf16"
+    assert ratios["output_tok_s"]["openvino bf16"]["count"] == 1
+    assert any(line.startswith("vllm") for line in http["left_out"])
+    # ours has no timer that a halted turn could hide: nothing ran outside its turns
+    assert all(engine["idle_cpu_s"] < 0.1 for engine in http["engines"])
+
+    arrival = json.loads((tmp_path / "peers_arrival_tiny_bf16.json").read_text())
+    assert list(arrival["measured"]) == [
+        "diptych bf16 split",
+        "diptych bf16 mixed",
+        "openvino bf16 chunk 2048",
+        "openvino bf16 chunk 256",
+    ]
+
+
+def test_ratio_is_of_one_round_and_says_how_much_better_ours_is(models: Path) -> None:
+    turns = [
+        Turn(engine, pair, {"ready_s": ready_s, "first_token_s": 2 * ready_s})
+        for engine, times in (("diptych bf16 mixed", [1.0, 2.0, 4.0]), ("peer", [3.0, 4.0, 2.0]))
+        for pair, ready_s in enumerate(times)
+    ]
+    args = Namespace(models=models, pairs=3, seed=0)
+    limits = [{"read_gb_per_s": 1.0}, {"read_gb_per_s": 2.0}]
+    setting = Setting("tiny", "bf16", 2048, 16, 2304, 1)
+    found = report("start", ROWS["start"], setting, args, turns, limits)
+    ratio = found["ours_better_by"]["diptych bf16 mixed"]["ready_s"]  # type: ignore[index]
+    assert ratio["peer"] == {"median": 2.0, "min": 0.5, "max": 3.0, "count": 3}
+    assert found["limits"] == {"read_gb_per_s": 2.0}
