@@ -12,6 +12,7 @@ import subprocess
 import time
 import urllib.error
 import urllib.request
+from dataclasses import dataclass
 from pathlib import Path
 
 from bench.peers.engines import Engine
@@ -20,6 +21,30 @@ from bench.serving import free_port
 
 _TICKS_PER_S = os.sysconf("SC_CLK_TCK")
 _STOP_S_MAX = 30.0
+
+
+@dataclass(frozen=True)
+class Cores:
+    """A reading of the machine's CPU clocks."""
+
+    at_s: float
+    busy_s: float  # of all cores, time that the hypervisor took included
+    own_s: float  # this process
+
+    @classmethod
+    def now(cls) -> "Cores":
+        user, nice, system, _, _, irq, soft, steal = map(
+            int, Path("/proc/stat").read_text().split("\n", 1)[0].split()[1:9]
+        )
+        busy = user + nice + system + irq + soft + steal
+        return cls(time.perf_counter(), busy / _TICKS_PER_S, time.process_time())
+
+    def foreign_share(self, server_s: float) -> float:
+        """Since this reading: the cores' time used by neither us nor a server that used
+        `server_s`. Clocks tick in hundredths: of a short turn it is a rough number."""
+        now = Cores.now()
+        foreign_s = now.busy_s - self.busy_s - (now.own_s - self.own_s) - server_s
+        return max(0.0, foreign_s) / (now.at_s - self.at_s) / (os.cpu_count() or 1)
 
 
 class Server:

@@ -47,10 +47,18 @@ ROWS: Final = {
         context=2304,
     ),
     "prefill-256": Row(
-        "one prompt of 256 tokens", prefill(256), ("prefill_tok_s",), num_seqs=16, context=2304
+        "one prompt of 256 tokens, five times",
+        prefill(256, 5),
+        ("prefill_tok_s",),
+        num_seqs=16,
+        context=2304,
     ),
     "prefill-2048": Row(
-        "one prompt of 2,048 tokens", prefill(2048), ("prefill_tok_s",), num_seqs=16, context=2304
+        "one prompt of 2,048 tokens",
+        prefill(2048, 1),
+        ("prefill_tok_s",),
+        num_seqs=16,
+        context=2304,
     ),
     "arrival": Row(
         "4 running decodes while a prompt of 2,048 tokens arrives",
