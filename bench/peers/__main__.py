@@ -1,9 +1,9 @@
 """Diptych beside other engines, row by row of a table of loads.
 
 Run: python -m bench.peers ROW ... --models DIRECTORY [--vllm-python P] [--llama-server P]
-[--openvino-python P] [--transformers-python P]. Servers of one row alternate turn by turn, the
-order rotates, and all but one are halted. Several rows share servers where they ask for the same
-configuration. docs/BENCHMARKS.md says how to install the peers and what each figure means.
+[--openvino-python P]. Servers of one row alternate turn by turn, the order rotates, and all but one
+are halted. Several rows share servers where they ask for the same configuration. docs/BENCHMARKS.md
+says how to install the peers and what each figure means.
 """
 
 import argparse

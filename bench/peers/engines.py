@@ -58,7 +58,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--vllm-python", type=_absolute, help="interpreter that has vLLM's CPU build")
     add("--llama-server", type=_absolute, help="llama.cpp's server program")
     add("--openvino-python", type=_absolute, help="interpreter that has OpenVINO GenAI")
-    add("--transformers-python", type=_absolute, help="interpreter that has transformers[serving]")
     add("--ours-flags", default="", help="further flags of `diptych serve`, for every variant")
 
 
@@ -130,16 +129,6 @@ def openvino(args: argparse.Namespace, setting: Setting) -> Engine:
     return Engine(f"openvino {setting.width}", tuple(words), _package(python, "openvino-genai"))
 
 
-def transformers(args: argparse.Namespace, setting: Setting) -> Engine:
-    python = args.transformers_python
-    words = [str(python), "-m", "transformers.cli.transformers", "serve"]
-    words += [str(args.models / setting.model), "--continuous-batching", "--port", "{port}"]
-    words += ["--device", "cpu", "--dtype", "bfloat16", "--cb-max-memory-percent", "0.15"]
-    return Engine(
-        "transformers bf16", tuple(words), _package(python, "transformers"), start_s_max=120.0
-    )
-
-
 def peers(args: argparse.Namespace, setting: Setting) -> tuple[list[Engine], list[str]]:
     """The peers that can run this setting, and why each other one is left out."""
     found: list[Engine] = []
@@ -148,7 +137,6 @@ def peers(args: argparse.Namespace, setting: Setting) -> tuple[list[Engine], lis
         ("vllm", args.vllm_python, vllm, ("bf16", "int8")),
         ("llama.cpp", args.llama_server, llama_cpp, WIDTHS),
         ("openvino", args.openvino_python, openvino, WIDTHS),
-        ("transformers", args.transformers_python, transformers, ("bf16",)),
     )
     for name, program, make, widths in places:
         if program is None:
