@@ -10,12 +10,13 @@ import random
 import tempfile
 import time
 from pathlib import Path
+from typing import get_args
 
 from bench.chaos import blocks_at_rest
 from bench.losslessness import prompt_of
 from bench.models import write_model
 from bench.record import spread, write
-from diptych.engine.core.config import CacheOptions, EngineOptions, ModelOptions
+from diptych.engine.core.config import CacheOptions, EngineOptions, ModelOptions, Transfer
 from diptych.engine.core.params import SamplingParams
 from diptych.server.client import EngineClient
 from diptych.server.hosting import host_engine
@@ -89,7 +90,7 @@ def main() -> int:
     parser.add_argument("--users", type=int, default=32)
     parser.add_argument("--num-blocks", type=int, default=1024)
     parser.add_argument("--inline", action="store_true")
-    parser.add_argument("--transfer", choices=["auto", "shm", "tcp"], help="separate pools")
+    parser.add_argument("--transfer", choices=get_args(Transfer), help="separate pools")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path)
     args = parser.parse_args()

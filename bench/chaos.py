@@ -16,13 +16,13 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Final
+from typing import Final, get_args
 
 from bench.losslessness import Answer, ask, prompt_of
 from bench.models import write_model
 from bench.procs import descendants, engine_processes, shared_segments
 from bench.record import write
-from diptych.engine.core.config import CacheOptions, EngineOptions, ModelOptions
+from diptych.engine.core.config import CacheOptions, EngineOptions, ModelOptions, Transfer
 from diptych.engine.core.errors import DiptychError, OverloadedError
 from diptych.engine.core.params import SamplingParams
 from diptych.server.client import EngineClient
@@ -235,7 +235,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--prefill", type=int, default=2)
     parser.add_argument("--decode", type=int, default=2)
     parser.add_argument("--num-blocks", type=int, default=1024)
-    parser.add_argument("--transfer", choices=["auto", "shm", "tcp"], help="separate pools")
+    parser.add_argument("--transfer", choices=get_args(Transfer), help="separate pools")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path)
     return parser.parse_args(argv)

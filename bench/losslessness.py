@@ -1,7 +1,8 @@
 """The losslessness matrix: what a client gets never depends on how it was computed.
 
-{inline, 1P1D, 2P2D, mixed, separate pools over shm and tcp} x {chunk 16, 64, whole} x {alone, 16
-others} x {cold, prefix hit} x {undisturbed, worker killed, preempted} x {greedy, seeded, n=3}.
+{inline, 1P1D, 2P2D, mixed, separate pools over shm, tcp and (where installed) nixl} x {chunk 16, 64,
+whole} x {alone, 16 others} x {cold, prefix hit} x {undisturbed, worker killed, preempted} x
+{greedy, seeded, n=3}.
 Every cell must give token ids and log-probabilities that equal, bit for bit, those of one
 undisturbed request alone in the inline engine. `python -m bench.losslessness` runs the whole
 product, `--pairwise` a cover of all pairs.
@@ -36,9 +37,20 @@ from diptych.engine.core.plan import TokenLogprobs
 from diptych.server.client import EngineClient
 from diptych.server.hosting import Hosted, host_engine
 from diptych.server.inline import InlineClient
+from diptych.transfer.nixl_wire import nixl_installed
 
+_TOPOLOGIES: Final = (
+    "inline",
+    "1P1D",
+    "2P2D",
+    "mixed",
+    "1P1D shm",
+    "2P2D shm",
+    "1P1D tcp",
+    "2P2D tcp",
+)
 AXES: Final[dict[str, tuple[str, ...]]] = {
-    "topology": ("inline", "1P1D", "2P2D", "mixed", "1P1D shm", "2P2D shm", "1P1D tcp", "2P2D tcp"),
+    "topology": (*_TOPOLOGIES, *(("1P1D nixl", "2P2D nixl") if nixl_installed() else ())),
     "chunk": ("16", "64", "whole"),
     "company": ("alone", "16 others"),
     "cache": ("cold", "prefix hit"),
@@ -46,7 +58,7 @@ AXES: Final[dict[str, tuple[str, ...]]] = {
     "sampling": ("greedy", "seeded", "n=3"),
 }
 _WORKERS: Final = {"inline": (0, 0, 1), "1P1D": (1, 1, 0), "2P2D": (2, 2, 0), "mixed": (0, 0, 2)}
-_TRANSFERS: Final[dict[str, Transfer]] = {"shm": "shm", "tcp": "tcp"}
+_TRANSFERS: Final[dict[str, Transfer]] = {"shm": "shm", "tcp": "tcp", "nixl": "nixl"}
 _NUM_PROMPT: Final = 150
 _NUM_OUTPUT: Final = 96
 _DISTURB_AT: Final = 12  # tokens of the target before it is disturbed

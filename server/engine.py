@@ -51,7 +51,7 @@ class Engine:
     inline: True runs everything in this process (one worker); False starts `prefill` + `decode`
         + `mixed` worker processes under a supervisor.
     separate_pools: prefill and decode workers each have their own KV memory; blocks move between
-        them by `transfer` ("auto", "shm" or "tcp").
+        them by `transfer` ("auto", "shm", "tcp" or "nixl").
     Raises ConfigError and ModelLoadError.
     """
 

@@ -15,6 +15,7 @@ from diptych.engine.core.config import (
     ModelOptions,
     Quantization,
     SchedulerOptions,
+    Transfer,
 )
 from diptych.engine.core.errors import ConfigError
 
@@ -74,7 +75,7 @@ def add_engine_arguments(parser: argparse.ArgumentParser) -> None:
     )
     memory(
         "--transfer",
-        choices=["auto", "shm", "tcp"],
+        choices=get_args(Transfer),
         default="auto",
         help="how KV moves between separate pools (auto: shared memory on one host)",
     )

@@ -14,6 +14,7 @@ from diptych.engine.core.messages import Address, Send
 from diptych.engine.core.types import PoolId
 from diptych.server.boot import HostBoot
 from diptych.transfer.backend import Backend
+from diptych.transfer.nixl_backend import NixlBackend
 from diptych.transfer.pool_memory import PoolMemory
 from diptych.transfer.porter import Porter
 from diptych.transfer.shm_backend import ShmBackend
@@ -44,6 +45,13 @@ def make_porter(
         endpoint = BlockServer(_LOOPBACK, own, key, layout).endpoint
         backend = TcpBackend(own, key, layout)
         reason = f"asked for; serving pool {home} at {endpoint}"
+    elif boot.options.transfer == "nixl":
+        key = bytes.fromhex(boot.transfer_key)
+        layout = layout_digest(fingerprint, own.block_bytes)
+        fds = boot.layout.pool(home)
+        backend = NixlBackend(own, fds.pool_fd, fds.page_fd, key, layout, _LOOPBACK)
+        endpoint = backend.endpoint
+        reason = f"asked for; serving pool {home} at {endpoint} from process {backend.pid}"
     else:
         backend = ShmBackend(own, {pool: _map_peer(boot, pool) for pool in others})
         reason = "asked for" if boot.options.transfer == "shm" else "the pools are on one host"

@@ -50,6 +50,7 @@ from diptych.server.warm_launcher import WarmLauncher
 from diptych.transfer.channels import SUPERVISOR, Channels, process_name
 from diptych.transfer.control_page import page_bytes
 from diptych.transfer.core_table import CoreTable
+from diptych.transfer.nixl_wire import require_nixl
 from diptych.transfer.shared_memory import create_memory
 
 TICK_S: Final = 0.1
@@ -339,6 +340,8 @@ class Supervisor:
 def plan_layout(boot: SupervisorBoot) -> HostLayout:
     """Sizes the memory from the model's configuration alone, and creates it."""
     options = boot.options
+    if options.transfer == "nixl":
+        require_nixl()
     model, cache = options.model, options.cache
     config = load_model_config(model.path, model.dtype, model.max_model_len)
     block_bytes = config.block_bytes(cache.block_size)

@@ -40,7 +40,12 @@ class Pulse(msgspec.Struct, frozen=True):
 
 
 def page_bytes(num_blocks: int, num_pulses: int) -> int:
-    return num_pulses * _PULSE_WORDS * 8 + num_blocks * (16 + 2 * _HASH_BYTES)
+    return generations_offset(num_pulses) + num_blocks * (16 + 2 * _HASH_BYTES)
+
+
+def generations_offset(num_pulses: int) -> int:
+    """Where the generations begin, u64 each, by block: for readers without this class."""
+    return num_pulses * _PULSE_WORDS * 8
 
 
 class ControlPage:
@@ -49,7 +54,7 @@ class ControlPage:
     def __init__(self, memory: memoryview, num_blocks: int, num_pulses: int) -> None:
         self.num_blocks = num_blocks
         self.num_pulses = num_pulses
-        pulses = num_pulses * _PULSE_WORDS * 8
+        pulses = generations_offset(num_pulses)
         committed = pulses + num_blocks * 8
         hashes = committed + num_blocks * 8
         parents = hashes + num_blocks * _HASH_BYTES

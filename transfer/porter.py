@@ -61,7 +61,7 @@ class Porter:
         elif isinstance(order, CancelPull):
             self._puller.cancel(order.ref)
         elif isinstance(order, PublishBlocks):
-            digests = [self._own.digest(block) for block in order.blocks]
+            digests = self._own.digests(order.blocks) if order.blocks else []
             self._send(self._publisher.publish(order, digests))
         else:
             self._publisher.forget(order.ref)

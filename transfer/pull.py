@@ -160,10 +160,10 @@ class Puller:
             pull.num_bad += 1
             pull.waiting = sorted(pull.waiting + blocks)
             pull.read_at = now + ASK_S
-        if pull.num_bad > BAD_MAX and not pull.ended:
-            self._end(pull)
-        elif pull.ended:
+        if pull.ended:
             self._finish_end(pull)
+        elif failed.lost or pull.num_bad > BAD_MAX:
+            self._end(pull)
 
     def _drained(self, handle: int, now: float) -> tuple[_Pull, list[int]]:
         pull = self._pulls[self._reads.pop(handle)]

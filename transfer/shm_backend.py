@@ -8,7 +8,6 @@ from collections import deque
 
 from diptych.engine.core.types import PoolId
 from diptych.transfer.backend import POLL_BYTES_MAX
-from diptych.transfer.digest import block_digest
 from diptych.transfer.pool_memory import PoolMemory
 from diptych.transfer.spans import Read, ReadDone, ReadFailed
 
@@ -57,12 +56,7 @@ class ShmBackend:
         self._queue.clear()
 
     def _copy(self, read: Read) -> list[int]:
-        """Digests of the own blocks, each taken while the block is in the processor's cache."""
-        peer, own = self._peers[read.pool], self._own
-        digests: list[int] = []
-        for span in read.spans:
-            for i in range(span.count):
-                mine = own.blocks(span.own + i, 1)
-                mine[:] = peer.blocks(span.source + i, 1)
-                digests.append(block_digest(mine))
-        return digests
+        """Digests of the own blocks, taken while they are written."""
+        source = [span.source + i for span in read.spans for i in range(span.count)]
+        own = [span.own + i for span in read.spans for i in range(span.count)]
+        return self._own.copy_from(self._peers[read.pool], source, own)

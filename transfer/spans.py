@@ -51,6 +51,7 @@ class ReadFailed(msgspec.Struct, frozen=True):
 
     handle: int
     reason: str
+    lost: bool = False  # the source is out of reach: asking again would only cost time
 
 
 def coalesce(source: Sequence[BlockId], own: Sequence[BlockId]) -> list[Span]:

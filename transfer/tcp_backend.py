@@ -9,7 +9,8 @@ import errno
 import os
 import socket
 import struct
-from collections.abc import Generator
+import time
+from collections.abc import Callable, Generator
 from typing import Final
 
 from diptych.transfer.backend import POLL_BYTES_MAX
@@ -25,18 +26,27 @@ from diptych.transfer.tcp_wire import (
     prove,
 )
 
+STALL_S_MAX: Final = 5.0
+"""A peer that was asked and sends nothing for so long is given up; far above any `hang_s`."""
 _WASTE_BYTES: Final = 1 << 20
+_PIECES_MAX: Final = 512  # of one receive; the kernel takes 1,024
 _CONNECTING: Final = (errno.EINPROGRESS, errno.EWOULDBLOCK)
 
 
 class _Broken(Exception):
-    """The connection is of no use any more."""
+    """The connection is of no use any more; `lost`: nor will another one be."""
+
+    def __init__(self, reason: str, lost: bool = False) -> None:
+        super().__init__(reason)
+        self.lost = lost
 
 
 class _Connection:
     """The client's end: a script that says which bytes it waits for, and a driver."""
 
-    def __init__(self, endpoint: str, own: PoolMemory, key: bytes, layout: bytes) -> None:
+    def __init__(
+        self, endpoint: str, own: PoolMemory, key: bytes, layout: bytes, clock: Callable[[], float]
+    ) -> None:
         host, _, port = endpoint.rpartition(":")
         self.reads: dict[int, Read | None] = {}  # handle -> None once cancelled
         self.answers: list[ReadDone] = []
@@ -48,13 +58,14 @@ class _Connection:
         self._accepted = False
         self._current: int | None = None  # whose bytes are being received
         self._waste = memoryview(bytearray(_WASTE_BYTES))
-        self._left_to_waste = 0
+        self._clock = clock
+        self._heard_at = clock()
         self.socket = socket.socket(socket.AF_INET, socket.SOCK_STREAM | socket.SOCK_NONBLOCK)
         self.socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         code = self.socket.connect_ex((host, int(port)))
         self._failure = "" if code in (0, *_CONNECTING) else os.strerror(code)
         self._script = self._converse()
-        self._target = next(self._script)
+        self._targets = next(self._script)
 
     @property
     def wants_to_write(self) -> bool:
@@ -65,6 +76,8 @@ class _Connection:
         return bool(self._failure)
 
     def request(self, read: Read) -> None:
+        if not self.reads:
+            self._heard_at = self._clock()
         self.reads[read.handle] = read
         request = encode_request(read.handle, read.spans)
         if self._accepted:
@@ -78,8 +91,7 @@ class _Connection:
             return
         self.reads[handle] = None
         if self._current == handle:
-            self._left_to_waste = len(self._target)
-            self._target = self._waste[: min(self._left_to_waste, _WASTE_BYTES)]
+            self._targets = self._discard(sum(len(target) for target in self._targets))
 
     def progress(self, bytes_max: int) -> int:
         """Sends and receives what goes without waiting; returns the bytes received."""
@@ -89,7 +101,7 @@ class _Connection:
         try:
             self._flush()
             while received < bytes_max:
-                count = self.socket.recv_into(self._target)
+                count = self.socket.recvmsg_into(self._targets[:_PIECES_MAX])[0]
                 if not count:
                     raise _Broken("the peer closed the connection")
                 received += count
@@ -99,28 +111,38 @@ class _Connection:
         except OSError as error:
             if error.errno != errno.ENOTCONN:
                 raise _Broken(os.strerror(error.errno or 0)) from error
+        self._watch(received)
         return received
 
     def _flush(self) -> None:
         while self._unsent:
             self._unsent = self._unsent[self.socket.send(self._unsent) :]
 
-    def _received(self, count: int) -> None:
-        self._target = self._target[count:]
-        if self._left_to_waste:
-            self._left_to_waste -= count
-            if self._left_to_waste and not self._target:
-                self._target = self._waste[: min(self._left_to_waste, _WASTE_BYTES)]
-        while not self._target:
-            self._target = next(self._script)
+    def _watch(self, received: int) -> None:
+        """A peer that stands still, or is cut off, ends the connection."""
+        if received or not self.reads:
+            self._heard_at = self._clock()
+        elif self._clock() - self._heard_at > STALL_S_MAX:
+            raise _Broken(f"nothing came for {STALL_S_MAX:g} s", lost=True)
 
-    def _converse(self) -> Generator[memoryview, None, None]:
+    def _received(self, count: int) -> None:
+        targets, done = self._targets, 0
+        while done < len(targets) and count >= len(targets[done]):
+            count -= len(targets[done])
+            done += 1
+        del targets[:done]
+        if count:
+            targets[0] = targets[0][count:]
+        while not self._targets:
+            self._targets = next(self._script)
+
+    def _converse(self) -> Generator[list[memoryview], None, None]:
         nonce = bytearray(NONCE_BYTES)
-        yield memoryview(nonce)
+        yield [memoryview(nonce)]
         self._unsent += prove(self._key, bytes(nonce), self._layout) + self._layout
         self._flush()
         answer = bytearray(1)
-        yield memoryview(answer)
+        yield [memoryview(answer)]
         if answer[0] != ACCEPTED:
             raise _Broken(f"refused: {REFUSALS.get(answer[0], 'it speaks another protocol')}")
         self._accepted = True
@@ -129,47 +151,48 @@ class _Connection:
         while True:
             yield from self._answer()
 
-    def _answer(self) -> Generator[memoryview, None, None]:
+    def _answer(self) -> Generator[list[memoryview], None, None]:
         header = bytearray(ANSWER.size)
-        yield memoryview(header)
+        yield [memoryview(header)]
         handle, num_blocks = ANSWER.unpack(header)
         read = self.reads.get(handle)
         if handle not in self.reads:
             raise _Broken("it answers what was not asked")
         self._current = handle
-        digests: list[int] = []
         if read is None:
-            yield from self._discard(num_blocks * self._own.block_bytes)
+            yield self._discard(num_blocks * self._own.block_bytes)
         else:
-            for span in read.spans:
-                if self.reads[handle] is None:
-                    yield from self._discard(span.count * self._own.block_bytes)
-                else:
-                    yield self._own.blocks(span.own, span.count)
-                    digests += [self._own.digest(span.own + i) for i in range(span.count)]
+            yield [self._own.blocks(span.own, span.count) for span in read.spans]
         self._current = None
         generations = bytearray(8 * num_blocks)
-        yield memoryview(generations)
+        yield [memoryview(generations)]
         read = self.reads.pop(handle)
         if read is not None:
             seen = list(struct.unpack(f"<{num_blocks}Q", generations))
-            self.answers.append(ReadDone(handle, seen, digests))
+            blocks = [span.own + i for span in read.spans for i in range(span.count)]
+            self.answers.append(ReadDone(handle, seen, self._own.digests(blocks)))
 
-    def _discard(self, num_bytes: int) -> Generator[memoryview, None, None]:
-        while num_bytes:
-            piece = self._waste[: min(num_bytes, _WASTE_BYTES)]
-            yield piece
-            num_bytes -= len(piece)
+    def _discard(self, num_bytes: int) -> list[memoryview]:
+        """Room for bytes that nobody wants."""
+        whole, rest = divmod(num_bytes, _WASTE_BYTES)
+        return [self._waste] * whole + [self._waste[:rest]] * bool(rest)
 
 
 class TcpBackend:
     name = "tcp"
 
-    def __init__(self, own: PoolMemory, key: bytes, layout: bytes) -> None:
+    def __init__(
+        self,
+        own: PoolMemory,
+        key: bytes,
+        layout: bytes,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
         assert len(layout) == LAYOUT_BYTES
         self._own = own
         self._key = key
         self._layout = layout
+        self._clock = clock
         self._connections: dict[str, _Connection] = {}
         self._answers: list[ReadDone | ReadFailed] = []
 
@@ -180,7 +203,7 @@ class TcpBackend:
     def read(self, read: Read) -> None:
         connection = self._connections.get(read.endpoint)
         if connection is None:
-            connection = _Connection(read.endpoint, self._own, self._key, self._layout)
+            connection = _Connection(read.endpoint, self._own, self._key, self._layout, self._clock)
             self._connections[read.endpoint] = connection
         connection.request(read)
         self._progress(read.endpoint, connection, 0)
@@ -214,7 +237,7 @@ class TcpBackend:
             del self._connections[endpoint]
             connection.socket.close()
             self._answers += [
-                ReadFailed(handle, str(error))
+                ReadFailed(handle, str(error), error.lost)
                 for handle, read in connection.reads.items()
                 if read is not None
             ]

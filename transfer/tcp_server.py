@@ -5,8 +5,6 @@ may be overwritten meanwhile, which the generations behind the data tell. Invari
 the key gets a byte, and nothing outside the pool is ever sent.
 """
 
-import logging
-import os
 import socket
 import struct
 import threading
@@ -15,21 +13,17 @@ from typing import Final
 
 from diptych.transfer.pool_memory import PoolMemory
 from diptych.transfer.tcp_wire import (
-    ACCEPTED,
     ANSWER,
+    HELLO_S_MAX,
     LAYOUT_BYTES,
-    MAC_BYTES,
-    NONCE_BYTES,
     REQUEST,
     SPAN,
     SPANS_MAX,
-    verdict,
+    receive,
+    serve_hello,
 )
 
 _PIECES_MAX: Final = 512  # of one sendmsg; the kernel takes 1,024
-_HELLO_S_MAX: Final = 5.0
-
-_log = logging.getLogger("diptych")
 
 
 class BlockServer:
@@ -62,14 +56,8 @@ class BlockServer:
     def _serve(self, connection: socket.socket) -> None:
         with connection, suppress(OSError, EOFError):
             connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-            connection.settimeout(_HELLO_S_MAX)
-            nonce = os.urandom(NONCE_BYTES)
-            connection.sendall(nonce)
-            hello = _receive(connection, MAC_BYTES + LAYOUT_BYTES)
-            answer = verdict(self._key, nonce, self._layout, hello)
-            connection.sendall(bytes([answer]))
-            if answer != ACCEPTED:
-                _log.error("refused a reader of blocks (%d)", answer)
+            connection.settimeout(HELLO_S_MAX)
+            if not serve_hello(connection, self._key, self._layout):
                 return
             connection.settimeout(None)
             while self._answer(connection):
@@ -77,10 +65,10 @@ class BlockServer:
 
     def _answer(self, connection: socket.socket) -> bool:
         """One request. False: it asks for what there is not."""
-        handle, num_spans = REQUEST.unpack(_receive(connection, REQUEST.size))
+        handle, num_spans = REQUEST.unpack(receive(connection, REQUEST.size))
         if not 0 < num_spans <= SPANS_MAX:
             return False
-        spans = list(SPAN.iter_unpack(_receive(connection, num_spans * SPAN.size)))
+        spans = list(SPAN.iter_unpack(receive(connection, num_spans * SPAN.size)))
         if any(not count or first + count > self._pool.num_blocks for first, count in spans):
             return False
         num_blocks = sum(count for _, count in spans)
@@ -91,17 +79,6 @@ class BlockServer:
         generations = [page.generation(first + i) for first, count in spans for i in range(count)]
         connection.sendall(struct.pack(f"<{num_blocks}Q", *generations))
         return True
-
-
-def _receive(connection: socket.socket, count: int) -> bytes:
-    data = bytearray(count)
-    view = memoryview(data)
-    while view:
-        got = connection.recv_into(view)
-        if not got:
-            raise EOFError
-        view = view[got:]
-    return bytes(data)
 
 
 def _send(connection: socket.socket, pieces: list[memoryview]) -> None:

@@ -6,6 +6,9 @@ blocks' bytes, the generations that the server read after it had handed the byte
 """
 
 import hmac
+import logging
+import os
+import socket
 import struct
 from collections.abc import Sequence
 from typing import Final
@@ -23,6 +26,9 @@ REQUEST: Final = struct.Struct("<QI")  # handle, spans
 SPAN: Final = struct.Struct("<II")  # source, count
 ANSWER: Final = struct.Struct("<QI")  # handle, blocks
 SPANS_MAX: Final = 4096
+HELLO_S_MAX: Final = 5.0
+
+_log = logging.getLogger("diptych")
 
 
 def prove(key: bytes, nonce: bytes, layout: bytes) -> bytes:
@@ -35,6 +41,29 @@ def verdict(key: bytes, nonce: bytes, layout: bytes, hello: bytes) -> int:
     if not hmac.compare_digest(mac, prove(key, nonce, theirs)):
         return BAD_KEY
     return ACCEPTED if theirs == layout else OTHER_LAYOUT
+
+
+def serve_hello(connection: socket.socket, key: bytes, layout: bytes) -> bool:
+    """The server's part of the greeting. False: the client was refused, and knows why."""
+    nonce = os.urandom(NONCE_BYTES)
+    connection.sendall(nonce)
+    answer = verdict(key, nonce, layout, receive(connection, MAC_BYTES + LAYOUT_BYTES))
+    connection.sendall(bytes([answer]))
+    if answer != ACCEPTED:
+        _log.error("refused a reader of blocks: %s", REFUSALS[answer])
+    return answer == ACCEPTED
+
+
+def receive(connection: socket.socket, count: int) -> bytes:
+    """Exactly `count` bytes. Raises EOFError."""
+    data = bytearray(count)
+    view = memoryview(data)
+    while view:
+        got = connection.recv_into(view)
+        if not got:
+            raise EOFError("the peer closed the connection")
+        view = view[got:]
+    return bytes(data)
 
 
 def encode_request(handle: int, spans: Sequence[Span]) -> bytes:

@@ -9,6 +9,7 @@
 #include <tvm/ffi/optional.h>
 #include <tvm/ffi/string.h>
 
+#include "blocks.h"
 #include "cores.h"
 #include "kernels.h"
 #include "machine.h"
@@ -301,6 +302,37 @@ int64_t probe_compute(int64_t level, int64_t rounds, bool pairs) {
   return items * rounds * table(level).probe_operations(pairs);
 }
 
+// The digest of each of these blocks of a pool, which is given by address: it may be mapped without
+// the right to write.
+void digest_blocks(int64_t pool, TensorView blocks, int64_t block_bytes, TensorView digests) {
+  const int64_t count = digests.numel();
+  CHECK(block_bytes >= kDigestBytesMin && is_type(digests, kDLInt, 64) && digests.IsContiguous());
+  const int32_t* wanted = ints(blocks, count);
+  auto* found = data<int64_t>(digests);
+  for (int64_t i = 0; i < count; ++i) {
+    CHECK(wanted[i] >= 0);
+    auto* block = reinterpret_cast<const char*>(pool) + wanted[i] * block_bytes;
+    found[i] = static_cast<int64_t>(digest(block, block_bytes));
+  }
+}
+
+// Copies block from_blocks[i] of one pool over block to_blocks[i] of another; digests[i] is that of
+// the copy.
+void copy_blocks(int64_t to, TensorView to_blocks, int64_t from, TensorView from_blocks,
+                 int64_t block_bytes, TensorView digests) {
+  const int64_t count = digests.numel();
+  CHECK(block_bytes >= kDigestBytesMin && is_type(digests, kDLInt, 64) && digests.IsContiguous());
+  const int32_t* mine = ints(to_blocks, count);
+  const int32_t* theirs = ints(from_blocks, count);
+  auto* found = data<int64_t>(digests);
+  for (int64_t i = 0; i < count; ++i) {
+    CHECK(mine[i] >= 0 && theirs[i] >= 0);
+    auto* target = reinterpret_cast<char*>(to) + mine[i] * block_bytes;
+    auto* source = reinterpret_cast<const char*>(from) + theirs[i] * block_bytes;
+    found[i] = static_cast<int64_t>(copy_digest(target, source, block_bytes));
+  }
+}
+
 String level_name(int64_t level) { return table(level).name; }
 
 int64_t num_levels() { return kNumLevels; }
@@ -373,3 +405,5 @@ TVM_FFI_DLL_EXPORT_TYPED_FUNC(meeting_words, diptych::cpu::meeting_words)
 TVM_FFI_DLL_EXPORT_TYPED_FUNC(probe_read, diptych::cpu::probe_read)
 TVM_FFI_DLL_EXPORT_TYPED_FUNC(probe_compute, diptych::cpu::probe_compute)
 TVM_FFI_DLL_EXPORT_TYPED_FUNC(log_softmax, diptych::cpu::log_softmax)
+TVM_FFI_DLL_EXPORT_TYPED_FUNC(digest_blocks, diptych::cpu::digest_blocks)
+TVM_FFI_DLL_EXPORT_TYPED_FUNC(copy_blocks, diptych::cpu::copy_blocks)

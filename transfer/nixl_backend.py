@@ -1,0 +1,247 @@
+"""Reads through NIXL: RDMA, shared memory or TCP, whatever UCX finds between two hosts.
+
+Owns the worker's NIXL process (nixl_process.py), which does all of it, and the listening socket
+where peers ask that process how to read the own pool: so the endpoint outlives the process. A
+process that ends fails its reads, which are asked for again; the next one is started at once, then
+ever more rarely. Invariant: the reads of a process fail only when it is reaped, for then it writes
+nothing any more.
+"""
+
+import logging
+import os
+import select
+import socket
+import subprocess
+import sys
+import time
+from collections import deque
+from collections.abc import Callable
+from contextlib import suppress
+from typing import Final
+
+import msgspec
+
+from diptych.transfer.backend import POLL_BYTES_MAX
+from diptych.transfer.nixl_wire import (
+    PACKET_BYTES_MAX,
+    STALL_S_MAX,
+    START_S_MAX,
+    NixlAnswer,
+    NixlBoot,
+    NixlCancel,
+    NixlDone,
+    NixlFailed,
+    NixlOrder,
+    NixlRead,
+    NixlUp,
+    require_nixl,
+)
+from diptych.transfer.pool_memory import PoolMemory
+from diptych.transfer.spans import CancelRead, Read, ReadDone, ReadFailed
+
+RESTART_S: Final = 0.25
+"""Before the second start in a row that came to nothing; doubles up to the next."""
+RESTART_S_MAX: Final = 10.0
+_BACKLOG: Final = 128
+
+_log = logging.getLogger("diptych")
+
+
+class _Process:
+    """One incarnation of the NIXL process."""
+
+    def __init__(self, boot: Callable[[int], NixlBoot], now: float) -> None:
+        self.socket, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        self.socket.setblocking(False)
+        orders = boot(theirs.fileno())
+        fds = [orders.control_fd, orders.listen_fd, orders.pool_fd, orders.page_fd]
+        command = [sys.executable, "-P", "-m", "diptych.transfer.nixl_process"]
+        self.popen = subprocess.Popen(command, stdin=subprocess.PIPE, pass_fds=fds)
+        theirs.close()
+        self.pidfd = os.pidfd_open(self.popen.pid)
+        assert self.popen.stdin is not None
+        with suppress(BrokenPipeError):  # its end is seen by the pidfd
+            self.popen.stdin.write(msgspec.json.encode(orders))
+            self.popen.stdin.close()
+        self.unsent: deque[bytes] = deque()
+        self.up = False
+        self.heard_at = now
+
+    def say(self, order: NixlOrder) -> None:
+        self.unsent.append(msgspec.msgpack.encode(order))
+        self.flush()
+
+    def flush(self) -> None:
+        with suppress(BlockingIOError, OSError):  # full: later; gone: the pidfd tells
+            while self.unsent:
+                self.socket.send(self.unsent[0])
+                self.unsent.popleft()
+
+    def hear(self) -> NixlAnswer | None:
+        try:
+            packet = self.socket.recv(PACKET_BYTES_MAX)
+        except OSError:
+            return None
+        return msgspec.msgpack.decode(packet, type=NixlAnswer) if packet else None
+
+    def ended(self) -> bool:
+        poll = select.poll()
+        poll.register(self.pidfd, select.POLLIN)
+        return bool(poll.poll(0)) and self.popen.poll() is not None
+
+    def close(self) -> None:
+        self.popen.kill()
+        self.popen.wait()
+        os.close(self.pidfd)
+        self.socket.close()
+
+
+class NixlBackend:
+    """`pool_fd`, `page_fd`: the own pool's, for the process to map."""
+
+    name = "nixl"
+
+    def __init__(
+        self,
+        own: PoolMemory,
+        pool_fd: int,
+        page_fd: int,
+        key: bytes,
+        layout: bytes,
+        host: str,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        require_nixl()
+        self._own = own
+        self._clock = clock
+        self._listener = socket.create_server((host, 0), backlog=_BACKLOG)
+        self.endpoint = "{}:{}".format(*self._listener.getsockname()[:2])
+        self._boot = NixlBoot(
+            control_fd=-1,
+            listen_fd=self._listener.fileno(),
+            pool_fd=pool_fd,
+            page_fd=page_fd,
+            num_blocks=own.num_blocks,
+            num_pulses=own.page.num_pulses,
+            block_bytes=own.block_bytes,
+            key=key.hex(),
+            layout=layout.hex(),
+            loopback=host == "127.0.0.1",
+        )
+        self._reads: dict[int, Read] = {}  # of the process that runs
+        self._cancelled: set[int] = set()  # of those
+        self._answers: list[ReadDone | ReadFailed] = []
+        self._failed_starts = 0  # in a row
+        self._start_at = 0.0
+        self._process: _Process | None = None
+        self._start()
+
+    @property
+    def eager(self) -> bool:
+        return bool(self._answers)
+
+    @property
+    def pid(self) -> int | None:
+        """Of the process; None while none runs."""
+        return None if self._process is None else self._process.popen.pid
+
+    def read(self, read: Read) -> None:
+        process = self._process
+        if process is None:
+            self._answers.append(ReadFailed(read.handle, "the NIXL process is down"))
+            return
+        if not self._reads:
+            process.heard_at = self._clock()
+        self._reads[read.handle] = read
+        process.say(NixlRead(read))
+
+    def poll(self) -> list[ReadDone | ReadFailed]:
+        process = self._process
+        if process is not None:
+            process.flush()
+            self._hear(process)
+            self._watch(process)
+        elif self._clock() >= self._start_at:
+            self._start()
+        answers, self._answers = self._answers, []
+        return answers
+
+    def cancel(self, handle: int) -> None:
+        if handle in self._reads and handle not in self._cancelled:
+            assert self._process is not None
+            self._cancelled.add(handle)
+            self._process.say(NixlCancel(CancelRead(handle)))
+
+    def fds(self) -> dict[int, bool]:
+        process = self._process
+        if process is None:
+            return {}
+        return {process.socket.fileno(): bool(process.unsent), process.pidfd: False}
+
+    def close(self) -> None:
+        if self._process is not None:
+            self._process.close()
+            self._process = None
+        self._reads.clear()
+        self._listener.close()
+
+    def _start(self) -> None:
+        boot = self._boot
+        self._process = _Process(
+            lambda control: msgspec.structs.replace(boot, control_fd=control), self._clock()
+        )
+
+    def _hear(self, process: _Process) -> None:
+        num_bytes = 0
+        while num_bytes < POLL_BYTES_MAX and (answer := process.hear()) is not None:
+            process.heard_at = self._clock()
+            if isinstance(answer, NixlUp):
+                process.up, self._failed_starts = True, 0
+                continue
+            read = self._reads.pop(answer.handle)
+            if isinstance(answer, NixlFailed):
+                self._answers.append(answer.as_answer())
+                self._cancelled.discard(answer.handle)
+                continue
+            if answer.handle in self._cancelled:  # it was quicker
+                self._answers.append(ReadFailed(answer.handle, "cancelled"))
+                self._cancelled.remove(answer.handle)
+                continue
+            self._answers.append(self._digested(read, answer))
+            num_bytes += len(answer.generations) * self._own.block_bytes
+
+    def _digested(self, read: Read, done: NixlDone) -> ReadDone:
+        """Digests are taken here: of what this process sees of the bytes, on its own core."""
+        blocks = [span.own + i for span in read.spans for i in range(span.count)]
+        return ReadDone(read.handle, done.generations, self._own.digests(blocks))
+
+    def _watch(self, process: _Process) -> None:
+        if process.ended():
+            self._lose(process)
+            return
+        silent_s = self._clock() - process.heard_at
+        # It ends itself when a transfer stands still; when it does not even do that, so do we.
+        if silent_s > (2.0 * STALL_S_MAX if process.up else START_S_MAX):
+            if self._reads or not process.up:
+                _log.error("the NIXL process says nothing for %.0f s: it is killed", silent_s)
+                process.popen.kill()  # its end is seen above, next time
+                process.heard_at = self._clock()
+
+    def _lose(self, process: _Process) -> None:
+        status = process.popen.returncode
+        _log.warning(
+            "the NIXL process ended (status %d) with %d reads under way", status, len(self._reads)
+        )
+        failed = [ReadFailed(handle, "the NIXL process ended") for handle in self._reads]
+        self._answers += failed
+        self._reads.clear()
+        self._cancelled.clear()
+        wait_s = 0.0
+        if not process.up:
+            wait_s = min(RESTART_S_MAX, RESTART_S * 2.0 ** min(self._failed_starts, 10))
+            self._failed_starts += 1
+        process.close()
+        self._process = None
+        self._start_at = self._clock() + wait_s
+        if not wait_s:
+            self._start()

@@ -1,0 +1,292 @@
+"""The NIXL process of one worker: reads from the peers' pools, and lets them read the own one.
+
+A child of its worker and in its process group: what crashes in UCX ends this process, not the
+engine. Owns the peers and every read under way. Invariant: a read is answered only when its
+transfer is over, and its generations were read after its data.
+"""
+
+import logging
+import os
+import select
+import socket
+import sys
+import threading
+import time
+from collections import deque
+from contextlib import suppress
+from dataclasses import dataclass, field
+from typing import Final
+
+import msgspec
+
+from diptych.transfer.nixl_agent import (
+    ENTRIES,
+    SCRATCH_PAGES,
+    Agent,
+    PeerGone,
+    RemotePool,
+    Transfer,
+    end_process,
+    words,
+)
+from diptych.transfer.nixl_wire import (
+    PACKET_BYTES_MAX,
+    STALL_S_MAX,
+    NixlAnswer,
+    NixlBoot,
+    NixlCancel,
+    NixlCard,
+    NixlDone,
+    NixlFailed,
+    NixlOrder,
+    NixlRead,
+    NixlUp,
+)
+from diptych.transfer.spans import Read
+from diptych.transfer.tcp_wire import (
+    ACCEPTED,
+    HELLO_S_MAX,
+    NONCE_BYTES,
+    REFUSALS,
+    prove,
+    receive,
+    serve_hello,
+)
+
+_POLL_S: Final = 0.0002  # between two looks at transfers under way
+_CARD_BYTES_MAX: Final = 1 << 20
+
+_log = logging.getLogger("diptych")
+
+
+class NoCard(Exception):
+    """A peer that does not say how to read it; `lost`: nor ever will."""
+
+    def __init__(self, reason: str, lost: bool = False) -> None:
+        super().__init__(reason)
+        self.lost = lost
+
+
+@dataclass(slots=True)
+class Peer:
+    """`pool` None: it is being asked for its card."""
+
+    endpoint: str
+    waiting: deque[Read] = field(default_factory=deque)
+    pool: RemotePool | None = None
+
+
+@dataclass(slots=True)
+class Running:
+    """A read of which one transfer is under way: of its data, or then of its generations."""
+
+    read: Read
+    peer: Peer
+    pool: RemotePool
+    transfer: Transfer
+    since_s: float = field(default_factory=time.monotonic)
+    pages: dict[int, int] = field(default_factory=dict)  # of the column -> of the scratch
+    cancelled: bool = False
+
+    @property
+    def blocks(self) -> list[int]:
+        """Of the peer."""
+        return [span.source + i for span in self.read.spans for i in range(span.count)]
+
+
+class NixlProcess:
+    def __init__(self, boot: NixlBoot) -> None:
+        self._boot = boot
+        self._control = socket.socket(fileno=boot.control_fd)
+        self._key, self._layout = bytes.fromhex(boot.key), bytes.fromhex(boot.layout)
+        self._agent = Agent(boot)
+        self._peers: dict[str, Peer] = {}
+        self._running: list[Running] = []
+        self._free_pages = list(range(SCRATCH_PAGES))
+        self._cards: deque[tuple[Peer, NixlCard | NoCard]] = deque()  # from the asking threads
+        self._wake_read, self._wake_write = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
+
+    def run(self) -> None:
+        """Until the worker's end of the control socket is gone."""
+        threading.Thread(target=self._hand_out_cards, daemon=True).start()
+        self._say(NixlUp())
+        while True:
+            wait_s = _POLL_S if self._running else None
+            control = self._control.fileno()
+            ready = select.select([control, self._wake_read], [], [], wait_s)[0]
+            if self._wake_read in ready:
+                os.read(self._wake_read, 4096)
+            if control in ready and not self._take_order():
+                return
+            while self._cards:
+                self._take_card(*self._cards.popleft())
+            self._look()
+
+    # ---- orders
+
+    def _take_order(self) -> bool:
+        packet = self._control.recv(PACKET_BYTES_MAX)
+        if not packet:
+            return False
+        order = msgspec.msgpack.decode(packet, type=NixlOrder)
+        if isinstance(order, NixlRead):
+            self._read(order.read)
+        else:
+            self._cancel(order)
+        return True
+
+    def _read(self, read: Read) -> None:
+        peer = self._peers.get(read.endpoint)
+        if peer is None:
+            peer = self._peers[read.endpoint] = Peer(read.endpoint)
+            threading.Thread(target=self._ask, args=(peer,), daemon=True).start()
+        if peer.pool is None:
+            peer.waiting.append(read)
+        else:
+            self._begin(peer, peer.pool, read)
+
+    def _cancel(self, order: NixlCancel) -> None:
+        handle = order.cancel.handle
+        for running in self._running:
+            if running.read.handle == handle:
+                running.cancelled = True  # answered when it is over
+        for peer in self._peers.values():
+            for read in list(peer.waiting):
+                if read.handle == handle:
+                    peer.waiting.remove(read)
+                    self._say(NixlFailed(handle, "cancelled"))
+
+    def _begin(self, peer: Peer, pool: RemotePool, read: Read) -> None:
+        source = [span.source + i for span in read.spans for i in range(span.count)]
+        own = [span.own + i for span in read.spans for i in range(span.count)]
+        try:
+            transfer = self._agent.make(self._agent.blocks, own, pool.blocks, source)
+        except Exception as error:  # nothing has begun
+            self._drop(peer, error)
+            self._say(NixlFailed(read.handle, words(error)))
+            return
+        running = Running(read, peer, pool, transfer)
+        self._running.append(running)
+        try:
+            transfer.post()
+        except PeerGone as error:
+            self._fail(running, error)
+
+    # ---- transfers
+
+    def _look(self) -> None:
+        for running in list(self._running):
+            try:
+                if running.transfer.over():
+                    self._next(running)
+            except PeerGone as error:
+                self._fail(running, error)
+            if running in self._running and time.monotonic() - running.since_s > STALL_S_MAX:
+                end_process("a transfer stands still")
+
+    def _next(self, running: Running) -> None:
+        """A transfer is over: the data's, then the generations follow; theirs, then all is."""
+        agent, blocks = self._agent, running.blocks
+        if running.cancelled:
+            self._end(running, NixlFailed(running.read.handle, "cancelled"))
+            return
+        if not running.pages:
+            wanted = sorted({block // ENTRIES for block in blocks})
+            assert len(wanted) <= SCRATCH_PAGES
+            if len(wanted) > len(self._free_pages):
+                return  # other reads will give theirs back
+            running.pages = dict(zip(wanted, self._free_pages, strict=False))
+            del self._free_pages[: len(wanted)]
+            mine = list(running.pages.values())
+            pool = running.pool
+            running.transfer = agent.make(pool.scratch, mine, pool.pages, wanted)
+            running.transfer.post()
+            if not running.transfer.over():
+                return
+        rows = [running.pages[block // ENTRIES] for block in blocks]
+        seen = agent.scratch[rows, [block % ENTRIES for block in blocks]].tolist()
+        self._end(running, NixlDone(running.read.handle, seen))
+
+    def _fail(self, running: Running, error: PeerGone) -> None:
+        self._drop(running.peer, error)
+        self._end(running, NixlFailed(running.read.handle, words(error)))
+
+    def _end(self, running: Running, answer: NixlAnswer) -> None:
+        self._running.remove(running)
+        self._free_pages = sorted([*running.pages.values(), *self._free_pages])
+        self._say(answer)
+
+    def _drop(self, peer: Peer, error: Exception) -> None:
+        """The next read asks for the card of whoever listens there then."""
+        if self._peers.get(peer.endpoint) is peer:
+            del self._peers[peer.endpoint]
+            _log.info("peer %s is gone: %s", peer.endpoint, words(error))
+            if peer.pool is not None:
+                peer.pool.forget()
+
+    # ---- cards
+
+    def _take_card(self, peer: Peer, card: NixlCard | NoCard) -> None:
+        waiting, peer.waiting = peer.waiting, deque()
+        if isinstance(card, NixlCard):
+            try:
+                peer.pool = RemotePool(self._agent, card)
+            except Exception as error:  # whatever NIXL raises
+                card = NoCard(words(error))
+        if isinstance(card, NoCard):
+            del self._peers[peer.endpoint]
+        for read in waiting:
+            if peer.pool is not None:
+                self._begin(peer, peer.pool, read)
+            else:
+                self._say(NixlFailed(read.handle, str(card), getattr(card, "lost", False)))
+
+    def _ask(self, peer: Peer) -> None:
+        """In a thread of its own: nobody waits for a peer that does not answer."""
+        try:
+            self._cards.append((peer, self._fetch_card(peer.endpoint)))
+        except (OSError, EOFError, msgspec.DecodeError) as error:
+            self._cards.append((peer, NoCard(f"{peer.endpoint}: {words(error)}")))
+        except NoCard as error:
+            self._cards.append((peer, error))
+        os.write(self._wake_write, b"c")
+
+    def _fetch_card(self, endpoint: str) -> NixlCard:
+        host, _, port = endpoint.rpartition(":")
+        with socket.create_connection((host, int(port)), HELLO_S_MAX) as connection:
+            nonce = receive(connection, NONCE_BYTES)
+            connection.sendall(prove(self._key, nonce, self._layout) + self._layout)
+            answer = receive(connection, 1)[0]
+            if answer != ACCEPTED:
+                reason = REFUSALS.get(answer, "it speaks another protocol")
+                raise NoCard(f"refused: {reason}", lost=True)
+            size = int.from_bytes(receive(connection, 4), "little")
+            if size > _CARD_BYTES_MAX:
+                raise NoCard("it speaks another protocol", lost=True)
+            return msgspec.msgpack.decode(receive(connection, size), type=NixlCard)
+
+    def _hand_out_cards(self) -> None:
+        listener = socket.socket(fileno=self._boot.listen_fd)
+        listener.settimeout(None)
+        card = msgspec.msgpack.encode(self._agent.card)
+        while True:
+            connection, _ = listener.accept()
+            with connection, suppress(OSError, EOFError):
+                connection.settimeout(HELLO_S_MAX)
+                if serve_hello(connection, self._key, self._layout):
+                    connection.sendall(len(card).to_bytes(4, "little") + card)
+
+    def _say(self, answer: NixlAnswer) -> None:
+        self._control.sendall(msgspec.msgpack.encode(answer))
+
+
+def main() -> None:
+    logging.basicConfig(stream=sys.stderr, level=logging.INFO, format="nixl %(message)s")
+    boot = msgspec.json.decode(sys.stdin.buffer.read(), type=NixlBoot)
+    with suppress(BrokenPipeError, ConnectionResetError):  # the worker ended
+        NixlProcess(boot).run()
+    os._exit(0)  # no destructor of UCX's may hang on a peer
+
+
+if __name__ == "__main__":
+    main()

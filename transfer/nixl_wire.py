@@ -1,0 +1,88 @@
+"""What a worker and its NIXL process say to each other, and two NIXL processes to find each other.
+
+Orders and answers are msgpack, one a packet, over a Unix socket. Owns nothing. Invariant: every
+`Read` is answered by `NixlDone` or `ReadFailed`, or by the end of the process.
+"""
+
+import importlib.util
+from typing import Final
+
+import msgspec
+
+from diptych.engine.core.errors import ConfigError
+from diptych.engine.core.types import Generation
+from diptych.transfer.spans import CancelRead, Read, ReadFailed
+
+PACKET_BYTES_MAX: Final = 1 << 20
+START_S_MAX: Final = 60.0
+"""From the start of the process to its `NixlUp`: it loads 120 MB of libraries."""
+STALL_S_MAX: Final = 5.0
+"""A transfer that takes longer ends the process, and with it whatever might still write."""
+
+
+class NixlBoot(msgspec.Struct, frozen=True, kw_only=True):
+    """For the process, on its standard input."""
+
+    control_fd: int
+    listen_fd: int  # where peers ask for `NixlCard`
+    pool_fd: int
+    page_fd: int
+    num_blocks: int
+    num_pulses: int
+    block_bytes: int
+    key: str  # hex
+    layout: str  # hex
+    loopback: bool  # nothing but the loopback device may be used
+
+
+class NixlUp(msgspec.Struct, frozen=True, tag=True):
+    """It takes orders."""
+
+
+class NixlDone(msgspec.Struct, frozen=True, tag=True):
+    """The bytes are here; digests are for the worker to take."""
+
+    handle: int
+    generations: list[Generation]
+
+
+class NixlFailed(msgspec.Struct, frozen=True, tag=True):
+    handle: int
+    reason: str
+    lost: bool = False
+
+    def as_answer(self) -> ReadFailed:
+        return ReadFailed(self.handle, self.reason, self.lost)
+
+
+class NixlRead(msgspec.Struct, frozen=True, tag=True):
+    read: Read
+
+
+class NixlCancel(msgspec.Struct, frozen=True, tag=True):
+    cancel: CancelRead
+
+
+class NixlCard(msgspec.Struct, frozen=True, kw_only=True):
+    """How to read the pool of the process that hands it out, after the hello of tcp_wire."""
+
+    metadata: bytes  # of the agent
+    pool_address: int
+    generations_address: int
+    num_blocks: int
+
+
+NixlOrder = NixlRead | NixlCancel
+NixlAnswer = NixlUp | NixlDone | NixlFailed
+
+
+def nixl_installed() -> bool:
+    return any(importlib.util.find_spec(name) for name in ("nixl_cu12", "nixl_cu13"))
+
+
+def require_nixl() -> None:
+    """Raises ConfigError where NIXL is not installed."""
+    if not nixl_installed():
+        raise ConfigError(
+            "--transfer nixl needs NIXL, which is not installed; run `pip install 'diptych[nixl]'`"
+        )
