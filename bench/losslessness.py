@@ -1,7 +1,7 @@
 """The losslessness matrix: what a client gets never depends on how it was computed.
 
-{inline, 1P1D, 2P2D, mixed, separate pools over shm, tcp and (where installed) nixl} x {chunk 16, 64,
-whole} x {alone, 16 others} x {cold, prefix hit} x {undisturbed, worker killed, preempted} x
+{inline, 1P1D, 2P2D, mixed, separate pools over shm, tcp and (where installed) nixl} x {chunk 16,
+64, whole} x {alone, 16 others} x {cold, prefix hit} x {undisturbed, worker killed, preempted} x
 {greedy, seeded, n=3}.
 Every cell must give token ids and log-probabilities that equal, bit for bit, those of one
 undisturbed request alone in the inline engine. `python -m bench.losslessness` runs the whole
