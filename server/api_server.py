@@ -14,9 +14,10 @@ import msgspec
 from diptych.engine.core.config import EngineOptions
 from diptych.server.boot import ApiBoot
 from diptych.server.http.serve import run_api
-from diptych.server.http.settings import HttpSettings
+from diptych.server.http.settings import METER_SLOT_BYTES, HttpSettings
 from diptych.server.logs import configure_logs
 from diptych.server.remote_client import RemoteClient
+from diptych.transfer.shared_memory import SharedMemory
 
 _log = logging.getLogger("diptych")
 
@@ -40,9 +41,17 @@ async def _serve(boot: ApiBoot) -> None:
             ready=lambda: _announce(settings),
             drain_event=drain,
             sock=socket.socket(fileno=boot.listen_fd),
+            meters=_meters(boot, settings),
         )
     finally:
         await client.close()
+
+
+def _meters(boot: ApiBoot, settings: HttpSettings) -> memoryview | None:
+    """Mapped for the life of the process."""
+    if boot.meters_fd is None:
+        return None
+    return SharedMemory(boot.meters_fd, settings.num_apis * METER_SLOT_BYTES).view
 
 
 def serve_inline(options: EngineOptions, settings: HttpSettings, listener: socket.socket) -> int:

@@ -90,7 +90,13 @@ class ApiBoot(msgspec.Struct, frozen=True, kw_only=True):
     info: EngineInfo
     settings: dict[str, object] = {}
     listen_fd: int | None = None  # an already listening TCP socket, shared by all API servers
+    meters_fd: int | None = None  # memory in which all of them count
+    salt_key: str  # hex; one for all, so that a salted prefix is found whoever is asked
     log_level: str = "INFO"
+
+    @property
+    def fds(self) -> list[int]:
+        return [fd for fd in (self.listen_fd, self.meters_fd) if fd is not None]
 
     @property
     def path(self) -> Path:
@@ -105,6 +111,7 @@ class SupervisorBoot(msgspec.Struct, frozen=True, kw_only=True):
     num_apis: int = 1
     settings: dict[str, object] = {}
     listen_fd: int | None = None
+    meters_fd: int | None = None
     control_fd: int | None = None  # news go out, its end means stop
     grace_s: float = 30.0
     log_level: str = "INFO"

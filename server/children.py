@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 import warnings
+from collections.abc import Sequence
 
 from diptych.engine.core.messages import Address
 from diptych.server.boot import ApiProcessBoot, HostBoot
@@ -43,16 +44,17 @@ class Children:
         self._watch(address, pid)
         return pid
 
-    def prepare_api(self, target: str, listen_fd: int | None) -> None:
+    def prepare_api(self, target: str, fds: Sequence[int]) -> None:
         """Lets an API server import its code while the model loads; it waits for `start_api`."""
-        fds = [self._boot.lifeline_fd, *([] if listen_fd is None else [listen_fd])]
-        process = spawn_waiting("diptych.server.api_process", [target], fds)
+        process = spawn_waiting(
+            "diptych.server.api_process", [target], [self._boot.lifeline_fd, *fds]
+        )
         self._spawned[process.pid] = process
         self._prepared.append(process)
 
     def start_api(self, address: Address, boot: ApiProcessBoot) -> int:
         if not self._prepared:
-            self.prepare_api(boot.target, boot.api.listen_fd)
+            self.prepare_api(boot.target, boot.api.fds)
         process = self._prepared.pop()
         give_orders(process, boot)
         self._watch(address, process.pid)

@@ -131,14 +131,15 @@ def run_supervisor(
     num_apis: int = 1,
     settings: dict[str, object] | None = None,
     listen_fd: int | None = None,
+    meters_fd: int | None = None,
     grace_s: float = 30.0,
     log_level: str = "INFO",
 ) -> int:
     """Serves until SIGTERM or SIGINT (drain, then 0) or a failure that no restart can mend.
 
     api_target: "package.module:function", called with an `ApiBoot` in each API server process; it
-    returns when a `Drain` that came over its channels is done. `settings` (JSON values) and
-    `listen_fd` reach it inside the `ApiBoot`. Returns the exit status.
+    returns when a `Drain` that came over its channels is done. `settings` (JSON values),
+    `listen_fd` and `meters_fd` reach it inside the `ApiBoot`. Returns the exit status.
     """
     options.verify()
     boot = SupervisorBoot(
@@ -147,6 +148,7 @@ def run_supervisor(
         num_apis=num_apis,
         settings=settings or {},
         listen_fd=listen_fd,
+        meters_fd=meters_fd,
         grace_s=grace_s,
         log_level=log_level,
     )

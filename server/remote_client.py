@@ -53,7 +53,8 @@ class RemoteClient:
     def __init__(self, boot: ApiBoot, on_drain: Callable[[float], None] | None = None) -> None:
         self.info = boot.info
         journal = Journal(boot.api, boot.api_epoch, block_size=boot.info.block_size)
-        self._streams = Streams(journal, boot.info, self._post)
+        key = bytes.fromhex(boot.salt_key)
+        self._streams = Streams(journal, boot.info, self._post, server_key=key)
         self._loop = asyncio.get_running_loop()
         self._channels = AsyncChannels(
             boot.path, Address("api", boot.api, boot.api_epoch), self._on_message

@@ -11,14 +11,18 @@ from pathlib import Path
 
 import msgspec
 
+from diptych.engine.core.errors import ConfigError
 from diptych.engine.core.model_config import load_model_config
 from diptych.engine.hub import resolve_model
 from diptych.server.builtin import BUILTIN_MODEL, BUILTIN_NAME
 from diptych.server.engine_flags import add_engine_arguments, engine_options
 from diptych.server.http.listening import open_socket
-from diptych.server.http.settings import HttpSettings
+from diptych.server.http.settings import METER_SLOT_BYTES, HttpSettings
 from diptych.server.launch import run_supervisor
 from diptych.server.text.tokenizer import Tokenizer
+from diptych.transfer.shared_memory import create_memory
+
+API_WORKERS_MAX = 64
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -32,6 +36,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--api-key",
         default=os.environ.get("DIPTYCH_API_KEY"),
         help="key that clients must send; needed to bind another address than loopback",
+    )
+    front(
+        "--api-workers",
+        "--api-server-count",
+        type=_api_workers,
+        default=1,
+        metavar="N",
+        help="API server processes that share the port (default: %(default)s)",
     )
     front("--served-model-name", nargs="+", metavar="NAME", help="names clients may ask for")
     front("--chat-template", type=Path, metavar="FILE", help="instead of the model's own")
@@ -71,10 +83,13 @@ def main(args: argparse.Namespace) -> int:
         sampling_defaults=dict(
             config.sampling_defaults if args.generation_config == "auto" else {}
         ),
+        num_apis=args.api_workers,
         overload_status=args.overload_status,
         grace_s=args.shutdown_timeout,
     )
     settings.verify()
+    if args.inline and args.api_workers > 1:
+        raise ConfigError("--inline is one process; leave --api-workers away")
     with open_socket(settings) as listener:
         settings = msgspec.structs.replace(settings, port=listener.getsockname()[1])
         if args.inline:
@@ -86,9 +101,18 @@ def main(args: argparse.Namespace) -> int:
             "diptych.server.api_server:serve",
             settings=msgspec.to_builtins(settings),
             listen_fd=listener.fileno(),
+            num_apis=args.api_workers,
+            meters_fd=create_memory("meters", args.api_workers * METER_SLOT_BYTES),
             grace_s=args.shutdown_timeout,
             log_level=args.log_level.upper(),
         )
+
+
+def _api_workers(text: str) -> int:
+    count = int(text)
+    if not 1 <= count <= API_WORKERS_MAX:
+        raise argparse.ArgumentTypeError(f"must be 1 to {API_WORKERS_MAX}")
+    return count
 
 
 def _model_name(model: str | None) -> str:

@@ -82,7 +82,7 @@ class Streams:
         try:
             while True:
                 while stream.items:
-                    yield stream.items.popleft()
+                    yield _next(stream.items)
                 if stream.error is not None:
                     raise stream.error
                 if stream.ended:
@@ -191,3 +191,26 @@ class Streams:
             priority=priority,
             root=hash_root(self.info.fingerprint, salt_of(self._server_key, cache_salt)),
         )
+
+
+def _next(items: deque[Delta]) -> Delta:
+    """The oldest delta, and what follows of the same choice: a reader that is slower than the
+    engine gets several tokens at a time, and catches up."""
+    delta = items.popleft()
+    if not items or items[0].choice != delta.choice or delta.finish is not None:
+        return delta
+    ids, logprobs = list(delta.ids), list(delta.logprobs or ())
+    last, prompt_logprobs = delta, delta.prompt_logprobs
+    while items and items[0].choice == delta.choice and last.finish is None:
+        last = items.popleft()
+        ids += last.ids
+        logprobs += last.logprobs or ()
+        if last.prompt_logprobs is not None:
+            prompt_logprobs = last.prompt_logprobs
+    return replace(
+        last,
+        first_index=delta.first_index,
+        ids=ids,
+        logprobs=logprobs or None,
+        prompt_logprobs=prompt_logprobs,
+    )

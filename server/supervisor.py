@@ -104,6 +104,7 @@ class Supervisor:
             hang_s=boot.options.hang_s,
         )
         self._table = ProcessTable(self._run_dir)
+        self._salt_key = secrets.token_hex(32)
         self._info: EngineInfo | None = None
         self._started = False
         self._ending = False
@@ -119,8 +120,9 @@ class Supervisor:
         self._launcher: Launcher = WarmLauncher(self._host)
         try:
             if self._boot.api_target is not None:
+                fds = [fd for fd in (self._boot.listen_fd, self._boot.meters_fd) if fd is not None]
                 for _ in range(self._boot.num_apis):
-                    self._children.prepare_api(self._boot.api_target, self._boot.listen_fd)
+                    self._children.prepare_api(self._boot.api_target, fds)
             self._progress(f"starting {self._host.layout.num_workers} workers, loading the model")
             while not self._ending:
                 self._turn()
@@ -272,6 +274,8 @@ class Supervisor:
             info=self._info,
             settings=self._boot.settings,
             listen_fd=self._boot.listen_fd,
+            meters_fd=self._boot.meters_fd,
+            salt_key=self._salt_key,
             log_level=self._boot.log_level,
         )
 

@@ -39,13 +39,18 @@ _CLIENT_GONE: Final = 499  # seen in metrics only: nobody is there to read it
 Handler = Callable[[Front, Request], Awaitable[Response]]
 
 
-def make_app(client: EngineClient, tokenizer: Tokenizer, settings: HttpSettings) -> fastapi.FastAPI:
+def make_app(
+    client: EngineClient,
+    tokenizer: Tokenizer,
+    settings: HttpSettings,
+    meters: memoryview | None = None,
+) -> fastapi.FastAPI:
     """Raises ConfigError for settings that cannot work."""
     settings.verify()
     app = fastapi.FastAPI(
         title="Diptych", docs_url=None, redoc_url=None, openapi_url=None, redirect_slashes=False
     )
-    front = Front(client, tokenizer, settings)
+    front = Front(client, tokenizer, settings, meters)
     app.state.front = front
     app.add_middleware(Gate, front=front)
     app.add_exception_handler(DiptychError, _operating_error)

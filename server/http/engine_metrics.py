@@ -1,12 +1,12 @@
 """The scheduler's sums as Prometheus families, made at each scrape from the newest `Stats`.
 
 Owns the histogram of tokens per step, which grows by what happened since the last scrape (the mean
-of the interval, counted once per step). Invariant: reading changes nothing in the engine.
+of the interval, counted once per step), by API server 0 alone. Invariant: reading changes nothing
+in the engine.
 """
 
 import time
-from bisect import bisect_left
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Final
 
 from prometheus_client.core import (
@@ -19,8 +19,12 @@ from prometheus_client.registry import Collector
 
 from diptych.engine.core.messages import Stats
 from diptych.server.client import EngineClient
+from diptych.server.http.meters import Cells, Counter, Histogram
 
-_STEP_BUCKETS: Final = (1, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 8192, 16384)
+_STEP_BUCKETS: Final = (
+    *(1.0, 8.0, 16.0, 32.0, 64.0, 128.0, 256.0, 512.0),
+    *(1024.0, 2048.0, 4096.0, 8192.0, 16384.0),
+)
 
 
 class EngineCollector(Collector):
@@ -28,14 +32,16 @@ class EngineCollector(Collector):
         self,
         labels: dict[str, str],
         client: EngineClient,
-        num_generated: Callable[[], int],
+        cells: Cells,
+        generated: Counter,
+        api: int,
     ) -> None:
         self._names = list(labels)
         self._values = list(labels.values())
         self._client = client
-        self._num_generated = num_generated
-        self._step_counts = [0.0] * (len(_STEP_BUCKETS) + 1)
-        self._step_tokens = 0.0
+        self._generated = generated
+        self._counts_steps = api == 0
+        self._steps = Histogram(cells, _STEP_BUCKETS)
         stats = client.stats()
         self._last = (0.0, 0.0) if stats is None else self._sums(stats)  # at the last scrape
 
@@ -87,24 +93,18 @@ class EngineCollector(Collector):
             yield family
 
     def _tokens_per_step(self, stats: Stats | None) -> Metric:
-        if stats is not None:
+        if stats is not None and self._counts_steps:
             self._count_steps(*self._sums(stats))
-        total = 0.0
-        buckets: list[tuple[str, float]] = []
-        names = [*(str(float(bound)) for bound in _STEP_BUCKETS), "+Inf"]
-        for name, count in zip(names, self._step_counts, strict=True):
-            total += count
-            buckets.append((name, total))
         family = HistogramMetricFamily(
             "vllm:iteration_tokens_total", "Tokens per step (mean of a scrape).", labels=self._names
         )
-        family.add_metric(self._values, buckets, self._step_tokens)
+        family.add_metric(self._values, self._steps.buckets(), self._steps.sum())
         return family
 
     def _sums(self, stats: Stats) -> tuple[float, float]:
         """(steps, tokens) since the scheduler and the workers started."""
         steps = sum(worker.steps for worker in stats.workers)
-        return float(steps), stats.prefill_tokens + self._num_generated()
+        return float(steps), stats.prefill_tokens + self._generated.value
 
     def _count_steps(self, steps: float, tokens: float) -> None:
         """A restarted worker or scheduler counts from zero: that interval is left out."""
@@ -112,8 +112,7 @@ class EngineCollector(Collector):
         if steps <= last[0] or tokens < last[1]:
             return
         new_steps, new_tokens = steps - last[0], tokens - last[1]
-        self._step_counts[bisect_left(_STEP_BUCKETS, new_tokens / new_steps)] += new_steps
-        self._step_tokens += new_tokens
+        self._steps.observe(new_tokens / new_steps, new_steps)
 
     def _facts(self) -> Iterator[Metric]:
         info = self._client.info

@@ -21,6 +21,7 @@ from diptych.engine.core.errors import (
 )
 from diptych.server.client import EngineClient
 from diptych.server.http.errors import DrainingError, error_response
+from diptych.server.http.meters import Cells
 from diptych.server.http.metrics import Metrics
 from diptych.server.http.settings import HttpSettings
 from diptych.server.text.tokenizer import Tokenizer
@@ -29,11 +30,19 @@ _THREAD_CHARS: Final = 16_384  # longer texts are tokenized beside the event loo
 
 
 class Front:
-    def __init__(self, client: EngineClient, tokenizer: Tokenizer, settings: HttpSettings) -> None:
+    def __init__(
+        self,
+        client: EngineClient,
+        tokenizer: Tokenizer,
+        settings: HttpSettings,
+        meters: memoryview | None = None,
+    ) -> None:
+        """`meters`: memory that all API servers share, None when there is only this one."""
         self.client = client
         self.tokenizer = tokenizer
         self.settings = settings
-        self.metrics = Metrics(settings.model_names[0], client)
+        cells = Cells(meters, settings.api_number, settings.num_apis)
+        self.metrics = Metrics(settings.model_names[0], client, cells, settings.api_number)
         self.created = int(time.time())
         digest = hashlib.sha256(client.info.fingerprint.encode()).hexdigest()
         self.system_fingerprint = f"fp_{digest[:12]}"

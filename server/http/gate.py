@@ -16,19 +16,6 @@ from diptych.server.http.answering import valid_header_id
 from diptych.server.http.front import Front
 
 OPEN_PATHS: Final = frozenset({"/health", "/ping", "/ready", "/metrics"})
-_COUNTED: Final = frozenset(
-    {
-        *OPEN_PATHS,
-        "/detokenize",
-        "/load",
-        "/server_info",
-        "/tokenize",
-        "/v1/chat/completions",
-        "/v1/completions",
-        "/v1/models",
-        "/version",
-    }
-)
 
 
 class Gate:
@@ -80,8 +67,7 @@ class Gate:
                 headers = message.setdefault("headers", [])
                 if not any(name == b"x-request-id" for name, _ in headers):
                     message["headers"] = [*headers, (b"x-request-id", request_id.encode())]
-                known = path if path in _COUNTED else "other"
-                self._front.metrics.responded(known, message["status"])
+                self._front.metrics.responded(path, message["status"])
             await send(message)
 
         return stamped

@@ -1,23 +1,18 @@
 """Prometheus metrics under the names that gateways, autoscalers and dashboards already read.
 
 Owns the registry of one API server. Names, labels and buckets are those of vLLM, so that existing
-panels work. Invariant: label values from clients are bounded in number and length.
+panels work. Invariants: label values from clients are bounded in number and length; what is counted
+here is shown as the sum over all API servers (meters.py).
 """
 
 from typing import Final
 
-from prometheus_client import (
-    CollectorRegistry,
-    Counter,
-    GCCollector,
-    Histogram,
-    ProcessCollector,
-    generate_latest,
-)
+from prometheus_client import CollectorRegistry, GCCollector, ProcessCollector, generate_latest
 
 from diptych.engine.core.types import FinishReason
 from diptych.server.client import EngineClient
 from diptych.server.http.engine_metrics import EngineCollector
+from diptych.server.http.meters import Cells, MeterCollector
 
 TTFT_BUCKETS: Final = (
     *(0.001, 0.005, 0.01, 0.02, 0.04, 0.06, 0.08, 0.1, 0.25, 0.5, 0.75),
@@ -31,9 +26,13 @@ LATENCY_BUCKETS: Final = (
     *(0.3, 0.5, 0.8, 1.0, 1.5, 2.0, 2.5, 5.0, 10.0, 15.0, 20.0, 30.0, 40.0, 50.0, 60.0),
     *(120.0, 240.0, 480.0, 960.0, 1920.0, 7680.0),
 )
-_LABELS: Final = ("model_name", "engine")
-_FIELD_NAMES_MAX: Final = 32  # distinct unknown fields that get a label of their own
-_FIELD_CHARS_MAX: Final = 48
+_PATHS: Final = (
+    *("/v1/chat/completions", "/v1/completions", "/v1/models", "/tokenize", "/detokenize"),
+    *("/health", "/ready", "/ping", "/metrics", "/load", "/version", "/server_info", "other"),
+)
+_STATUSES: Final = (
+    *("200", "400", "401", "404", "405", "408", "413", "415", "429", "499", "500", "503", "other"),
+)
 
 
 def token_buckets(most: int) -> tuple[float, ...]:
@@ -49,99 +48,83 @@ def token_buckets(most: int) -> tuple[float, ...]:
 
 
 class Metrics:
-    """What this API server saw itself; the engine's own sums are read at each scrape."""
+    """What the API servers saw themselves; the engine's own sums are read at each scrape."""
 
-    def __init__(self, model_name: str, client: EngineClient) -> None:
+    def __init__(self, model_name: str, client: EngineClient, cells: Cells, api: int = 0) -> None:
         self.registry = CollectorRegistry()
-        self._labels = {"model_name": model_name, "engine": "0"}
-        self._fields: set[str] = set()
+        labels = {"model_name": model_name, "engine": "0"}
+        meters = MeterCollector(cells, labels)
+        histogram, counter = meters.histogram, meters.counter
         tokens = token_buckets(client.info.max_model_len)
         few = (1.0, 2.0, 5.0, 10.0, 20.0)
-        histogram = self._histogram
+        times = LATENCY_BUCKETS
         self.ttft = histogram(
-            "time_to_first_token_seconds", "Arrival to first token.", TTFT_BUCKETS
+            "vllm:time_to_first_token_seconds", "Arrival to first token.", TTFT_BUCKETS
         )
-        self.itl = histogram("inter_token_latency_seconds", "Between tokens.", ITL_BUCKETS)
+        self.itl = histogram("vllm:inter_token_latency_seconds", "Between tokens.", ITL_BUCKETS)
+        meters.alias(
+            "vllm:time_per_output_token_seconds", "Alias of inter_token_latency.", self.itl
+        )
         self.tpot = histogram(
-            "request_time_per_output_token_seconds", "Mean per request.", ITL_BUCKETS
+            "vllm:request_time_per_output_token_seconds", "Mean per request.", ITL_BUCKETS
         )
-        self.e2e = histogram("e2e_request_latency_seconds", "Arrival to end.", LATENCY_BUCKETS)
-        self.queue = histogram(
-            "request_queue_time_seconds", "Waiting for a worker.", LATENCY_BUCKETS
-        )
+        self.e2e = histogram("vllm:e2e_request_latency_seconds", "Arrival to end.", times)
+        self.queue = histogram("vllm:request_queue_time_seconds", "Waiting for a worker.", times)
         self.prefill = histogram(
-            "request_prefill_time_seconds", "On a worker until the first token.", LATENCY_BUCKETS
+            "vllm:request_prefill_time_seconds", "On a worker until the first token.", times
         )
-        self.decode = histogram(
-            "request_decode_time_seconds", "First token to last.", LATENCY_BUCKETS
-        )
+        self.decode = histogram("vllm:request_decode_time_seconds", "First token to last.", times)
         self.inference = histogram(
-            "request_inference_time_seconds", "Arrival to last token.", LATENCY_BUCKETS
+            "vllm:request_inference_time_seconds", "Arrival to last token.", times
         )
-        self.prompt_len = histogram("request_prompt_tokens", "Per request.", tokens)
-        self.generation_len = histogram("request_generation_tokens", "Per choice.", tokens)
+        self.prompt_len = histogram("vllm:request_prompt_tokens", "Per request.", tokens)
+        self.generation_len = histogram("vllm:request_generation_tokens", "Per choice.", tokens)
         self.generation_len_max = histogram(
-            "request_max_num_generation_tokens", "Longest choice of a request.", tokens
+            "vllm:request_max_num_generation_tokens", "Longest choice of a request.", tokens
         )
-        self.params_n = histogram("request_params_n", "Parameter n.", few)
-        self.params_max_tokens = histogram("request_params_max_tokens", "Resolved.", tokens)
-        self.preemptions = histogram("request_num_preemptions", "Per request.", (0.0, *few))
-        self.prompt_tokens = self._counter("prompt_tokens", "Prompt tokens accepted.")
-        self.prompt_cached = self._counter("prompt_tokens_cached", "Found in the prefix cache.")
-        self._generation_tokens = self._counter("generation_tokens", "Tokens delivered.")
-        self.num_generated = 0
-        self._success = self._family("request_success", "Choices ended.", "finished_reason")
-        for reason in FinishReason:
-            self._success.labels(**self._labels, finished_reason=reason.value)
-        self._rejections = self._family("admission_rejections", "Answered with 429.", "reason")
-        self._rejections.labels(**self._labels, reason="queue_full")
-        self._unknown = Counter(
-            "diptych:unknown_fields",
-            "Request fields that nobody knows.",
-            ("field",),
-            registry=self.registry,
+        self.params_n = histogram("vllm:request_params_n", "Parameter n.", few)
+        self.params_max_tokens = histogram("vllm:request_params_max_tokens", "Resolved.", tokens)
+        self.preemptions = histogram("vllm:request_num_preemptions", "Per request.", (0.0, *few))
+        self.prompt_tokens = counter("vllm:prompt_tokens", "Prompt tokens accepted.")
+        self.prompt_cached = counter("vllm:prompt_tokens_cached", "Found in the prefix cache.")
+        self.generated = counter("vllm:generation_tokens", "Tokens delivered.")
+        self._finished = {
+            reason: counter("vllm:request_success", "Choices ended.", finished_reason=reason.value)
+            for reason in FinishReason
+        }
+        self._rejected = {
+            reason: counter("vllm:admission_rejections", "Overload was answered.", reason=reason)
+            for reason in ("queue_full", "connections")
+        }
+        self.stalled = meters.plain_counter("diptych:stalled_streams", "Streams that nobody read.")
+        self._responses = {
+            (path, status): meters.plain_counter(
+                "diptych:http_responses", "Responses.", path=path, status=status
+            )
+            for path in _PATHS
+            for status in _STATUSES
+        }
+        self._unknown = meters.named(
+            "diptych:unknown_fields", "Request fields that nobody knows.", "field"
         )
-        self.stalled = Counter(
-            "diptych:stalled_streams", "Streams that nobody read.", registry=self.registry
-        )
-        self._http = Counter(
-            "diptych:http_responses", "Responses.", ("path", "status"), registry=self.registry
-        )
-        self.registry.register(EngineCollector(self._labels, client, lambda: self.num_generated))
+        self.registry.register(meters)
+        self.registry.register(EngineCollector(labels, client, cells, self.generated, api))
         ProcessCollector(registry=self.registry)
         GCCollector(registry=self.registry)
 
     def render(self) -> bytes:
         return generate_latest(self.registry)
 
-    def generated(self, num_tokens: int) -> None:
-        self.num_generated += num_tokens
-        self._generation_tokens.inc(num_tokens)
-
     def rejected(self, reason: str) -> None:
-        self._rejections.labels(**self._labels, reason=reason).inc()
+        self._rejected[reason].inc()
 
     def finished(self, reason: FinishReason) -> None:
-        self._success.labels(**self._labels, finished_reason=reason.value).inc()
+        self._finished[reason].inc()
 
     def responded(self, path: str, status: int) -> None:
-        self._http.labels(path=path, status=str(status)).inc()
+        known = path if path in _PATHS else "other"
+        word = str(status)
+        self._responses[known, word if word in _STATUSES else "other"].inc()
 
     def unknown_field(self, name: str) -> None:
-        """Beyond a number of distinct names they share one label."""
-        name = name[:_FIELD_CHARS_MAX]
-        if name not in self._fields:
-            if len(self._fields) >= _FIELD_NAMES_MAX:
-                name = "other"
-            self._fields.add(name)
-        self._unknown.labels(field=name).inc()
-
-    def _histogram(self, name: str, text: str, buckets: tuple[float, ...]) -> Histogram:
-        family = Histogram(f"vllm:{name}", text, _LABELS, buckets=buckets, registry=self.registry)
-        return family.labels(**self._labels)
-
-    def _counter(self, name: str, text: str) -> Counter:
-        return Counter(f"vllm:{name}", text, _LABELS, registry=self.registry).labels(**self._labels)
-
-    def _family(self, name: str, text: str, label: str) -> Counter:
-        return Counter(f"vllm:{name}", text, (*_LABELS, label), registry=self.registry)
+        self._unknown.inc(name)

@@ -36,6 +36,8 @@ class _Server(uvicorn.Server):
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         await super().startup(sockets)
+        for sock in sockets or ():
+            sock.listen(BACKLOG)  # the loop was told fewer, see `serve_http`
         self._up()
 
 
@@ -58,7 +60,8 @@ async def serve_http(
         access_log=False,
         server_header=False,
         proxy_headers=False,
-        backlog=BACKLOG,
+        # Of a shared socket one connection is taken per turn: the others are for whoever is idle.
+        backlog=BACKLOG if settings.num_apis == 1 else 1,
         timeout_keep_alive=settings.keep_alive_s,
         timeout_graceful_shutdown=_CLOSING_S,
     )
@@ -85,8 +88,10 @@ async def run_api(
     ready: Callable[[], None],
     drain_event: asyncio.Event,
     sock: socket.socket | None = None,
+    meters: memoryview | None = None,
 ) -> None:
-    """One API server, whole. `sock`: a listening socket of the caller's, else one is opened."""
+    """One API server, whole. `sock`: a listening socket of the caller's, else one is opened;
+    `meters`: memory in which all API servers of this socket count."""
     tokenizer = Tokenizer(tokenizer_path, settings.chat_template)
-    app = make_app(client, tokenizer, settings)
+    app = make_app(client, tokenizer, settings, meters)
     await serve_http(app, sock or open_socket(settings), ready=ready, drain_event=drain_event)

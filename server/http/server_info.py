@@ -18,8 +18,9 @@ class ServerInfo(msgspec.Struct, frozen=True):
     models: list[str]
     model: EngineInfo
     health: Health
+    api: int  # the number of this API server
     in_flight: int  # HTTP requests of this API server
-    generated_tokens: int  # by this API server, since its start
+    generated_tokens: int  # by all API servers, since the start
     engine: Stats | None
 
 
@@ -30,8 +31,9 @@ def server_info(front: Front) -> dict[str, object]:
         models=front.settings.model_names,
         model=client.info,
         health=client.health(),
+        api=front.settings.api_number,
         in_flight=front.in_flight,
-        generated_tokens=front.metrics.num_generated,
+        generated_tokens=int(front.metrics.generated.value),
         engine=client.stats(),
     )
     named: dict[str, object] = msgspec.to_builtins(info)

@@ -12,6 +12,8 @@ import msgspec
 
 from diptych.engine.core.errors import ConfigError
 
+METER_SLOT_BYTES: Final = 32 * 1024
+"""What each API server counts in (see meters.py)."""
 _LOCAL_NAMES: Final = frozenset({"localhost", "ip6-localhost"})
 
 
@@ -23,6 +25,7 @@ class HttpSettings(msgspec.Struct, frozen=True, kw_only=True):
     port: int = 8000
     api_keys: list[str] = []
     api_number: int = 0  # of this API server; part of every request id
+    num_apis: int = 1  # that share the port; limits are those of each
     chat_template: str | None = None  # a file that replaces the model's own
     sampling_defaults: dict[str, object] = {}  # of the model's generation_config.json
     body_bytes_max: int = 8 * 1024 * 1024  # 413

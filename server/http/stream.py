@@ -109,9 +109,11 @@ class EventStream(Response):
         async for data in self._source:
             if transport is not None and transport.is_closing():
                 return  # the loop has not told the watcher yet
-            await self._in_time(
-                send({"type": "http.response.body", "body": data, "more_body": True})
-            )
+            sending = send({"type": "http.response.body", "body": data, "more_body": True})
+            if transport is not None and not transport.get_write_buffer_size():
+                await sending  # nothing waits before it, so it does not wait
+            else:
+                await self._in_time(sending)
         await self._in_time(send({"type": "http.response.body", "body": b"", "more_body": False}))
 
     async def _in_time(self, sending: Awaitable[None]) -> None:

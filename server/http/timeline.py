@@ -35,11 +35,10 @@ class Timeline:
             self._accepted(delta)
         if count and self._num_tokens[delta.choice]:
             gap_s = (now - self._choice_s[delta.choice]) / count
-            for _ in range(count):
-                self._metrics.itl.observe(gap_s)
+            self._metrics.itl.observe(gap_s, count)
         self._choice_s[delta.choice] = self._last_s = now
         self._num_tokens[delta.choice] += count
-        self._metrics.generated(count)
+        self._metrics.generated.inc(count)
         if delta.finish_reason is not None:
             self._ended(delta.choice, delta.finish_reason)
 
