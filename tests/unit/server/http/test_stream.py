@@ -14,6 +14,9 @@ class ClosingTransport:
         self._left -= 1
         return self._left < 0
 
+    def get_write_buffer_size(self) -> int:
+        return 0
+
 
 def test_stops_and_closes_the_source() -> None:
     closed: list[bool] = []
