@@ -54,10 +54,16 @@ class Metrics:
         self.registry = CollectorRegistry()
         labels = {"model_name": model_name, "engine": "0"}
         meters = MeterCollector(cells, labels)
-        histogram, counter = meters.histogram, meters.counter
-        tokens = token_buckets(client.info.max_model_len)
-        few = (1.0, 2.0, 5.0, 10.0, 20.0)
-        times = LATENCY_BUCKETS
+        self._declare_times(meters)
+        self._declare_tokens(meters, token_buckets(client.info.max_model_len))
+        self._declare_counts(meters)
+        self.registry.register(meters)
+        self.registry.register(EngineCollector(labels, client, cells, self.generated, api))
+        ProcessCollector(registry=self.registry)
+        GCCollector(registry=self.registry)
+
+    def _declare_times(self, meters: MeterCollector) -> None:
+        histogram, times = meters.histogram, LATENCY_BUCKETS
         self.ttft = histogram(
             "vllm:time_to_first_token_seconds", "Arrival to first token.", TTFT_BUCKETS
         )
@@ -77,6 +83,10 @@ class Metrics:
         self.inference = histogram(
             "vllm:request_inference_time_seconds", "Arrival to last token.", times
         )
+
+    def _declare_tokens(self, meters: MeterCollector, tokens: tuple[float, ...]) -> None:
+        histogram, counter = meters.histogram, meters.counter
+        few = (1.0, 2.0, 5.0, 10.0, 20.0)
         self.prompt_len = histogram("vllm:request_prompt_tokens", "Per request.", tokens)
         self.generation_len = histogram("vllm:request_generation_tokens", "Per choice.", tokens)
         self.generation_len_max = histogram(
@@ -88,6 +98,9 @@ class Metrics:
         self.prompt_tokens = counter("vllm:prompt_tokens", "Prompt tokens accepted.")
         self.prompt_cached = counter("vllm:prompt_tokens_cached", "Found in the prefix cache.")
         self.generated = counter("vllm:generation_tokens", "Tokens delivered.")
+
+    def _declare_counts(self, meters: MeterCollector) -> None:
+        counter = meters.counter
         self._finished = {
             reason: counter("vllm:request_success", "Choices ended.", finished_reason=reason.value)
             for reason in FinishReason
@@ -107,10 +120,6 @@ class Metrics:
         self._unknown = meters.named(
             "diptych:unknown_fields", "Request fields that nobody knows.", "field"
         )
-        self.registry.register(meters)
-        self.registry.register(EngineCollector(labels, client, cells, self.generated, api))
-        ProcessCollector(registry=self.registry)
-        GCCollector(registry=self.registry)
 
     def render(self) -> bytes:
         return generate_latest(self.registry)
