@@ -1,19 +1,22 @@
 """Cost of the batcher in one decode step: plan, commit and the commands, without a model.
 
 Run: python -m bench.batcher [--out FILE]. A step is uneventful when no sequence fills a block or
-ends. In real traffic one decode step in 16 of each sequence fills a block: that is `spread`.
+ends. In real traffic one decode step in 16 of each sequence fills a block: that is `spread`. Beside
+it, what the step's tokens cost as a message: encoded by the worker, decoded by the API server.
 """
 
 import argparse
 import gc
-import json
 import statistics
 from pathlib import Path
 from time import perf_counter
 
+import msgspec
+
+from bench.record import write
 from diptych.engine.core.config import BatchOptions
 from diptych.engine.core.hashing import hash_root
-from diptych.engine.core.messages import Assign, Join
+from diptych.engine.core.messages import AnyMessage, Assign, Join, Send, TokenBatch
 from diptych.engine.core.params import SamplingParams
 from diptych.engine.core.plan import Sample, StepResult
 from diptych.engine.core.request import Request, SeqRef
@@ -92,16 +95,40 @@ def measure(num_running: int) -> dict[str, float]:
     }
 
 
+def message_us(num_running: int) -> dict[str, float]:
+    """Medians of one uneventful step's `TokenBatch` as msgpack."""
+    batcher = batcher_of(num_running, spread=False)
+    steps_us(batcher, 3)
+    plan = batcher.plan()
+    batcher.take()
+    batcher.commit(plan, StepResult([Sample(7) for _ in plan.rows]))
+    sends = [command for command in batcher.take() if isinstance(command, Send)]
+    [batch] = [send.message for send in sends if isinstance(send.message, TokenBatch)]
+    assert len(batch.items) == num_running
+    encoder = msgspec.msgpack.Encoder()
+    decoder = msgspec.msgpack.Decoder(AnyMessage)
+    encodes, decodes = [], []
+    for _ in range(200):
+        start = perf_counter()
+        frame = encoder.encode(batch)
+        encoded = perf_counter()
+        again = decoder.decode(frame)
+        decodes.append((perf_counter() - encoded) * 1e6)
+        encodes.append((encoded - start) * 1e6)
+    assert again == batch
+    return {
+        "tokens_encode_us_p50": round(statistics.median(encodes), 1),
+        "tokens_decode_us_p50": round(statistics.median(decodes), 1),
+        "tokens_bytes": len(frame),
+    }
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--out", type=Path, help="write the rows as JSON")
     out: Path | None = parser.parse_args().out
     gc.freeze()
-    rows = [measure(size) for size in SIZES]
-    for row in rows:
-        print("  ".join(f"{name} {value:g}" for name, value in row.items()))
-    if out is not None:
-        out.write_text(json.dumps({"bench": "batcher", "rows": rows}, indent=1) + "\n")
+    write(out, {"rows": [measure(size) | message_us(size) for size in SIZES]})
 
 
 if __name__ == "__main__":

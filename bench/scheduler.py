@@ -1,16 +1,25 @@
 """Cost of the central scheduler: per change, per step, and of placing an 8k-token prompt.
 
-Run: python -m bench.scheduler [--out FILE]. A change is a committed block of a running sequence (it
-extends the sequence's grant); in real traffic each sequence makes one in 16 decode steps, so the
-cost of one decode step of n sequences is that of n / 16 changes.
+Run: python -m bench.scheduler [--vllm-python PATH] [--out FILE]. A change is a committed block of a
+running sequence (it extends the sequence's grant); in real traffic each sequence makes one in 16
+decode steps, so the cost of one decode step of n sequences is that of n / 16 changes. With the
+Python of an environment that has vLLM its V1 scheduler, which does the work of our batcher and our
+scheduler, runs in turns with ours, and `bench.batcher` stands beside.
 """
 
 import argparse
+import json
+import os
 import statistics
-from collections.abc import Callable
+import subprocess
+import tempfile
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from time import perf_counter
+from typing import Any
 
+from bench import batcher
+from bench.models import write_model
 from bench.record import write
 from diptych.engine.core.config import CacheOptions, SchedulerOptions
 from diptych.engine.core.hashing import extend_chain, hash_root
@@ -160,11 +169,55 @@ def prefix_lookup(num_tokens: int = 8192) -> dict[str, float]:
     }
 
 
+def vllm(python: Path, sizes: Sequence[int]) -> dict[str, Any]:
+    """What `bench/vllm_scheduler.py` prints."""
+    script = Path(__file__).with_name("vllm_scheduler.py")
+    quiet = {"VLLM_LOGGING_LEVEL": "ERROR", "HF_HUB_OFFLINE": "1", "VLLM_CPU_KVCACHE_SPACE": "1"}
+    with tempfile.TemporaryDirectory() as folder:
+        model = write_model(Path(folder), "tiny")
+        done = subprocess.run(
+            [str(python), "-P", str(script), str(model), *map(str, sizes)],
+            stdout=subprocess.PIPE,
+            env=os.environ | quiet,
+            cwd=folder,
+            check=True,
+        )
+    result: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
+    return result
+
+
+def beside_vllm(python: Path) -> dict[str, Any]:
+    """Per size in turns: ours (batcher and scheduler of a decode step in real traffic), theirs."""
+    rows = []
+    for size in SIZES:
+        ours, mine, theirs = measure(size), batcher.measure(size), vllm(python, [size])
+        both_us = ours["per_decode_step_us"] + mine["spread_us_p50"]
+        their_us = theirs["rows"][0]["step_us_p50"]
+        rows.append(
+            {
+                "running": size,
+                "scheduler_us": ours["per_decode_step_us"],
+                "batcher_uneventful_us": mine["uneventful_us_p50"],
+                "batcher_us": mine["spread_us_p50"],
+                "vllm_step_us": their_us,
+                "vllm_over_ours": round(their_us / both_us, 1),
+            }
+        )
+    return {"version": theirs["version"], "rows": rows, "prefix": theirs["prefix"]}
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--vllm-python", type=Path, metavar="PATH")
     parser.add_argument("--out", type=Path)
     args = parser.parse_args()
-    write(args.out, {"rows": [measure(size) for size in SIZES], "prefix": prefix_lookup()})
+    result: dict[str, object] = {
+        "rows": [measure(size) for size in SIZES],
+        "prefix": prefix_lookup(),
+    }
+    if args.vllm_python is not None:
+        result["vllm"] = beside_vllm(args.vllm_python)
+    write(args.out, result)
 
 
 if __name__ == "__main__":
