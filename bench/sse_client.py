@@ -1,8 +1,8 @@
 """A load client that costs little: one thread, raw sockets, epoll; it counts and does not parse.
 
 Run by bench.http_cost in a process of its own, so that the client is not what is measured. Every
-stream sends a completion request, reads it to [DONE], checks that no token is missing, and sends the
-next one on the same connection, until its time is up. Prints one line of JSON.
+stream sends a completion request, reads it to [DONE], checks that no token is missing, and sends
+the next one on the same connection, until its time is up. Prints one line of JSON.
 """
 
 import argparse
