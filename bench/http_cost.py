@@ -1,9 +1,9 @@
 """Cost of the HTTP side: tokens per second and CPU per token of every process, with a tiny model.
 
-Run: python -m bench.http_cost [--out FILE]; for a server that runs already, a peer's say, with
---url http://127.0.0.1:PORT --model NAME --pid PID. The client is a process of its own on the same cores
-(bench.sse_client). CPU times are the kernel's (/proc/PID/stat); tokens are the server's own counter
-`vllm:generation_tokens_total`, read at both ends of the window.
+Run: python -m bench.http_cost [--out FILE]; for a server that runs already, say a peer's, with
+--url http://127.0.0.1:PORT --model NAME --pid PID. The client is a process of its own on the same
+cores (bench.sse_client). CPU times are the kernel's (/proc/PID/stat); tokens are the server's own
+counter `vllm:generation_tokens_total`, read at both ends of the window.
 """
 
 import argparse
