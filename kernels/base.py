@@ -89,9 +89,10 @@ class Kernels(Protocol):
 
         bf16 weights: x is rounded to bf16 (nearest even), products are exact, sums are fp32.
         fp32 and fp16 weights: x stays fp32, fused multiply-add in fp32.
-        Narrow weights: x is rounded to bf16 whatever the model's dtype. int4: as bf16 weights, of
-        the exact products scale * nibble. int8: likewise of the integers, and the sum is multiplied
-        by its output's scale (the bias is added after that).
+        Narrow weights: each row of x is rounded to integers of `narrow.act_bits` bits with a scale
+        of its own (narrow.py), sums of integers are exact, int4 adds its groups in fp32. A backend
+        may round x to bf16 instead of 16 bits where that is faster (amx). A row with a value that
+        is not finite is NaN. K is at most 65536.
         """
         ...
 

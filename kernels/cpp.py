@@ -19,8 +19,9 @@ from diptych.kernels.narrow_layout import pack_int4, pack_int8
 __all__ = ["CppKernels", "available_levels", "level_index"]
 
 # Raised with every change of the C++ code that may change a bit of a result.
-_NUMERICS_VERSION = 2
+_NUMERICS_VERSION = 3
 
+_NARROW_INPUTS_MAX = 1 << 16  # of narrow layers: what 32-bit sums hold for sure
 _MODEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
@@ -94,6 +95,8 @@ class CppKernels:
     ) -> PackedLinear:
         assert weight.dtype in _MODEL_DTYPES
         num_out, num_in = weight.shape
+        if narrow is not None and num_in > _NARROW_INPUTS_MAX:
+            raise ConfigError(f"quantized layers may have {_NARROW_INPUTS_MAX} inputs, not {num_in}")
         weight = weight.detach()
         scales: Tensor | None = None
         if narrow is None:
@@ -118,8 +121,10 @@ class CppKernels:
         if w.narrow is None:
             self._linear(self._level, out, x, w.data, w.bias)
         else:
-            bits, group = w.narrow.bits, w.narrow.group
-            self._linear_narrow(self._level, out, x, w.data, w.scales, w.bias, bits, group)
+            bits, group, act_bits = w.narrow.bits, w.narrow.group, w.narrow.act_bits
+            self._linear_narrow(
+                self._level, out, x, w.data, w.scales, w.bias, bits, group, act_bits
+            )
 
     def sum_parts(self, out: Tensor, parts: Tensor) -> None:
         self._sum_parts(out, parts)

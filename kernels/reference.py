@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from diptych.kernels.base import PackedLinear
-from diptych.kernels.narrow import Narrow, round_int4, round_int8
+from diptych.kernels.narrow import Narrow, round_int4, round_int8, round_rows
 
 __all__ = ["ReferenceKernels"]
 
@@ -25,7 +25,7 @@ class ReferenceKernels:
         return "reference"
 
     def fingerprint(self) -> str:
-        return "reference-1"
+        return "reference-2"
 
     def set_num_threads(self, num_threads: int) -> None:
         assert num_threads >= 1
@@ -58,7 +58,10 @@ class ReferenceKernels:
         )
 
     def linear(self, out: Tensor, x: Tensor, w: PackedLinear) -> None:
-        if w.dtype == torch.bfloat16 or w.narrow is not None:
+        if w.narrow is not None:
+            integers, steps = round_rows(x, w.narrow.act_bits)
+            x = integers.double() * steps.double()[:, None]
+        elif w.dtype == torch.bfloat16:
             x = x.to(torch.bfloat16)
         weight = w.data.double()  # [N, K]
         if w.scales is not None:

@@ -135,14 +135,16 @@ void linear(int64_t level, TensorView out, TensorView x, TensorView packed,
   CHECK(out.size(0) == rows &&
         packed.numel() == packed_size(num_out, num_in, dtype == DType::kBF16));
   table(level).linear({to, from, data<void>(packed), bias_of(bias, num_out), rows, num_out, num_in,
-                       dtype, Width::kModel, nullptr, 0});
+                       dtype, Width::kModel, nullptr, 0, 0});
 }
 
-// Weights of `bits` bits, see narrow.h; packed: bytes. scales are per output (bits 8) or per group
+// Weights of `bits` bits, see integers.h; packed: bytes. scales are per output (bits 8) or per group
 // of inputs.
 void linear_narrow(int64_t level, TensorView out, TensorView x, TensorView packed,
-                   TensorView scales, Optional<TensorView> bias, int64_t bits, int64_t group) {
+                   TensorView scales, Optional<TensorView> bias, int64_t bits, int64_t group,
+                   int64_t act_bits) {
   const int64_t rows = x.size(0), num_in = x.size(1), num_out = out.size(1);
+  CHECK((act_bits == 8 || act_bits == 16) && num_in <= kNarrowInputsMax);
   CHECK(bits == 8 || (bits == 4 && (group == 32 || group == 64 || group == 128)));
   const int64_t padded = round_up(num_in, bits == 4 && group == 128 ? 128 : kNarrowInputs);
   const int64_t outputs = round_up(num_out, kPanel);
@@ -155,7 +157,7 @@ void linear_narrow(int64_t level, TensorView out, TensorView x, TensorView packe
   CHECK(scales.size(0) == (bits == 8 ? num_out : outputs * (padded / group)));
   table(level).linear({to, from, data<void>(packed), bias_of(bias, num_out), rows, num_out, num_in,
                        DType::kBF16, bits == 8 ? Width::kInt8 : Width::kInt4,
-                       data<void>(scales), group});
+                       data<void>(scales), group, act_bits});
 }
 
 void embedding(int64_t level, TensorView out, TensorView weights, TensorView ids) {

@@ -17,6 +17,7 @@ enum class Width : int32_t { kModel = 0, kInt8 = 1, kInt4 = 2 };
 constexpr int kPanel = 16;  // columns of one packed weight panel
 constexpr int64_t kPairInputs = 32;    // packed bf16 weights: K is padded to a multiple of this
 constexpr int64_t kNarrowInputs = 64;  // packed int8 and int4 weights: likewise, or of the group
+constexpr int64_t kNarrowInputsMax = 1 << 16;  // more could overflow a sum of products
 constexpr int kTile = 64;   // keys of one attention tile, aligned to the sequence's first token
 constexpr int kSplit = 8 * kTile;  // keys of one independently computed part of a row's softmax
 constexpr int kVocabChunk = 2048;  // logits of one independently computed part of a row's logsumexp
@@ -31,6 +32,7 @@ struct LinearArgs {
   Width width;
   const void* scales;   // kInt8: [num_out] fp32; kInt4: [panels][groups][kPanel] bf16
   int64_t group;        // kInt4: inputs that share a scale
+  int64_t act_bits;     // narrow: what x is rounded to, 8 or 16
 };
 
 struct PackArgs {

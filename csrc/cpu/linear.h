@@ -2,8 +2,11 @@
 #pragma once
 
 #include "gemm.h"
-#include "narrow.h"
+#include "integers.h"
 #include "pool.h"
+#ifdef __AMX_BF16__
+#include "narrow.h"
+#endif
 
 namespace diptych::cpu {
 namespace {
@@ -20,6 +23,13 @@ constexpr int64_t kPieceFewRows = 128;  // inputs of narrow weights widened at o
 constexpr int64_t kPieceManyRows = 512;
 
 inline int64_t round_up(int64_t n, int64_t unit) { return (n + unit - 1) / unit * unit; }
+
+inline int64_t panels_of(const LinearArgs& a) { return (a.num_out + kPanel - 1) / kPanel; }
+
+inline void run_unless_small(int64_t items, ItemFn fn, void* context, int64_t work) {
+  if (work >= kInlineProducts) return run_items(items, fn, context);
+  for (int64_t i = 0; i < items; ++i) fn(context, i);
+}
 
 // Inputs of a packed panel.
 inline int64_t padded_inputs(const LinearArgs& a) {
@@ -68,8 +78,7 @@ struct LinearJob {
     const LinearArgs& a = job.a;
     const int64_t first_panel = index % job.groups * job.group_panels,
                   row = index / job.groups * job.rows_per_item;
-    const int64_t all_panels = (a.num_out + kPanel - 1) / kPanel;
-    const int64_t panels_left = all_panels - first_panel, rows_left = a.rows - row;
+    const int64_t panels_left = panels_of(a) - first_panel, rows_left = a.rows - row;
     const int64_t panels = panels_left < job.group_panels ? panels_left : job.group_panels,
                   rows = rows_left < job.rows_per_item ? rows_left : job.rows_per_item;
     const int64_t column = first_panel * kPanel;
@@ -95,13 +104,14 @@ struct LinearJob {
   void passes(TileArgs<E> t, int64_t row, int64_t rows, int64_t first_panel,
               int64_t panels) const {
     const int64_t padded = padded_inputs(a), column = first_panel * kPanel;
-    const bool narrow = a.width != Width::kModel, few = rows <= kFewRows;
+    const bool narrow = kTiles && a.width != Width::kModel, few = rows <= kFewRows;
     int64_t piece = padded;
     if (narrow && few) piece = kPieceFewRows;
-    if (!few && (kTiles || narrow)) piece = kPieceManyRows;
+    if (!few && kTiles) piece = kPieceManyRows;
     // Rows of a wide `out` lie in few sets of the cache, so sums that are to stay there are apart.
     const bool apart = kTiles && !few;
-    const int64_t columns = panels * kPanel, valid = t.columns < columns ? t.columns : columns;
+    const int64_t columns = panels * kPanel;
+    [[maybe_unused]] const int64_t valid = t.columns < columns ? t.columns : columns;
     const int64_t wide_bytes = narrow ? columns * piece * 2 : 0;
     auto* memory = static_cast<char*>(scratch(
         kScratchItem, static_cast<size_t>(wide_bytes + (apart ? rows * columns * 4 : 0))));
@@ -114,9 +124,11 @@ struct LinearJob {
     const typename Operand<E>::Act* x = t.x;
     for (int64_t k = 0; k < padded; k += piece) {
       const int64_t inputs = padded - k < piece ? padded - k : piece;
+#ifdef __AMX_BF16__
+      for (int64_t p = 0; narrow && p < panels; ++p)
+        widen(a, padded, first_panel + p, k, inputs, wide + p * t.panel_stride);
+#endif
       if (narrow) {
-        for (int64_t p = 0; p < panels; ++p)
-          widen(a, padded, first_panel + p, k, inputs, wide + p * t.panel_stride);
         t.w = wide;
       } else {
         t.w = static_cast<const uint16_t*>(a.w) + first_panel * t.panel_stride + k * kPanel;
@@ -132,14 +144,15 @@ struct LinearJob {
       t.bias = add ? a.bias + column : nullptr;
       gemm<E>(t, rows, panels);
     }
+#ifdef __AMX_BF16__
     if (narrow || apart) finish(a, t.out, t.out_stride, row, rows, column, valid);
+#endif
   }
 };
 
 template <class E>
 void linear_with(const LinearArgs& a, const typename Operand<E>::Act* x, int64_t x_stride) {
-  if (a.rows == 0) return;
-  const int64_t panels = (a.num_out + kPanel - 1) / kPanel, wanted = 4 * num_threads();
+  const int64_t panels = panels_of(a), wanted = 4 * num_threads();
   const bool narrow = a.width != Width::kModel;
   int64_t group_panels = kGroupPanels;
   if (kTiles && LinearJob<E>::kBf16 && a.rows > kFewRows) {
@@ -152,11 +165,7 @@ void linear_with(const LinearArgs& a, const typename Operand<E>::Act* x, int64_t
   if (rows_per_item > a.rows) rows_per_item = a.rows;
   LinearJob<E> job{a, x, x_stride, group_panels, groups, rows_per_item};
   const int64_t items = groups * ((a.rows + rows_per_item - 1) / rows_per_item);
-  if (a.rows * a.num_out * a.num_in < kInlineProducts) {
-    for (int64_t i = 0; i < items; ++i) LinearJob<E>::item(&job, i);
-  } else {
-    run_items(items, LinearJob<E>::item, &job);
-  }
+  run_unless_small(items, LinearJob<E>::item, &job, a.rows * a.num_out * a.num_in);
 }
 
 // bf16: every row of x rounded once, as pairs or as the floats that the level multiplies.
@@ -197,11 +206,7 @@ void linear_bf16(const LinearArgs& a) {
   const int64_t stride = padded_inputs(a);
   void* rounded = scratch(kScratchCall, static_cast<size_t>(a.rows * stride) * (kPairs ? 2 : 4));
   RoundJob job{a, rounded, stride};
-  if (a.rows * a.num_in < kInlineProducts) {
-    for (int64_t row = 0; row < a.rows; ++row) RoundJob::item(&job, row);
-  } else {
-    run_items(a.rows, RoundJob::item, &job);
-  }
+  run_unless_small(a.rows, RoundJob::item, &job, a.rows * a.num_in);
   if constexpr (kPairs) {
     linear_with<BF16Pairs>(a, static_cast<const uint32_t*>(rounded), stride / 2);
   } else {
@@ -209,7 +214,36 @@ void linear_bf16(const LinearArgs& a) {
   }
 }
 
+void linear_integers(const LinearArgs& a) {
+  const int64_t limbs = a.act_bits / 8, stride = padded_inputs(a);
+  const int64_t group = a.width == Width::kInt4 ? a.group : stride, groups = stride / group;
+  const int64_t byte_rows = a.rows * limbs;
+  const int64_t value_bytes = byte_rows * stride, sum_bytes = round_up(byte_rows * groups * 4, 64);
+  auto* memory = static_cast<char*>(
+      scratch(kScratchCall, static_cast<size_t>(value_bytes + sum_bytes + a.rows * 4)));
+  const IntegerRows q{reinterpret_cast<int8_t*>(memory),
+                      reinterpret_cast<int32_t*>(memory + value_bytes),
+                      reinterpret_cast<float*>(memory + value_bytes + sum_bytes),
+                      stride,
+                      limbs,
+                      groups,
+                      group,
+                      a.width == Width::kInt4 ? kZero4 : kZero8};
+  IntegerRowsJob rounding{a, q};
+  const int64_t row_groups = (panels_of(a) + kGroupPanels - 1) / kGroupPanels;
+  const int64_t wanted = 4 * num_threads();
+  int64_t rows_per_item = row_groups >= wanted ? kRowsPerItemMax : kRowsPerItem;
+  if (rows_per_item > a.rows) rows_per_item = a.rows;
+  IntegerJob job{a, q, kGroupPanels, row_groups, rows_per_item};
+  const int64_t items = row_groups * ((a.rows + rows_per_item - 1) / rows_per_item);
+  run_unless_small(a.rows, IntegerRowsJob::item, &rounding, a.rows * a.num_in);
+  run_unless_small(items, IntegerJob::item, &job, a.rows * a.num_out * a.num_in);
+}
+
 void linear(const LinearArgs& a) {
+  if (a.rows == 0) return;
+  const bool integers = a.width != Width::kModel && !(kTiles && a.act_bits == 16);
+  if (integers) return linear_integers(a);
   if (a.width != Width::kModel || a.dtype == DType::kBF16) return linear_bf16(a);
   if (a.dtype == DType::kF32) return linear_with<F32>(a, a.x, a.num_in);
   linear_with<F16>(a, a.x, a.num_in);

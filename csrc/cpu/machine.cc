@@ -51,8 +51,9 @@ bool machine_has(Level level) {
                       __builtin_cpu_supports("avx512dq");
   if (level == Level::kAvx2) return avx2;
   if (level == Level::kAvx512) return avx512;
-  if (level == Level::kAvx512Bf16) return avx512 && __builtin_cpu_supports("avx512bf16");
-  return avx512 && has_tiles();
+  const bool vnni = avx512 && __builtin_cpu_supports("avx512vnni");
+  if (level == Level::kAvx512Bf16) return vnni && __builtin_cpu_supports("avx512bf16");
+  return vnni && has_tiles();
 #else
   return false;
 #endif

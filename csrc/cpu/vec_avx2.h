@@ -16,6 +16,24 @@ struct Vec {
   static constexpr int kPanelsOne = 4;  // the same for a single row
   static constexpr bool kBf16Dot = false;
   using F = __m256;
+  using I = __m256i;  // 32-bit integers
+
+  static I set1_int(int32_t x) { return _mm256_set1_epi32(x); }
+  static I load_int(const void* p) { return _mm256_loadu_si256(static_cast<const I*>(p)); }
+  static I add_int(I a, I b) { return _mm256_add_epi32(a, b); }
+  static I and_int(I a, I b) { return _mm256_and_si256(a, b); }
+  static I shift_right4(I a) { return _mm256_srli_epi32(a, 4); }
+  static I shift_left8(I a) { return _mm256_slli_epi32(a, 8); }
+  static F to_floats(I a) { return _mm256_cvtepi32_ps(a); }
+  // sum + the products of four unsigned bytes of each lane of w with the four signed bytes of x
+  static I dot_bytes(I sum, I w, uint32_t x) {
+    const I bytes = _mm256_set1_epi32(static_cast<int>(x));
+    const I even = _mm256_srai_epi16(_mm256_slli_epi16(bytes, 8), 8),
+            odd = _mm256_srai_epi16(bytes, 8);
+    const I low = _mm256_and_si256(w, _mm256_set1_epi16(255)), high = _mm256_srli_epi16(w, 8);
+    sum = _mm256_add_epi32(sum, _mm256_madd_epi16(low, even));
+    return _mm256_add_epi32(sum, _mm256_madd_epi16(high, odd));
+  }
 
   static F set1(float x) { return _mm256_set1_ps(x); }
   static F load(const float* p) { return _mm256_loadu_ps(p); }

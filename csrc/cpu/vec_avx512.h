@@ -21,6 +21,30 @@ struct Vec {
   static constexpr bool kBf16Dot = false;
 #endif
   using F = __m512;
+  using I = __m512i;  // 32-bit integers
+
+  static I set1_int(int32_t x) { return _mm512_set1_epi32(x); }
+  static I load_int(const void* p) { return _mm512_loadu_si512(p); }
+  static I add_int(I a, I b) { return _mm512_add_epi32(a, b); }
+  static I and_int(I a, I b) { return _mm512_and_si512(a, b); }
+  static I shift_right4(I a) { return _mm512_srli_epi32(a, 4); }
+  static I shift_left8(I a) { return _mm512_slli_epi32(a, 8); }
+  static F to_floats(I a) { return _mm512_cvtepi32_ps(a); }
+  // sum + the products of four unsigned bytes of each lane of w with the four signed bytes of x
+#ifdef __AVX512VNNI__
+  static I dot_bytes(I sum, I w, uint32_t x) {
+    return _mm512_dpbusd_epi32(sum, w, _mm512_set1_epi32(static_cast<int>(x)));
+  }
+#else
+  static I dot_bytes(I sum, I w, uint32_t x) {
+    const I bytes = _mm512_set1_epi32(static_cast<int>(x));
+    const I even = _mm512_srai_epi16(_mm512_slli_epi16(bytes, 8), 8),
+            odd = _mm512_srai_epi16(bytes, 8);
+    const I low = _mm512_and_si512(w, _mm512_set1_epi16(255)), high = _mm512_srli_epi16(w, 8);
+    sum = _mm512_add_epi32(sum, _mm512_madd_epi16(low, even));
+    return _mm512_add_epi32(sum, _mm512_madd_epi16(high, odd));
+  }
+#endif
 
   static F set1(float x) { return _mm512_set1_ps(x); }
   static F load(const float* p) { return _mm512_loadu_ps(p); }

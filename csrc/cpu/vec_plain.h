@@ -19,6 +19,28 @@ struct Vec {
   static constexpr bool kBf16Dot = false;
   typedef float F __attribute__((vector_size(16)));
   typedef uint32_t U __attribute__((vector_size(16)));
+  typedef int32_t I __attribute__((vector_size(16)));
+
+  static I set1_int(int32_t x) { return I{x, x, x, x}; }
+  static I load_int(const void* p) {
+    I v;
+    memcpy(&v, p, sizeof v);
+    return v;
+  }
+  static I add_int(I a, I b) { return (I)((U)a + (U)b); }
+  static I and_int(I a, I b) { return a & b; }
+  static I shift_right4(I a) { return (I)((U)a >> 4); }
+  static I shift_left8(I a) { return (I)((U)a << 8); }
+  static F to_floats(I a) { return __builtin_convertvector(a, F); }
+  // sum + the products of four unsigned bytes of each lane of w with the four signed bytes of x
+  static I dot_bytes(I sum, I w, uint32_t x) {
+    U total = (U)sum;
+    for (int byte = 0; byte < 4; ++byte) {
+      const auto factor = static_cast<uint32_t>(static_cast<int8_t>(x >> (8 * byte)));
+      total += ((U)w >> (8 * byte) & 255u) * factor;
+    }
+    return (I)total;
+  }
 
   static F set1(float x) { return F{x, x, x, x}; }
   static F load(const float* p) {

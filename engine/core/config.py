@@ -12,7 +12,9 @@ from diptych.engine.core.types import HASH_UNIT_TOKENS
 
 WORKERS_MAX: Final = 64  # of one host
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
-Quantization = Literal["int8", "int4", "int4-g32", "int4-g64", "int4-g128"]
+Quantization = Literal[
+    "int8", "int4", "int4-g32", "int4-g64", "int4-g128", "w8a8", "w4a8", "w4a8-g32", "w4a8-g128"
+]
 Transfer = Literal["auto", "shm", "tcp", "nixl"]
 
 

@@ -107,7 +107,7 @@ def test_long_prompts_on_every_level(tmp_path: Path, level: str, dtype: str) -> 
 
 
 @pytest.mark.parametrize("level", levels())
-@pytest.mark.parametrize("quantization", ["int8", "int4-g32", "int4-g128"])
+@pytest.mark.parametrize("quantization", ["int8", "int4-g32", "int4-g128", "w8a8", "w4a8"])
 def test_quantized_weights_on_every_level(
     tmp_path: Path, level: str, quantization: Quantization
 ) -> None:

@@ -5,7 +5,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from diptych.kernels.narrow import round_int4, round_int8
+from diptych.kernels.narrow import round_int4, round_int8, round_rows
 
 
 def test_int8_is_within_half_a_step() -> None:
@@ -42,3 +42,21 @@ def test_zeros_and_extremes_stay_finite(seed: int, size: float) -> None:
         assert scales.isfinite().all()
         assert (scales != 0).all()
         assert (integers[1] == 0).all()
+
+
+@given(st.integers(0, 1000), st.sampled_from([1e-28, 1.0, 1e30]))
+def test_rows_are_rounded_to_half_a_step(seed: int, size: float) -> None:
+    x = torch.randn(3, 50, generator=torch.Generator().manual_seed(seed)) * size
+    for bits, limit in ((8, 127), (16, 32512)):
+        integers, scales = round_rows(x, bits)
+        assert int(integers.abs().max()) == limit
+        assert ((integers * scales[:, None] - x).abs() <= scales[:, None] * 0.51).all()
+
+
+def test_rows_of_nothing_and_of_infinity() -> None:
+    x = torch.tensor([[0.0, 0.0], [1e-31, 0.0], [1.0, torch.inf], [torch.nan, 1.0], [1.0, 2.0]])
+    integers, scales = round_rows(x, 8)
+    assert (integers[:4] == 0).all()
+    assert (scales[:2] == 0).all()
+    assert scales[2:4].isnan().all()
+    assert integers[4].tolist() == [64, 127]

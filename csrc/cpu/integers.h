@@ -1,0 +1,292 @@
+// Linear layers of int8 or int4 weights over integer activations.
+//
+// Every row of x is rounded to integers of one scale: of 8 bits, or of 16 bits as two bytes, value =
+// 256 * high + low, which are multiplied like two rows. Weights are unsigned bytes or nibbles, the
+// integer plus kZero8 or kZero4; what that adds is known from the row's own sums and is where an
+// accumulator starts. Invariant: sums of integers are exact, so their order is nobody's business;
+// int4 sums one group of inputs at a time and adds the groups, scaled, in order as floats. A row's
+// bits depend on its own values only.
+//
+// int8 panels are [K/4][16][4] bytes with one fp32 scale per output. int4 panels are [K/8][16][4]
+// bytes whose lower nibbles are inputs 0..3 and whose upper are 4..7, with bf16 scales
+// [panel][group][16]. K is padded; padding of x is 0.
+#pragma once
+
+#include <math.h>
+
+#include "gemm.h"
+#include "pool.h"
+
+namespace diptych::cpu {
+namespace {
+
+using I = Vec::I;
+
+constexpr int kZero8 = 128, kZero4 = 8;
+constexpr float kLimit8 = 127.0f, kLimit16 = 127.0f * 256.0f;
+constexpr float kNothing = 1e-30f;  // a row without a larger value is taken for zeros
+constexpr int64_t kChunk = 64;      // inputs that are rounded at once
+
+// What a call's rows become: `limbs` rows of bytes each.
+struct IntegerRows {
+  int8_t* values;  // [rows][limbs][stride]
+  int32_t* sums;   // [rows][limbs][groups]: of the values, times minus the weights' zero
+  float* scales;   // [rows]; NaN where a value is not finite
+  int64_t stride, limbs, groups, group;
+  int32_t zero;
+};
+
+inline float largest_of(const float* x, int64_t n) {
+  F top = Vec::set1(0.0f);
+  unsigned nan = 0;
+  const F zero = Vec::set1(0.0f);
+  int64_t i = 0;
+  auto take = [&](F v) {
+    nan |= Vec::mask_nan(v);
+    top = Vec::max(Vec::max(v, zero - v), top);
+  };
+  for (; i + Vec::W <= n; i += Vec::W) take(Vec::load(x + i));
+  if (i < n) take(Vec::load_n(x + i, static_cast<int>(n - i)));
+  return nan != 0 ? NAN : Vec::largest(top);
+}
+
+// To the nearest integer, ties to even, for |x| < 2^22.
+inline int32_t nearest(float x) {
+  constexpr float magic = 12582912.0f;  // 1.5 * 2^23
+  return static_cast<int32_t>(float_bits(x + magic) - float_bits(magic));
+}
+
+// Inputs [k, k + kChunk) of a row, those from num_in on as zeros.
+inline void round_chunk(const IntegerRows& q, const float* x, int64_t row, int64_t k,
+                        int64_t inside, float inverse) {
+  int32_t whole[kChunk] = {};
+  for (int64_t i = 0; i < inside; ++i) whole[i] = nearest(x[k + i] * inverse);
+  int8_t* first = q.values + row * q.limbs * q.stride + k;
+  int32_t* sums = q.sums + row * q.limbs * q.groups;
+  const int64_t part = q.group < kChunk ? q.group : kChunk;
+  if (q.limbs == 2) {
+    for (int64_t i = 0; i < kChunk; ++i) first[q.stride + i] = static_cast<int8_t>(whole[i]);
+    for (int64_t i = 0; i < kChunk; ++i) whole[i] = (whole[i] - first[q.stride + i]) >> 8;
+    for (int64_t begin = 0; begin < kChunk; begin += part) {
+      int32_t sum = 0;
+      for (int64_t i = begin; i < begin + part; ++i) sum += first[q.stride + i];
+      sums[q.groups + (k + begin) / q.group] -= q.zero * sum;
+    }
+  }
+  for (int64_t i = 0; i < kChunk; ++i) first[i] = static_cast<int8_t>(whole[i]);
+  for (int64_t begin = 0; begin < kChunk; begin += part) {
+    int32_t sum = 0;
+    for (int64_t i = begin; i < begin + part; ++i) sum += whole[i];
+    sums[(k + begin) / q.group] -= q.zero * sum;
+  }
+}
+
+struct IntegerRowsJob {
+  const LinearArgs& a;
+  const IntegerRows& q;
+
+  static void item(void* context, int64_t row) {
+    const auto& job = *static_cast<const IntegerRowsJob*>(context);
+    const IntegerRows& q = job.q;
+    const int64_t num_in = job.a.num_in;
+    const float* x = job.a.x + row * num_in;
+    const float limit = q.limbs == 2 ? kLimit16 : kLimit8, largest = largest_of(x, num_in);
+    const bool finite = isfinite(largest), nothing = !finite || largest < kNothing;
+    q.scales[row] = !finite ? NAN : nothing ? 0.0f : largest / limit;
+    const float inverse = nothing ? 0.0f : limit / largest;
+    for (int64_t i = 0; i < q.limbs * q.groups; ++i) q.sums[row * q.limbs * q.groups + i] = 0;
+    for (int64_t k = 0; k < q.stride; k += kChunk) {
+      int64_t inside = num_in - k < 0 ? 0 : num_in - k;
+      if (nothing) inside = 0;  // what is not finite has no integer
+      round_chunk(q, x, row, k, inside < kChunk ? inside : kChunk, inverse);
+    }
+  }
+};
+
+// Some rows against some panels: what one tile works on.
+struct IntegerTile {
+  const int8_t* x;      // first row
+  int64_t x_stride;     // bytes
+  const int32_t* sums;  // first row
+  int64_t sums_stride;
+  const float* x_scales;
+  const uint8_t* w;  // first panel
+  int64_t panel_stride, padded, group;
+  const float* scales;         // int8: of the first column
+  const uint16_t* steps;       // int4: of the first panel
+  int64_t steps_stride;        // int4: between panels
+  const float* bias;           // of the first column, or null
+  float* out;                  // first row and column
+  int64_t out_stride, columns;  // valid columns from the first one on
+};
+
+inline uint32_t four_bytes(const int8_t* p) {
+  uint32_t word;
+  memcpy(&word, p, sizeof word);
+  return word;
+}
+
+// acc[r][v] += the products of inputs [begin, end).
+template <int BITS, int R, int V>
+inline __attribute__((always_inline)) void add_products(I (&acc)[R][V], const IntegerTile& t,
+                                                        int64_t begin, int64_t end) {
+  constexpr int per_step = 32 / BITS;  // inputs
+  const I mask = Vec::set1_int(0x0f0f0f0f);
+  for (int64_t k = begin; k < end; k += per_step) {
+    const uint8_t* w = t.w + k / per_step * (4 * kPanel);
+    const int8_t* x = t.x + k;
+#pragma GCC unroll 16
+    for (int v = 0; v < V; ++v) {
+      const I both = Vec::load_int(w + (v / kVecs) * t.panel_stride + (v % kVecs) * 4 * Vec::W);
+      if constexpr (BITS == 8) {
+#pragma GCC unroll 16
+        for (int r = 0; r < R; ++r)
+          acc[r][v] = Vec::dot_bytes(acc[r][v], both, four_bytes(x + r * t.x_stride));
+      } else {
+        const I low = Vec::and_int(both, mask), high = Vec::and_int(Vec::shift_right4(both), mask);
+#pragma GCC unroll 16
+        for (int r = 0; r < R; ++r) {
+          acc[r][v] = Vec::dot_bytes(acc[r][v], low, four_bytes(x + r * t.x_stride));
+          acc[r][v] = Vec::dot_bytes(acc[r][v], high, four_bytes(x + r * t.x_stride + 4));
+        }
+      }
+    }
+  }
+}
+
+template <int LIMBS, int R, int V>
+void store_sums(const IntegerTile& t, const F (&sums)[R][V]) {
+  for (int v = 0; v < V; ++v) {
+    const int64_t left = t.columns - v * Vec::W;
+    if (left <= 0) break;
+    const int n = left < Vec::W ? static_cast<int>(left) : Vec::W;
+    for (int r = 0; r < R; ++r) {
+      F y = sums[r][v];
+      if (t.scales != nullptr) y = y * Vec::load_n(t.scales + v * Vec::W, n);
+      y = y * Vec::set1(t.x_scales[r]);
+      if (t.bias != nullptr) y = y + Vec::load_n(t.bias + v * Vec::W, n);
+      Vec::store_n(t.out + r * t.out_stride + v * Vec::W, y, n);
+    }
+  }
+}
+
+// ROWS rows of LIMBS byte rows each, against P panels.
+template <int BITS, int LIMBS, int ROWS, int P>
+void integer_tile(const IntegerTile& t) {
+  constexpr int R = ROWS * LIMBS, V = P * kVecs;
+  F sums[ROWS][V];
+  for (int r = 0; r < ROWS; ++r) {
+    for (int v = 0; v < V; ++v) sums[r][v] = Vec::set1(0.0f);
+  }
+  int64_t g = 0;
+  for (int64_t begin = 0; begin < t.padded; begin += t.group, ++g) {
+    I acc[R][V];
+#pragma GCC unroll 16
+    for (int r = 0; r < R; ++r) {
+#pragma GCC unroll 16
+      for (int v = 0; v < V; ++v) acc[r][v] = Vec::set1_int(t.sums[r * t.sums_stride + g]);
+    }
+    add_products<BITS, R, V>(acc, t, begin, begin + t.group);
+#pragma GCC unroll 16
+    for (int v = 0; v < V; ++v) {
+      F step{};
+      if constexpr (BITS == 4)
+        step = Vec::load_as<BF16>(t.steps + (v / kVecs) * t.steps_stride + g * kPanel +
+                                  (v % kVecs) * Vec::W);
+#pragma GCC unroll 16
+      for (int r = 0; r < ROWS; ++r) {
+        if constexpr (BITS == 4) {  // both fit: a group is short
+          const I whole = LIMBS == 1 ? acc[r][v]
+                                     : Vec::add_int(Vec::shift_left8(acc[r * LIMBS][v]),
+                                                    acc[r * LIMBS + LIMBS - 1][v]);
+          sums[r][v] = Vec::fma(step, Vec::to_floats(whole), sums[r][v]);
+        } else {
+          const F low = Vec::to_floats(acc[r * LIMBS + LIMBS - 1][v]);
+          sums[r][v] = LIMBS == 1 ? low
+                                  : Vec::fma(Vec::to_floats(acc[r * LIMBS][v]), Vec::set1(256.0f),
+                                             low);
+        }
+      }
+    }
+  }
+  store_sums<LIMBS, ROWS, V>(t, sums);
+}
+
+template <int BITS, int LIMBS, int P, int ROWS = Vec::kRows / LIMBS>
+void integer_tile_rows(const IntegerTile& t, int64_t rows) {
+  if constexpr (ROWS > 1) {
+    if (rows < ROWS) return integer_tile_rows<BITS, LIMBS, P, ROWS - 1>(t, rows);
+  }
+  integer_tile<BITS, LIMBS, ROWS, P>(t);
+}
+
+// All `rows` rows against `panels` panels; `t` describes the first row and panel.
+template <int BITS, int LIMBS>
+void integer_gemm(const IntegerTile& first, int64_t rows, int64_t panels) {
+  constexpr int64_t height = Vec::kRows / LIMBS;
+  for (int64_t r = 0; r < rows; r += height) {
+    const int64_t left = rows - r < height ? rows - r : height;
+    for (int64_t p = 0; p < panels;) {
+      IntegerTile t = first;
+      t.x += r * LIMBS * t.x_stride;
+      t.sums += r * LIMBS * t.sums_stride;
+      t.x_scales += r;
+      t.w += p * t.panel_stride;
+      if (t.scales != nullptr) t.scales += p * kPanel;
+      if (t.steps != nullptr) t.steps += p * t.steps_stride;
+      if (t.bias != nullptr) t.bias += p * kPanel;
+      t.out += r * t.out_stride + p * kPanel;
+      t.columns -= p * kPanel;
+      if (panels - p >= Vec::kPanels) {
+        integer_tile_rows<BITS, LIMBS, Vec::kPanels>(t, left);
+        p += Vec::kPanels;
+      } else {
+        integer_tile_rows<BITS, LIMBS, 1>(t, left);
+        p += 1;
+      }
+    }
+  }
+}
+
+struct IntegerJob {
+  const LinearArgs& a;
+  const IntegerRows& q;
+  int64_t group_panels, groups, rows_per_item;
+
+  static void item(void* context, int64_t index) {
+    const auto& job = *static_cast<const IntegerJob*>(context);
+    const LinearArgs& a = job.a;
+    const IntegerRows& q = job.q;
+    const int64_t panel = index % job.groups * job.group_panels,
+                  row = index / job.groups * job.rows_per_item;
+    const int64_t all_panels = (a.num_out + kPanel - 1) / kPanel, column = panel * kPanel;
+    const int64_t panels_left = all_panels - panel, rows_left = a.rows - row;
+    const int64_t panels = panels_left < job.group_panels ? panels_left : job.group_panels,
+                  rows = rows_left < job.rows_per_item ? rows_left : job.rows_per_item;
+    const bool int8 = a.width == Width::kInt8;
+    IntegerTile t;
+    t.x = q.values + row * q.limbs * q.stride;
+    t.x_stride = t.padded = q.stride;
+    t.sums = q.sums + row * q.limbs * q.groups;
+    t.sums_stride = q.groups;
+    t.x_scales = q.scales + row;
+    t.panel_stride = q.stride * kPanel / (int8 ? 1 : 2);
+    t.w = static_cast<const uint8_t*>(a.w) + panel * t.panel_stride;
+    t.group = q.group;
+    t.scales = int8 ? static_cast<const float*>(a.scales) + column : nullptr;
+    t.steps_stride = q.groups * kPanel;
+    t.steps =
+        int8 ? nullptr : static_cast<const uint16_t*>(a.scales) + panel * t.steps_stride;
+    t.bias = a.bias == nullptr ? nullptr : a.bias + column;
+    t.out = a.out + row * a.num_out + column;
+    t.out_stride = a.num_out;
+    t.columns = a.num_out - column;
+    if (int8 && q.limbs == 1) integer_gemm<8, 1>(t, rows, panels);
+    if (int8 && q.limbs == 2) integer_gemm<8, 2>(t, rows, panels);
+    if (!int8 && q.limbs == 1) integer_gemm<4, 1>(t, rows, panels);
+    if (!int8 && q.limbs == 2) integer_gemm<4, 2>(t, rows, panels);
+  }
+};
+
+}  // namespace
+}  // namespace diptych::cpu
