@@ -20,6 +20,7 @@ from diptych.engine.core.config import ModelOptions
 from diptych.engine.core.plan import StepPlan, StepRow
 from diptych.engine.models.decoder import Decoder
 from diptych.engine.runner import LoadedModel, load_model
+from diptych.kernels import NARROW
 
 
 def log_probabilities(model: LoadedModel, prompts: list[list[int]]) -> Tensor:
@@ -48,7 +49,7 @@ def main() -> None:
     parser.add_argument("--model", type=Path, help="a checkpoint; without it random weights")
     parser.add_argument("--text", type=Path, help="a file of prompts, one a line, for --model")
     parser.add_argument("--size", choices=SIZES, default="bench-360m")
-    parser.add_argument("--schemes", nargs="*", default=["int8", "int4-g32", "int4", "int4-g128"])
+    parser.add_argument("--schemes", nargs="*", default=list(NARROW))
     parser.add_argument("--prompts", type=int, default=4)
     parser.add_argument("--length", type=int, default=64)
     parser.add_argument("--out", type=Path)

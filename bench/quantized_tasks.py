@@ -18,7 +18,7 @@ from diptych.server.builtin import BUILTIN_MODEL
 from diptych.server.engine import Engine
 
 SEED = 2024
-SCHEMES: list[Quantization | None] = [None, "int8", "int4-g32", "int4", "int4-g128"]
+SCHEMES: list[Quantization | None] = [None, "int8", "w8a8", "int4-g32", "int4", "w4a8-g32", "w4a8"]
 
 
 def main() -> None:

@@ -96,7 +96,9 @@ class CppKernels:
         assert weight.dtype in _MODEL_DTYPES
         num_out, num_in = weight.shape
         if narrow is not None and num_in > _NARROW_INPUTS_MAX:
-            raise ConfigError(f"quantized layers may have {_NARROW_INPUTS_MAX} inputs, not {num_in}")
+            raise ConfigError(
+                f"quantized layers may have {_NARROW_INPUTS_MAX} inputs, not {num_in}"
+            )
         weight = weight.detach()
         scales: Tensor | None = None
         if narrow is None:

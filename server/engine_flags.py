@@ -37,7 +37,8 @@ def add_engine_arguments(parser: argparse.ArgumentParser) -> None:
     model(
         "--quantization",
         choices=get_args(Quantization),
-        help="round the layers' weights at load (default: no; int4 is int4-g64)",
+        help="round the layers' weights at load, w8a8 and w4a8 also activations per token (default:"
+        " no; int4 is int4-g64)",
     )
     model("--load-format", choices=["auto", "dummy"], default="auto", help="dummy: random weights")
 

@@ -120,12 +120,6 @@ struct IntegerTile {
   int64_t out_stride, columns;  // valid columns from the first one on
 };
 
-inline uint32_t four_bytes(const int8_t* p) {
-  uint32_t word;
-  memcpy(&word, p, sizeof word);
-  return word;
-}
-
 // acc[r][v] += the products of inputs [begin, end).
 template <int BITS, int R, int V>
 inline __attribute__((always_inline)) void add_products(I (&acc)[R][V], const IntegerTile& t,
@@ -141,75 +135,88 @@ inline __attribute__((always_inline)) void add_products(I (&acc)[R][V], const In
       if constexpr (BITS == 8) {
 #pragma GCC unroll 16
         for (int r = 0; r < R; ++r)
-          acc[r][v] = Vec::dot_bytes(acc[r][v], both, four_bytes(x + r * t.x_stride));
+          acc[r][v] = Vec::dot_bytes(acc[r][v], both, x + r * t.x_stride);
       } else {
         const I low = Vec::and_int(both, mask), high = Vec::and_int(Vec::shift_right4(both), mask);
 #pragma GCC unroll 16
         for (int r = 0; r < R; ++r) {
-          acc[r][v] = Vec::dot_bytes(acc[r][v], low, four_bytes(x + r * t.x_stride));
-          acc[r][v] = Vec::dot_bytes(acc[r][v], high, four_bytes(x + r * t.x_stride + 4));
+          acc[r][v] = Vec::dot_bytes(acc[r][v], low, x + r * t.x_stride);
+          acc[r][v] = Vec::dot_bytes(acc[r][v], high, x + r * t.x_stride + 4);
         }
       }
     }
   }
 }
 
-template <int LIMBS, int R, int V>
-void store_sums(const IntegerTile& t, const F (&sums)[R][V]) {
+// out = y times the scales, plus bias, for row r and vector v of the tile.
+inline void store_sum(const IntegerTile& t, int r, int v, F y) {
+  const int64_t left = t.columns - v * Vec::W;
+  if (left <= 0) return;
+  const int n = left < Vec::W ? static_cast<int>(left) : Vec::W;
+  if (t.scales != nullptr) y = y * Vec::load_n(t.scales + v * Vec::W, n);
+  y = y * Vec::set1(t.x_scales[r]);
+  if (t.bias != nullptr) y = y + Vec::load_n(t.bias + v * Vec::W, n);
+  Vec::store_n(t.out + r * t.out_stride + v * Vec::W, y, n);
+}
+
+template <int R, int V>
+inline __attribute__((always_inline)) void start(I (&acc)[R][V], const IntegerTile& t, int64_t g) {
+#pragma GCC unroll 16
+  for (int r = 0; r < R; ++r) {
+#pragma GCC unroll 16
+    for (int v = 0; v < V; ++v) acc[r][v] = Vec::set1_int(t.sums[r * t.sums_stride + g]);
+  }
+}
+
+// ROWS rows of LIMBS byte rows each, against P panels, of int8.
+template <int LIMBS, int ROWS, int P>
+void int8_tile(const IntegerTile& t) {
+  constexpr int R = ROWS * LIMBS, V = P * kVecs;
+  I acc[R][V];
+  start<R, V>(acc, t, 0);
+  add_products<8, R, V>(acc, t, 0, t.padded);
+#pragma GCC unroll 16
   for (int v = 0; v < V; ++v) {
-    const int64_t left = t.columns - v * Vec::W;
-    if (left <= 0) break;
-    const int n = left < Vec::W ? static_cast<int>(left) : Vec::W;
-    for (int r = 0; r < R; ++r) {
-      F y = sums[r][v];
-      if (t.scales != nullptr) y = y * Vec::load_n(t.scales + v * Vec::W, n);
-      y = y * Vec::set1(t.x_scales[r]);
-      if (t.bias != nullptr) y = y + Vec::load_n(t.bias + v * Vec::W, n);
-      Vec::store_n(t.out + r * t.out_stride + v * Vec::W, y, n);
+#pragma GCC unroll 16
+    for (int r = 0; r < ROWS; ++r) {
+      F y = Vec::to_floats(acc[r * LIMBS + LIMBS - 1][v]);
+      if constexpr (LIMBS == 2)
+        y = Vec::fma(Vec::to_floats(acc[r * LIMBS][v]), Vec::set1(256.0f), y);
+      store_sum(t, r, v, y);
     }
   }
 }
 
-// ROWS rows of LIMBS byte rows each, against P panels.
-template <int BITS, int LIMBS, int ROWS, int P>
-void integer_tile(const IntegerTile& t) {
+// The same of int4. The running sums stay in memory: registers are for the group's.
+template <int LIMBS, int ROWS, int P>
+void int4_tile(const IntegerTile& t) {
   constexpr int R = ROWS * LIMBS, V = P * kVecs;
-  F sums[ROWS][V];
-  for (int r = 0; r < ROWS; ++r) {
-    for (int v = 0; v < V; ++v) sums[r][v] = Vec::set1(0.0f);
-  }
+  alignas(64) float memory[ROWS * V * Vec::W];
+  float* sums = memory;
+  asm volatile("" : "+r"(sums) : : "memory");  // not to be taken apart into registers
+  for (int i = 0; i < ROWS * V; ++i) Vec::store(sums + i * Vec::W, Vec::set1(0.0f));
   int64_t g = 0;
   for (int64_t begin = 0; begin < t.padded; begin += t.group, ++g) {
     I acc[R][V];
-#pragma GCC unroll 16
-    for (int r = 0; r < R; ++r) {
-#pragma GCC unroll 16
-      for (int v = 0; v < V; ++v) acc[r][v] = Vec::set1_int(t.sums[r * t.sums_stride + g]);
-    }
-    add_products<BITS, R, V>(acc, t, begin, begin + t.group);
+    start<R, V>(acc, t, g);
+    add_products<4, R, V>(acc, t, begin, begin + t.group);
 #pragma GCC unroll 16
     for (int v = 0; v < V; ++v) {
-      F step{};
-      if constexpr (BITS == 4)
-        step = Vec::load_as<BF16>(t.steps + (v / kVecs) * t.steps_stride + g * kPanel +
-                                  (v % kVecs) * Vec::W);
+      const F step = Vec::load_as<BF16>(t.steps + (v / kVecs) * t.steps_stride + g * kPanel +
+                                        (v % kVecs) * Vec::W);
 #pragma GCC unroll 16
       for (int r = 0; r < ROWS; ++r) {
-        if constexpr (BITS == 4) {  // both fit: a group is short
-          const I whole = LIMBS == 1 ? acc[r][v]
-                                     : Vec::add_int(Vec::shift_left8(acc[r * LIMBS][v]),
-                                                    acc[r * LIMBS + LIMBS - 1][v]);
-          sums[r][v] = Vec::fma(step, Vec::to_floats(whole), sums[r][v]);
-        } else {
-          const F low = Vec::to_floats(acc[r * LIMBS + LIMBS - 1][v]);
-          sums[r][v] = LIMBS == 1 ? low
-                                  : Vec::fma(Vec::to_floats(acc[r * LIMBS][v]), Vec::set1(256.0f),
-                                             low);
-        }
+        I whole = acc[r * LIMBS + LIMBS - 1][v];
+        if constexpr (LIMBS == 2)  // fits: a group is short
+          whole = Vec::add_int(Vec::shift_left8(acc[r * LIMBS][v]), whole);
+        float* sum = sums + (r * V + v) * Vec::W;
+        Vec::store(sum, Vec::fma(step, Vec::to_floats(whole), Vec::load(sum)));
       }
     }
   }
-  store_sums<LIMBS, ROWS, V>(t, sums);
+  for (int v = 0; v < V; ++v) {
+    for (int r = 0; r < ROWS; ++r) store_sum(t, r, v, Vec::load(sums + (r * V + v) * Vec::W));
+  }
 }
 
 template <int BITS, int LIMBS, int P, int ROWS = Vec::kRows / LIMBS>
@@ -217,7 +224,11 @@ void integer_tile_rows(const IntegerTile& t, int64_t rows) {
   if constexpr (ROWS > 1) {
     if (rows < ROWS) return integer_tile_rows<BITS, LIMBS, P, ROWS - 1>(t, rows);
   }
-  integer_tile<BITS, LIMBS, ROWS, P>(t);
+  if constexpr (BITS == 8) {
+    int8_tile<LIMBS, ROWS, P>(t);
+  } else {
+    int4_tile<LIMBS, ROWS, P>(t);
+  }
 }
 
 // All `rows` rows against `panels` panels; `t` describes the first row and panel.

@@ -25,9 +25,11 @@ struct Vec {
   static I shift_right4(I a) { return _mm256_srli_epi32(a, 4); }
   static I shift_left8(I a) { return _mm256_slli_epi32(a, 8); }
   static F to_floats(I a) { return _mm256_cvtepi32_ps(a); }
-  // sum + the products of four unsigned bytes of each lane of w with the four signed bytes of x
-  static I dot_bytes(I sum, I w, uint32_t x) {
-    const I bytes = _mm256_set1_epi32(static_cast<int>(x));
+  // sum + the products of four unsigned bytes of each lane of w with the four signed bytes at x
+  static I dot_bytes(I sum, I w, const int8_t* x) {
+    int32_t word;
+    memcpy(&word, x, sizeof word);
+    const I bytes = _mm256_set1_epi32(word);
     const I even = _mm256_srai_epi16(_mm256_slli_epi16(bytes, 8), 8),
             odd = _mm256_srai_epi16(bytes, 8);
     const I low = _mm256_and_si256(w, _mm256_set1_epi16(255)), high = _mm256_srli_epi16(w, 8);

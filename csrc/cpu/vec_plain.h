@@ -32,11 +32,11 @@ struct Vec {
   static I shift_right4(I a) { return (I)((U)a >> 4); }
   static I shift_left8(I a) { return (I)((U)a << 8); }
   static F to_floats(I a) { return __builtin_convertvector(a, F); }
-  // sum + the products of four unsigned bytes of each lane of w with the four signed bytes of x
-  static I dot_bytes(I sum, I w, uint32_t x) {
+  // sum + the products of four unsigned bytes of each lane of w with the four signed bytes at x
+  static I dot_bytes(I sum, I w, const int8_t* x) {
     U total = (U)sum;
     for (int byte = 0; byte < 4; ++byte) {
-      const auto factor = static_cast<uint32_t>(static_cast<int8_t>(x >> (8 * byte)));
+      const auto factor = static_cast<uint32_t>(static_cast<int32_t>(x[byte]));
       total += ((U)w >> (8 * byte) & 255u) * factor;
     }
     return (I)total;
