@@ -1,8 +1,9 @@
 """The order in which the C++ kernels read int8 and int4 weights (csrc/cpu/integers.h).
 
 Owns the layout only; what the integers are is narrow.py's. Panels of 16 outputs, integers unsigned
-(plus 128 or plus 8); int8 [K/4][16][4], int4 [K/8][16][4] bytes with inputs 0..3 in their lower and
-4..7 in their upper nibbles, and scales [panel][group][16]. Outputs and inputs are padded with zeros.
+(plus 128 or plus 8); int8 [K/4][16][4], int4 [K/8][16][4] bytes with inputs 0..3 in their lower
+and 4..7 in their upper nibbles, and scales [panel][group][16]. Outputs and inputs are padded with
+zeros.
 """
 
 from typing import Final
