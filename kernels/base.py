@@ -145,7 +145,9 @@ class Kernels(Protocol):
         """Round k and v (nearest even) into their slots.
 
         k_cache, v_cache: [num_blocks, Hk, block_size, D] model dtype, strided over blocks, dense
-        inside a block (one layer's views of the pool). k, v: [T, Hk, D] fp32, rows may be strided.
+        inside a block (one layer's views of the pool). Where an element of a head's piece of a
+        block lies is the backend's (equal on all its levels); 16 tokens from a multiple of 16 on
+        are one piece of it. k, v: [T, Hk, D] fp32, rows may be strided.
         slot_mapping: [T] int32, block * block_size + offset; -1 skips the row; no slot twice.
         """
         ...

@@ -29,7 +29,7 @@ void run_block(void* context, int64_t index) {
   const AttentionArgs& a = job.a;
   const RowBlock& block = job.blocks[index];
   const int64_t rows = block.num_tokens * (a.q_heads / a.k_cache.heads), dim = a.k_cache.dim;
-  Workspace w = open_block(a, block, rows);
+  Workspace w = open_block<E>(a, block, rows);
   reset(w.total, rows, dim);
   for (int64_t split = block.split_begin; split < block.split_end; ++split) {
     run_split<E>(a, block, rows, split, w);
@@ -47,7 +47,7 @@ void run_part(void* context, int64_t index) {
   const Part& part = job.parts[index];
   const RowBlock& block = job.blocks[part.block];
   const int64_t rows = block.num_tokens * (a.q_heads / a.k_cache.heads), dim = a.k_cache.dim;
-  Workspace w = open_block(a, block, rows);
+  Workspace w = open_block<E>(a, block, rows);
   run_split<E>(a, block, rows, part.split, w);
   float* out = job.partials + block.partial + (part.split - block.split_begin) * rows * (dim + 2);
   for (int64_t r = 0; r < rows; ++r, out += dim + 2) {

@@ -97,6 +97,7 @@ void check_range(const int32_t* indices, int64_t size, int64_t low, int64_t end)
 
 CacheView cache_view(const TensorView& t) {
   CHECK(t.ndim() == 4 && t.device().device_type == kDLCPU);
+  CHECK(t.size(2) % kPanel == 0 && t.size(3) % 2 == 0);
   return {data<char>(t), row_stride(t), t.size(2), t.size(1), t.size(3), model_dtype(t)};
 }
 

@@ -62,36 +62,36 @@ struct TileArgs {
   int64_t first_step = 0;  // of tiles: x starts at step 0
 };
 
-template <class E, int R, int V>
-inline __attribute__((always_inline)) void tile_step(F (&acc)[R][V], const TileArgs<E>& a,
-                                                     int64_t s) {
-  const typename E::Raw* w = a.w + s * Operand<E>::kRawPerStep;
+// One step of R rows of x against V vectors of weights; panel(p): step `s` of panel p.
+template <class E, int R, int V, class Panel>
+inline __attribute__((always_inline)) void tile_step(F (&acc)[R][V],
+                                                     const typename Operand<E>::Act* rows,
+                                                     int64_t x_stride, int64_t s, Panel panel) {
   if constexpr (sizeof(typename Operand<E>::Act) == 4 && Operand<E>::kRawPerStep == kPanel) {
     F wv[V];
 #pragma GCC unroll 16
-    for (int v = 0; v < V; ++v)
-      wv[v] = Vec::load_as<E>(w + (v / kVecs) * a.panel_stride + (v % kVecs) * Vec::W);
+    for (int v = 0; v < V; ++v) wv[v] = Vec::load_as<E>(panel(v / kVecs) + (v % kVecs) * Vec::W);
 #pragma GCC unroll 16
     for (int r = 0; r < R; ++r) {
-      const F x = Vec::set1(a.x[r * a.x_stride + s]);
+      const F x = Vec::set1(rows[r * x_stride + s]);
 #pragma GCC unroll 16
       for (int v = 0; v < V; ++v) acc[r][v] = Vec::fma(x, wv[v], acc[r][v]);
     }
   } else {
 #pragma GCC unroll 16
     for (int v = 0; v < V; ++v) {
-      const uint32_t* pairs = reinterpret_cast<const uint32_t*>(w + (v / kVecs) * a.panel_stride +
-                                                                (v % kVecs) * 2 * Vec::W);
+      const uint32_t* pairs =
+          reinterpret_cast<const uint32_t*>(panel(v / kVecs) + (v % kVecs) * 2 * Vec::W);
       if constexpr (Operand<E>::kActsPerStep == 1) {
 #pragma GCC unroll 16
         for (int r = 0; r < R; ++r)
-          acc[r][v] = Vec::dot_pairs(acc[r][v], a.x[r * a.x_stride + s], pairs);
+          acc[r][v] = Vec::dot_pairs(acc[r][v], rows[r * x_stride + s], pairs);
       } else {
         F first, second;
         Vec::split_pairs(Vec::load(reinterpret_cast<const float*>(pairs)), first, second);
 #pragma GCC unroll 16
         for (int r = 0; r < R; ++r) {
-          const auto* x = a.x + r * a.x_stride + 2 * s;
+          const auto* x = rows + r * x_stride + 2 * s;
           acc[r][v] = Vec::fma(Vec::set1(x[0]), first, acc[r][v]);
           acc[r][v] = Vec::fma(Vec::set1(x[1]), second, acc[r][v]);
         }
@@ -117,7 +117,10 @@ void tile(const TileArgs<E>& a) {
         acc[r][v] = Vec::load_n(a.out + r * a.out_stride + v * Vec::W, n);
     }
   }
-  for (int64_t s = 0; s < a.steps; ++s) tile_step<E, R, V>(acc, a, s);
+  for (int64_t s = 0; s < a.steps; ++s) {
+    const typename E::Raw* w = a.w + s * Operand<E>::kRawPerStep;
+    tile_step<E, R, V>(acc, a.x, a.x_stride, s, [&](int p) { return w + p * a.panel_stride; });
+  }
   for (int v = 0; v < V; ++v) {
     const int64_t left = a.columns - v * Vec::W;
     if (left <= 0) break;

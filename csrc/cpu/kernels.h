@@ -74,8 +74,10 @@ struct SiluArgs {
   int64_t rows, dim;
 };
 
-// One layer's K or V in the pool: element (block, head, offset, d) is at block * block_stride +
-// (head * block_size + offset) * dim + d.
+// One layer's K or V in the pool. Block b's piece of head h starts at b * block_stride + h *
+// block_size * dim and holds, with unit 2 for bf16 and 1 otherwise, keys as panels of 16 tokens
+// [block_size/16][dim/unit][16][unit], as a packed weight of 16 outputs, and values as
+// [block_size/unit][dim][unit]: what attention multiplies lies side by side.
 struct CacheView {
   char* data;
   int64_t block_stride;  // elements

@@ -2,6 +2,7 @@
 #pragma once
 
 #include <math.h>
+#include <string.h>
 
 #include "gemm.h"
 #include "pool.h"
@@ -150,21 +151,35 @@ void silu_row(const SiluArgs& a, int64_t t) {
 
 void silu_mul(const SiluArgs& a) { run_rows<SiluArgs, silu_row>(a, a.rows, 4 * a.dim); }
 
+// One token into a head's piece of the pool, see CacheView. Single values are stored, so two threads
+// may write the tokens of one pair.
 template <class E>
-void write_rows(const CacheView& cache, const float* x, int32_t slot) {
+void write_rows(const CacheView& cache, const float* x, int32_t slot, bool keys) {
+  constexpr int64_t unit = Operand<E>::kActsPerStep, chunk = 64;
   const int64_t block = slot / cache.block_size, offset = slot % cache.block_size;
-  auto* out = reinterpret_cast<typename E::Raw*>(cache.data) + block * cache.block_stride +
-              offset * cache.dim;
-  for (int64_t h = 0; h < cache.heads; ++h) {
-    convert_row<E>(out + h * cache.block_size * cache.dim, x + h * cache.dim, cache.dim);
+  const int64_t start = keys ? offset / kPanel * kPanel * cache.dim + offset % kPanel * unit
+                             : offset / unit * unit * cache.dim + offset % unit;
+  auto* out = reinterpret_cast<typename E::Raw*>(cache.data) + block * cache.block_stride + start;
+  typename E::Raw values[chunk];
+  for (int64_t h = 0; h < cache.heads; ++h, out += cache.block_size * cache.dim, x += cache.dim) {
+    for (int64_t d = 0; d < cache.dim; d += chunk) {
+      const int64_t n = cache.dim - d < chunk ? cache.dim - d : chunk;
+      convert_row<E>(values, x + d, n);
+      if (!keys) {
+        for (int64_t i = 0; i < n; ++i) out[(d + i) * unit] = values[i];
+      } else {
+        for (int64_t i = 0; i < n; i += unit)
+          memcpy(out + (d + i) * kPanel, values + i, sizeof values[0] * unit);
+      }
+    }
   }
 }
 
 template <class E>
 void write_kv_row(const WriteKvArgs& a, int64_t t) {
   if (a.slots[t] < 0) return;
-  write_rows<E>(a.k_cache, a.k + t * a.k_stride, a.slots[t]);
-  write_rows<E>(a.v_cache, a.v + t * a.v_stride, a.slots[t]);
+  write_rows<E>(a.k_cache, a.k + t * a.k_stride, a.slots[t], true);
+  write_rows<E>(a.v_cache, a.v + t * a.v_stride, a.slots[t], false);
 }
 
 void write_kv(const WriteKvArgs& a) {

@@ -85,24 +85,7 @@ struct Vec {
         _mm256_castsi256_ps(_mm256_and_si256(v, _mm256_set1_epi32(static_cast<int>(0xffff0000u))));
   }
   static F dot_pairs(F sum, uint32_t x, const uint32_t* w);  // not on this level
-  static void transpose(F (&r)[W]) {
-    F t[W];
-    for (int i = 0; i < 4; ++i) {  // pairs of rows
-      t[2 * i] = _mm256_unpacklo_ps(r[2 * i], r[2 * i + 1]);
-      t[2 * i + 1] = _mm256_unpackhi_ps(r[2 * i], r[2 * i + 1]);
-    }
-    for (int i = 0; i < 8; i += 4) {  // fours of rows: column c of each half in r[i + c]
-      r[i + 0] = _mm256_shuffle_ps(t[i], t[i + 2], 0x44);
-      r[i + 1] = _mm256_shuffle_ps(t[i], t[i + 2], 0xee);
-      r[i + 2] = _mm256_shuffle_ps(t[i + 1], t[i + 3], 0x44);
-      r[i + 3] = _mm256_shuffle_ps(t[i + 1], t[i + 3], 0xee);
-    }
-    for (int i = 0; i < 4; ++i) {
-      t[i] = _mm256_permute2f128_ps(r[i], r[i + 4], 0x20);
-      t[i + 4] = _mm256_permute2f128_ps(r[i], r[i + 4], 0x31);
-    }
-    for (int i = 0; i < W; ++i) r[i] = t[i];
-  }
+  static void store_bf16(uint16_t* p, F v);                  // likewise
 
  private:
   static __m256i lane_mask(int n) {

@@ -100,38 +100,16 @@ struct Vec {
   }
 #ifndef __AVX512BF16__
   static F dot_pairs(F sum, uint32_t x, const uint32_t* w);  // not on this level
+  static void store_bf16(uint16_t* p, F v);                  // likewise
 #else
   static F dot_pairs(F sum, uint32_t x, const uint32_t* w) {
     return _mm512_dpbf16_ps(sum, (__m512bh)_mm512_set1_epi32(static_cast<int>(x)),
                             (__m512bh)_mm512_loadu_si512(w));
   }
-#endif
-
-  static void transpose(F (&r)[W]) {
-    F t[W];
-    for (int i = 0; i < W; i += 2) {  // pairs of rows
-      t[i] = _mm512_unpacklo_ps(r[i], r[i + 1]);
-      t[i + 1] = _mm512_unpackhi_ps(r[i], r[i + 1]);
-    }
-    for (int i = 0; i < W; i += 4) {  // fours of rows: column c of each quarter in r[i + c]
-      r[i + 0] = _mm512_shuffle_ps(t[i], t[i + 2], 0x44);
-      r[i + 1] = _mm512_shuffle_ps(t[i], t[i + 2], 0xee);
-      r[i + 2] = _mm512_shuffle_ps(t[i + 1], t[i + 3], 0x44);
-      r[i + 3] = _mm512_shuffle_ps(t[i + 1], t[i + 3], 0xee);
-    }
-    for (int i = 0; i < 4; ++i) {  // quarters 0 and 2, then 1 and 3, of two fours each
-      t[i] = _mm512_shuffle_f32x4(r[i], r[i + 4], 0x88);
-      t[i + 4] = _mm512_shuffle_f32x4(r[i], r[i + 4], 0xdd);
-      t[i + 8] = _mm512_shuffle_f32x4(r[i + 8], r[i + 12], 0x88);
-      t[i + 12] = _mm512_shuffle_f32x4(r[i + 8], r[i + 12], 0xdd);
-    }
-    for (int i = 0; i < 4; ++i) {
-      r[i] = _mm512_shuffle_f32x4(t[i], t[i + 8], 0x88);
-      r[i + 8] = _mm512_shuffle_f32x4(t[i], t[i + 8], 0xdd);
-      r[i + 4] = _mm512_shuffle_f32x4(t[i + 4], t[i + 12], 0x88);
-      r[i + 12] = _mm512_shuffle_f32x4(t[i + 4], t[i + 12], 0xdd);
-    }
+  static void store_bf16(uint16_t* p, F v) {
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), (__m256i)_mm512_cvtneps_pbh(v));
   }
+#endif
 
  private:
   static __mmask16 lane_mask(int n) { return static_cast<__mmask16>((1u << n) - 1); }

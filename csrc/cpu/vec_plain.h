@@ -86,15 +86,7 @@ struct Vec {
     second = (F)((U)pairs & 0xffff0000u);
   }
   static F dot_pairs(F sum, uint32_t x, const uint32_t* w);  // not on this level
-  static void transpose(F (&r)[W]) {
-    for (int i = 0; i < W; ++i) {
-      for (int j = 0; j < i; ++j) {
-        const float t = r[i][j];
-        r[i][j] = r[j][i];
-        r[j][i] = t;
-      }
-    }
-  }
+  static void store_bf16(uint16_t* p, F v);                  // likewise
 
  private:
   static unsigned lanes(U m) { return (m[0] & 1) | (m[1] & 2) | (m[2] & 4) | (m[3] & 8); }

@@ -11,11 +11,29 @@ from torch import Tensor
 
 from diptych.kernels import Kernels
 
-__all__ = ["Heads", "Sequence", "build_pool", "int32", "random_sequences", "run_attention"]
+__all__ = [
+    "Heads",
+    "Sequence",
+    "build_pool",
+    "int32",
+    "random_sequences",
+    "run_attention",
+    "token_rows",
+]
 
 
 def int32(values: list[int]) -> Tensor:
     return torch.tensor(values, dtype=torch.int32)
+
+
+def token_rows(k_cache: Tensor, v_cache: Tensor) -> tuple[Tensor, Tensor]:
+    """The C++ backend's K and V ([blocks, heads, block_size, dim] by name) as a row per token."""
+    blocks, heads, block_size, dim = k_cache.shape
+    unit = 2 if k_cache.dtype == torch.bfloat16 else 1
+    panels = k_cache.reshape(blocks, heads, block_size // 16, dim // unit, 16, unit)
+    pairs = v_cache.reshape(blocks, heads, block_size // unit, dim, unit)
+    keys = panels.transpose(3, 4).reshape(k_cache.shape)
+    return keys, pairs.transpose(3, 4).reshape(v_cache.shape)
 
 
 @dataclass(frozen=True)

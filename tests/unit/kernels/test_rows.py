@@ -9,7 +9,7 @@ from torch import Tensor
 from diptych.kernels import Kernels
 from diptych.kernels.cpp import CppKernels
 from diptych.kernels.reference import ReferenceKernels
-from tests.support.paged import int32
+from tests.support.paged import int32, token_rows
 
 DIMS = [1, 8, 15, 64, 100, 257]
 
@@ -121,21 +121,23 @@ def test_kv_is_rounded_to_nearest_even(cpp: CppKernels, dtype: torch.dtype) -> N
     values = bits.view(torch.float32)  # every kind of number: NaN, infinite, subnormal
     halves = torch.arange(-32768, 32768, dtype=torch.int16).view(torch.float16).view(64, 2, 512)
     ties = torch.where(halves.isfinite(), halves, 0).float() * (1 + 2**-11)  # half-way for fp16
-    k_cache, v_cache = (torch.zeros(16, 2, 4, 512, dtype=dtype) for _ in range(2))
+    k_cache, v_cache = (torch.zeros(2, 2, 32, 512, dtype=dtype) for _ in range(2))
     slots = torch.randperm(64, generator=generator).to(torch.int32)
     cpp.write_kv(k_cache, v_cache, values, ties, slots)
-    for cache, written in ((k_cache, values), (v_cache, ties)):
+    keys, stored_values = token_rows(k_cache, v_cache)
+    for cache, written in ((keys, values), (stored_values, ties)):
         stored = cache.transpose(1, 2).reshape(64, 2, 512)[slots.long()]
         expected = written.to(dtype)
         torch.testing.assert_close(stored, expected, rtol=0, atol=0, equal_nan=True)
 
 
 def test_slot_minus_one_writes_nothing(cpp: CppKernels) -> None:
-    k_cache, v_cache = torch.zeros(2, 1, 4, 8), torch.zeros(2, 1, 4, 8)
+    k_cache, v_cache = torch.zeros(2, 1, 16, 8), torch.zeros(2, 1, 16, 8)
     rows = torch.ones(3, 1, 8)
-    cpp.write_kv(k_cache, v_cache, rows, rows, int32([-1, 5, -1]))
+    cpp.write_kv(k_cache, v_cache, rows, rows, int32([-1, 17, -1]))
     assert k_cache.sum() == v_cache.sum() == 8
-    assert torch.equal(k_cache[1, 0, 1], torch.ones(8))
+    for cache in token_rows(k_cache, v_cache):
+        assert torch.equal(cache[1, 0, 1], torch.ones(8))
 
 
 def test_embedding_refuses_ids_outside_the_table(cpp: CppKernels) -> None:

@@ -1,0 +1,226 @@
+// One row block against one tile of keys: where its K and V lie, scores, weighted values.
+//
+// The pool holds keys as panels and values as rows or, in bf16, as rows of pairs (kernels.h), which is
+// what the products read; nothing is copied. bf16 KV on a level with bf16 dot products: queries and
+// weights are rounded to bf16. Otherwise they stay fp32. A key that a row does not see never enters
+// its arithmetic: half a pair is cleared where the range of a row ends inside it.
+#pragma once
+
+#include <math.h>
+
+#include <type_traits>
+
+#include "gemm.h"
+#include "rows.h"
+
+namespace diptych::cpu {
+namespace {
+
+constexpr int kTilePanels = kTile / kPanel;
+
+template <class E>
+struct Format {
+  using Query = E;  // what scores are computed with
+  static constexpr int64_t kUnit = 1;  // keys that lie side by side in V
+  static constexpr bool kDot = false;
+};
+template <>
+struct Format<BF16> {
+  using Query = std::conditional_t<Vec::kBf16Dot, BF16Pairs, BF16>;
+  static constexpr int64_t kUnit = 2;
+  static constexpr bool kDot = Vec::kBf16Dot;
+};
+
+// The running softmax of some rows: acc / sum is the result over the keys seen so far.
+struct Softmax {
+  float *acc, *largest, *sum;  // [rows, dim], [rows], [rows]
+};
+
+struct Workspace {
+  void* q;                  // [rows, q_stride] scaled: floats or pairs of bf16
+  int64_t q_stride;
+  float *scores, *alpha;    // [rows, kTile], [rows]
+  uint32_t* weights;        // [rows, kTile / 2] pairs of bf16, where values are multiplied so
+  Softmax split, total;
+  int64_t *low, *high;      // [rows]: the keys that a row sees, [low, high)
+  const char* panels[kTilePanels];  // null: nobody sees a key of it
+  const char* values[kTile];        // per key or pair of keys
+};
+
+struct Range {
+  int64_t low, high;
+};
+
+inline Range row_range(const Workspace& w, int64_t r, int64_t base) {  // inside the tile
+  const int64_t low = w.low[r] > base ? w.low[r] - base : 0;
+  const int64_t high = w.high[r] - base < kTile ? w.high[r] - base : kTile;
+  return low < high ? Range{low, high} : Range{0, 0};
+}
+
+// R rows against P panels.
+template <class E, int R, int P>
+void score_tile(const Workspace& w, int64_t row, int64_t first, int64_t dim) {
+  using Q = typename Format<E>::Query;
+  constexpr int V = P * kVecs;
+  const auto* q = static_cast<const typename Operand<Q>::Act*>(w.q) + row * w.q_stride;
+  const typename E::Raw* panels[P];
+  for (int p = 0; p < P; ++p)
+    panels[p] = reinterpret_cast<const typename E::Raw*>(w.panels[first + p]);
+  F acc[R][V];
+  for (int r = 0; r < R; ++r) {
+    for (int v = 0; v < V; ++v) acc[r][v] = Vec::set1(0.0f);
+  }
+  const int64_t steps = dim / Format<E>::kUnit;
+  for (int64_t s = 0; s < steps; ++s) {
+    tile_step<Q, R, V>(acc, q, w.q_stride, s,
+                       [&](int p) { return panels[p] + s * Operand<Q>::kRawPerStep; });
+  }
+  for (int r = 0; r < R; ++r) {
+    float* out = w.scores + (row + r) * kTile + first * kPanel;
+    for (int v = 0; v < V; ++v) Vec::store(out + v * Vec::W, acc[r][v]);
+  }
+}
+
+template <class E, int R = Vec::kRows>
+void score_rows(const Workspace& w, int64_t row, int64_t count, bool all, int64_t dim) {
+  if constexpr (R > 1) {
+    if (count < R) return score_rows<E, R - 1>(w, row, count, all, dim);
+  }
+  if constexpr (Vec::kPanels >= kTilePanels) {
+    if (all) return score_tile<E, R, kTilePanels>(w, row, 0, dim);
+  }
+  for (int p = 0; p < kTilePanels; ++p) {
+    if (w.panels[p] != nullptr) score_tile<E, R, 1>(w, row, p, dim);
+  }
+}
+
+// acc[r][v] += the values of step s of the tile (one key, or two), weighted, for V vectors of columns
+// from d on; `halves`: which of the two count.
+template <class E, int R, int V>
+inline __attribute__((always_inline)) void weigh_step(F (&acc)[R][V], const Workspace& w,
+                                                      int64_t row, int64_t s, int64_t d,
+                                                      int columns, int halves) {
+  constexpr int64_t unit = Format<E>::kUnit;
+  const auto* value = reinterpret_cast<const typename E::Raw*>(w.values[s]) + d * unit;
+#pragma GCC unroll 16
+  for (int v = 0; v < V; ++v) {
+    const auto* at = value + v * Vec::W * unit;
+    if constexpr (unit == 1) {
+      const F x = columns < Vec::W ? Vec::load_as_n<E>(at, columns) : Vec::load_as<E>(at);
+#pragma GCC unroll 16
+      for (int r = 0; r < R; ++r)
+        acc[r][v] = Vec::fma(Vec::set1(w.scores[(row + r) * kTile + s]), x, acc[r][v]);
+    } else if constexpr (Format<E>::kDot) {
+      const auto* pairs = reinterpret_cast<const uint32_t*>(at);
+      alignas(64) uint32_t some[Vec::W];
+      if (columns < Vec::W || halves != 3) {
+        const uint32_t mask = (halves & 1 ? 0xffffu : 0u) | (halves & 2 ? 0xffff0000u : 0u);
+        for (int i = 0; i < Vec::W; ++i) some[i] = i < columns ? pairs[i] & mask : 0;
+        pairs = some;
+      }
+#pragma GCC unroll 16
+      for (int r = 0; r < R; ++r)
+        acc[r][v] = Vec::dot_pairs(acc[r][v], w.weights[(row + r) * (kTile / 2) + s], pairs);
+    } else {
+      const auto* floats = reinterpret_cast<const float*>(at);
+      F first, second;
+      Vec::split_pairs(columns < Vec::W ? Vec::load_n(floats, columns) : Vec::load(floats), first,
+                       second);
+#pragma GCC unroll 16
+      for (int r = 0; r < R; ++r) {
+        const float* weights = w.scores + (row + r) * kTile + 2 * s;
+        if (halves & 1) acc[r][v] = Vec::fma(Vec::set1(weights[0]), first, acc[r][v]);
+        if (halves & 2) acc[r][v] = Vec::fma(Vec::set1(weights[1]), second, acc[r][v]);
+      }
+    }
+  }
+}
+
+// Keys [range.low, range.high) of the tile, in order, for R rows and V vectors of columns.
+template <class E, int R, int V>
+void weigh_columns(const Workspace& w, int64_t row, Range range, int64_t d, int columns,
+                   int64_t dim) {
+  constexpr int64_t unit = Format<E>::kUnit;
+  F acc[R][V];
+  float* out = w.split.acc + row * dim + d;
+  const bool whole = columns >= Vec::W;
+#pragma GCC unroll 16
+  for (int r = 0; r < R; ++r) {
+#pragma GCC unroll 16
+    for (int v = 0; v < V; ++v)
+      acc[r][v] = whole ? Vec::load(out + r * dim + v * Vec::W) : Vec::load_n(out + r * dim, columns);
+  }
+  int64_t s = range.low / unit;
+  const int64_t end = range.high / unit;
+  if (range.low % unit != 0) {
+    const int halves = range.high > range.low ? 2 : 0;
+    weigh_step<E, R, V>(acc, w, row, s, d, columns, halves);
+    ++s;
+  }
+  if (whole) {
+    for (; s < end; ++s) weigh_step<E, R, V>(acc, w, row, s, d, Vec::W, 3);
+  } else {
+    for (; s < end; ++s) weigh_step<E, R, V>(acc, w, row, s, d, columns, 3);
+  }
+  if (range.high % unit != 0 && s == end) weigh_step<E, R, V>(acc, w, row, s, d, columns, 1);
+#pragma GCC unroll 16
+  for (int r = 0; r < R; ++r) {
+#pragma GCC unroll 16
+    for (int v = 0; v < V; ++v) {
+      if (whole) {
+        Vec::store(out + r * dim + v * Vec::W, acc[r][v]);
+      } else {
+        Vec::store_n(out + r * dim, acc[r][v], columns);
+      }
+    }
+  }
+}
+
+template <class E, int R>
+void weigh_rows(const Workspace& w, int64_t row, Range range, int64_t dim) {
+  constexpr int V = Vec::W == 16 ? 4 : 2;
+  if (range.low >= range.high) return;
+  int64_t d = 0;
+  for (; d + V * Vec::W <= dim; d += V * Vec::W)
+    weigh_columns<E, R, V>(w, row, range, d, Vec::W, dim);
+  for (; d + Vec::W <= dim; d += Vec::W) weigh_columns<E, R, 1>(w, row, range, d, Vec::W, dim);
+  if (d < dim) weigh_columns<E, R, 1>(w, row, range, d, static_cast<int>(dim - d), dim);
+}
+
+template <class E, int R = Vec::kRows>
+void weigh_shared(const Workspace& w, int64_t row, int64_t count, Range range, int64_t dim) {
+  if constexpr (R > 1) {
+    if (count < R) return weigh_shared<E, R - 1>(w, row, count, range, dim);
+  }
+  weigh_rows<E, R>(w, row, range, dim);
+}
+
+// Rows whose ranges differ a little share the pairs that all of them see; each row still adds its
+// keys in order.
+template <class E>
+void weigh_values(const Workspace& w, int64_t rows, int64_t base, int64_t dim) {
+  constexpr int64_t unit = Format<E>::kUnit;
+  for (int64_t r = 0; r < rows; r += Vec::kRows) {
+    const int64_t end = r + Vec::kRows < rows ? r + Vec::kRows : rows;
+    Range common{0, kTile};
+    for (int64_t i = r; i < end; ++i) {
+      const Range range = row_range(w, i, base);
+      if (range.low > common.low) common.low = range.low;
+      if (range.high < common.high) common.high = range.high;
+    }
+    common.low = (common.low + unit - 1) / unit * unit;
+    common.high = common.high / unit * unit;
+    if (common.low >= common.high) {
+      for (int64_t i = r; i < end; ++i) weigh_rows<E, 1>(w, i, row_range(w, i, base), dim);
+      continue;
+    }
+    for (int64_t i = r; i < end; ++i)
+      weigh_rows<E, 1>(w, i, {row_range(w, i, base).low, common.low}, dim);
+    weigh_shared<E>(w, r, end - r, common, dim);
+    for (int64_t i = r; i < end; ++i)
+      weigh_rows<E, 1>(w, i, {common.high, row_range(w, i, base).high}, dim);
+  }
+}
+
+}  // namespace
+}  // namespace diptych::cpu
