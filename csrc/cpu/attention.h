@@ -28,7 +28,7 @@ void run_block(void* context, int64_t index) {
   const auto& job = *static_cast<const AttentionJob*>(context);
   const AttentionArgs& a = job.a;
   const RowBlock& block = job.blocks[index];
-  const int64_t rows = block.num_tokens * (a.q_heads / a.k_cache.heads), dim = a.k_cache.dim;
+  const int64_t rows = block_rows(a, block), dim = a.k_cache.dim;
   Workspace w = open_block<E>(a, block, rows);
   reset(w.total, rows, dim);
   for (int64_t split = block.split_begin; split < block.split_end; ++split) {
@@ -46,7 +46,7 @@ void run_part(void* context, int64_t index) {
   const AttentionArgs& a = job.a;
   const Part& part = job.parts[index];
   const RowBlock& block = job.blocks[part.block];
-  const int64_t rows = block.num_tokens * (a.q_heads / a.k_cache.heads), dim = a.k_cache.dim;
+  const int64_t rows = block_rows(a, block), dim = a.k_cache.dim;
   Workspace w = open_block<E>(a, block, rows);
   run_split<E>(a, block, rows, part.split, w);
   float* out = job.partials + block.partial + (part.split - block.split_begin) * rows * (dim + 2);
@@ -61,7 +61,7 @@ void merge_block(void* context, int64_t index) {
   const auto& job = *static_cast<const AttentionJob*>(context);
   const AttentionArgs& a = job.a;
   const RowBlock& block = job.blocks[index];
-  const int64_t rows = block.num_tokens * (a.q_heads / a.k_cache.heads), dim = a.k_cache.dim;
+  const int64_t rows = block_rows(a, block), dim = a.k_cache.dim;
   const Workspace w = make_workspace(rows, dim);
   reset(w.total, rows, dim);
   const float* part = job.partials + block.partial;
@@ -81,11 +81,13 @@ struct Plan {
 Plan make_plan(const AttentionArgs& a) {
   const int64_t heads = a.k_cache.heads, group = a.q_heads / heads;
   const int64_t tokens_per_block = group < kRowsPerBlock ? kRowsPerBlock / group : 1;
-  int64_t count = 0;
-  for (int64_t s = 0; s < a.num_seqs; ++s) {
-    count +=
-        (a.qo_indptr[s + 1] - a.qo_indptr[s] + tokens_per_block - 1) / tokens_per_block * heads;
-  }
+  int64_t parts = 0;
+  for (int64_t s = 0; s < a.num_seqs; ++s)
+    parts += (a.qo_indptr[s + 1] - a.qo_indptr[s] + tokens_per_block - 1) / tokens_per_block;
+  const int64_t count = parts * heads;
+  // Few rows take several heads at once, whose keys are neighbours, where that leaves enough blocks.
+  int64_t heads_at_once = count / (4 * num_threads());
+  heads_at_once = heads_at_once < 1 ? 1 : heads_at_once > heads ? heads : heads_at_once;
   Plan plan{
       static_cast<RowBlock*>(scratch(kScratchPlan, static_cast<size_t>(count) * sizeof(RowBlock))),
       0, 0, 0};
@@ -96,10 +98,13 @@ Plan make_plan(const AttentionArgs& a) {
       const int64_t first_key_end = a.kv_len[s] - tokens + first + 1,
                     last_key_end = a.kv_len[s] - tokens + end;
       const int64_t low = a.window > 0 && first_key_end > a.window ? first_key_end - a.window : 0;
-      for (int64_t h = 0; h < heads; ++h) {
+      const int64_t rows = (end - first) * group;
+      const int64_t step = rows * heads_at_once <= kRowsPerBlock ? heads_at_once : 1;
+      for (int64_t h = 0; h < heads; h += step) {
         RowBlock& block = plan.blocks[plan.num_blocks++];
         block.seq = static_cast<int32_t>(s);
-        block.kv_head = static_cast<int32_t>(h);
+        block.first_head = static_cast<int32_t>(h);
+        block.num_heads = static_cast<int32_t>(heads - h < step ? heads - h : step);
         block.first_token = static_cast<int32_t>(first);
         block.num_tokens = static_cast<int32_t>(end - first);
         block.split_begin = low / kSplit;
@@ -107,7 +112,7 @@ Plan make_plan(const AttentionArgs& a) {
         block.partial = plan.num_partials;
         const int64_t splits = block.split_end - block.split_begin;
         plan.num_parts += splits;
-        plan.num_partials += splits * (end - first) * group * (a.k_cache.dim + 2);
+        plan.num_partials += splits * block_rows(a, block) * (a.k_cache.dim + 2);
       }
       end = first;
     }

@@ -18,12 +18,25 @@ namespace {
 constexpr int64_t kRowsPerBlock =
     48;  // rows (token x head of the group) that share one pass over the keys
 
-// Some rows of one sequence that read the same KV head, and the splits of the keys that they see.
+// Some tokens' rows of one sequence, of some KV heads, and the splits of the keys that they see.
 struct RowBlock {
-  int32_t seq, kv_head, first_token, num_tokens;
+  int32_t seq, first_head, num_heads, first_token, num_tokens;
   int64_t split_begin, split_end;
   int64_t partial;  // where its parts start, in floats
 };
+
+inline int64_t block_rows(const AttentionArgs& a, const RowBlock& block) {
+  return block.num_heads * block.num_tokens * (a.q_heads / a.k_cache.heads);
+}
+
+// Rows are ordered by KV head, then by token, then by head of the group.
+inline int64_t row_token(const AttentionArgs& a, const RowBlock& block, int64_t r) {
+  return r / (a.q_heads / a.k_cache.heads) % block.num_tokens;
+}
+inline int64_t row_head(const AttentionArgs& a, const RowBlock& block, int64_t r) {
+  const int64_t group = a.q_heads / a.k_cache.heads;
+  return (block.first_head + r / (group * block.num_tokens)) * group + r % group;
+}
 
 Workspace make_workspace(int64_t rows, int64_t dim) {
   auto padded = [](int64_t n) { return (n + 15) / 16 * 16; };
@@ -89,19 +102,18 @@ void merge_row(const Softmax& total, int64_t r, const float* acc, float largest,
 
 void write_row(const AttentionArgs& a, const RowBlock& block, int64_t r, const float* acc,
                float sum) {
-  const int64_t dim = a.k_cache.dim, group = a.q_heads / a.k_cache.heads;
-  const int64_t t = a.qo_indptr[block.seq] + block.first_token + r / group,
-                head = block.kv_head * group + r % group;
-  float* out = a.out + (t * a.q_heads + head) * dim;
+  const int64_t dim = a.k_cache.dim;
+  const int64_t t = a.qo_indptr[block.seq] + block.first_token + row_token(a, block, r);
+  float* out = a.out + (t * a.q_heads + row_head(a, block, r)) * dim;
   const F inverse = Vec::set1(1.0f / sum);
   each_vec(dim,
            [&](int64_t i, int n) { Vec::store_n(out + i, Vec::load_n(acc + i, n) * inverse, n); });
 }
 
-// Where keys [begin, end) of the tile that starts at `base` lie.
+// Where keys [begin, end) of one head's tile that starts at `base` lie.
 template <class E>
-void locate(const AttentionArgs& a, const RowBlock& block, int64_t base, int64_t begin, int64_t end,
-            Workspace& w) {
+void locate(const AttentionArgs& a, const RowBlock& block, int64_t head, int64_t base,
+            int64_t begin, int64_t end, Workspace& w) {
   constexpr int64_t unit = Format<E>::kUnit, item = sizeof(typename E::Raw);
   const int64_t size = a.k_cache.block_size, dim = a.k_cache.dim;
   const int32_t* table = a.kv_indices + a.kv_indptr[block.seq];
@@ -109,7 +121,7 @@ void locate(const AttentionArgs& a, const RowBlock& block, int64_t base, int64_t
     const int64_t token = base + p * kPanel;
     w.panels[p] = nullptr;
     if (token >= end || token + kPanel <= begin) continue;
-    const int64_t index = token / size, inside = block.kv_head * size + token - index * size;
+    const int64_t index = token / size, inside = head * size + token - index * size;
     const int64_t physical = table[index];
     w.panels[p] = a.k_cache.data + (physical * a.k_cache.block_stride + inside * dim) * item;
     const char* v = a.v_cache.data + (physical * a.v_cache.block_stride + inside * dim) * item;
@@ -118,20 +130,21 @@ void locate(const AttentionArgs& a, const RowBlock& block, int64_t base, int64_t
   }
 }
 
-// Asks for the tile that starts at `base` ahead of its turn.
+// Asks for one head's tile that starts at `base` ahead of its turn.
 template <class E>
-void fetch_ahead(const AttentionArgs& a, const RowBlock& block, int64_t base, int64_t end) {
+void fetch_ahead(const AttentionArgs& a, const RowBlock& block, int64_t head, int64_t base,
+                 int64_t end) {
   constexpr int64_t line = 64;
   const int64_t size = a.k_cache.block_size, dim = a.k_cache.dim, item = sizeof(typename E::Raw);
   const int32_t* table = a.kv_indices + a.kv_indptr[block.seq];
   for (int64_t token = base; token < base + kTile && token < end; token += kPanel) {
-    const int64_t index = token / size, inside = block.kv_head * size + token - index * size;
+    const int64_t index = token / size, inside = head * size + token - index * size;
     const int64_t physical = table[index];
     const char* k = a.k_cache.data + (physical * a.k_cache.block_stride + inside * dim) * item;
     const char* v = a.v_cache.data + (physical * a.v_cache.block_stride + inside * dim) * item;
     for (int64_t i = 0; i < kPanel * dim * item; i += line) {
-      __builtin_prefetch(k + i, 0, 2);
-      __builtin_prefetch(v + i, 0, 2);
+      __builtin_prefetch(k + i);
+      __builtin_prefetch(v + i);
     }
   }
 }
@@ -182,36 +195,54 @@ void softmax_rows(const Workspace& w, int64_t rows, int64_t base, int64_t dim) {
   }
 }
 
+// The part of a workspace that belongs to the rows from `row` on; scores are shared.
 template <class E>
-void add_tile(const AttentionArgs& a, const RowBlock& block, int64_t rows, int64_t base,
-              Workspace& w) {
-  const int64_t dim = a.k_cache.dim;
-  int64_t begin = w.low[0], end = w.high[rows - 1];  // both grow with the row
-  if (base + kTile < end) fetch_ahead<E>(a, block, base + kTile, end);
-  if (begin < base) begin = base;
-  if (end > base + kTile) end = base + kTile;
+Workspace rows_from(const Workspace& all, int64_t row, int64_t dim) {
+  Workspace w = all;
+  w.q = static_cast<char*>(all.q) + row * dim * (Format<E>::kDot ? 2 : 4);
+  w.split = {all.split.acc + row * dim, all.split.largest + row, all.split.sum + row};
+  w.low = all.low + row;
+  w.high = all.high + row;
+  return w;
+}
+
+// The heads of a block lie side by side in memory, so they take turns at each tile.
+template <class E>
+void add_tile(const AttentionArgs& a, const RowBlock& block, int64_t base, const Workspace& all) {
+  const int64_t dim = a.k_cache.dim, rows = block.num_tokens * (a.q_heads / a.k_cache.heads);
+  const int64_t low = all.low[0], high = all.high[rows - 1];  // both grow with the row
+  const int64_t begin = low < base ? base : low, end = high > base + kTile ? base + kTile : high;
   if (begin >= end) return;
-  locate<E>(a, block, base, begin, end, w);
-  bool all = true;
-  for (const char* panel : w.panels) all &= panel != nullptr;
-  for (int64_t r = 0; r < rows; r += Vec::kRows)
-    score_rows<E>(w, r, rows - r < Vec::kRows ? rows - r : Vec::kRows, all, dim);
-  softmax_rows<E>(w, rows, base, dim);
-  weigh_values<E>(w, rows, base, dim);
+  for (int64_t h = 0; h < block.num_heads; ++h) {
+    const int64_t head = block.first_head + h;
+    if (h + 1 < block.num_heads) {
+      fetch_ahead<E>(a, block, head + 1, base, end);
+    } else if (base + kTile < high) {
+      fetch_ahead<E>(a, block, block.first_head, base + kTile, high);
+    }
+    Workspace w = rows_from<E>(all, h * rows, dim);
+    locate<E>(a, block, head, base, begin, end, w);
+    bool complete = true;
+    for (const char* panel : w.panels) complete &= panel != nullptr;
+    for (int64_t r = 0; r < rows; r += Vec::kRows)
+      score_rows<E>(w, r, rows - r < Vec::kRows ? rows - r : Vec::kRows, complete, dim);
+    softmax_rows<E>(w, rows, base, dim);
+    weigh_values<E>(w, rows, base, dim);
+  }
 }
 
 template <class E>
 Workspace open_block(const AttentionArgs& a, const RowBlock& block, int64_t rows) {
-  const int64_t dim = a.k_cache.dim, group = a.q_heads / a.k_cache.heads;
+  const int64_t dim = a.k_cache.dim;
   Workspace w = make_workspace(rows, dim);
   const int64_t num_tokens = a.qo_indptr[block.seq + 1] - a.qo_indptr[block.seq];
   const int64_t first_position = a.kv_len[block.seq] - num_tokens + block.first_token;
   const F scale = Vec::set1(a.scale);
   if (Format<E>::kDot) w.q_stride = dim / 2;
   for (int64_t r = 0; r < rows; ++r) {
-    const int64_t token = r / group, position = first_position + token;
+    const int64_t token = row_token(a, block, r), position = first_position + token;
     const int64_t t = a.qo_indptr[block.seq] + block.first_token + token;
-    const float* q = a.q + t * a.q_stride + (block.kv_head * group + r % group) * dim;
+    const float* q = a.q + t * a.q_stride + row_head(a, block, r) * dim;
     float* scaled = w.split.acc + r * dim;  // free until the first split
     if (!Format<E>::kDot) scaled = static_cast<float*>(w.q) + r * dim;
     each_vec(dim, [&](int64_t i, int n) {
@@ -229,7 +260,7 @@ void run_split(const AttentionArgs& a, const RowBlock& block, int64_t rows, int6
                Workspace& w) {
   reset(w.split, rows, a.k_cache.dim);
   for (int64_t base = split * kSplit; base < (split + 1) * kSplit; base += kTile)
-    add_tile<E>(a, block, rows, base, w);
+    add_tile<E>(a, block, base, w);
 }
 
 }  // namespace
