@@ -21,6 +21,7 @@ from diptych.engine.core.messages import (
     Joined,
     Lost,
     Placed,
+    PoolDown,
     PoolUp,
     Progress,
     Rejected,
@@ -114,6 +115,7 @@ SchedulerInput = (
     | WorkerUp
     | WorkerDown
     | PoolUp
+    | PoolDown
     | ApiUp
     | ApiDown
     | PoolRead

@@ -166,7 +166,7 @@ class Intake:
 
     def _largest_pool(self) -> int | None:
         """Blocks; None while a pool is not usable yet, so that nothing is refused too early."""
-        pools = self._members.pools.values()
+        pools = self._members.living_pools()
         if any(pool.phase is not PoolPhase.USABLE for pool in pools):
             return None
         return max((pool.ledger.num_blocks for pool in pools), default=None)

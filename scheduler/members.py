@@ -22,6 +22,7 @@ class PoolPhase(Enum):
     JOINING = auto()  # workers may still touch blocks for an older scheduler
     READING = auto()  # the shell reads the control page
     USABLE = auto()
+    GONE = auto()  # its host is lost; rows may hold its blocks until their other side let go
 
 
 @dataclass(slots=True, eq=False)
@@ -56,6 +57,12 @@ class Pool:
     victims: RankHeap = field(default_factory=RankHeap)  # may be preempted, newest first
     num_running: int = 0  # rows that hold blocks
     num_draining: int = 0  # of these, rows that will give all of them back soon
+    decodes: bool = False  # a worker of it decodes, or will again once it was started again
+
+    @property
+    def is_idle(self) -> bool:
+        """No row runs in it, reads from it or waits for it."""
+        return not (self.num_running or self.ledger.num_used or self.computing or self.waiters)
 
 
 class Members:
@@ -65,6 +72,7 @@ class Members:
         self.workers: dict[WorkerId, Worker] = {}
         self.pools: dict[PoolId, Pool] = {}
         self.apis: dict[ApiId, Address] = {}
+        self.apart = False  # there is, or was, more than one pool: a decode worker may be alone
         self._pair_costs: dict[tuple[PoolId, PoolId], PairCost] = {}
         self._block_size = block_size
         self._orphans: dict[WorkerId, Worker] = {}  # up before their pool
@@ -102,7 +110,10 @@ class Members:
         worker = Worker(message.worker, message.worker_epoch, message.pool, message.dial, address)
         self.workers[worker.id] = worker
         pool = self.pools.get(message.pool)
-        (pool.workers if pool is not None else self._orphans)[worker.id] = worker
+        if pool is None:
+            self._orphans[worker.id] = worker
+        else:
+            _house(pool, worker)
         return worker
 
     def worker(self, worker: WorkerId, epoch: Epoch) -> Worker | None:
@@ -126,9 +137,26 @@ class Members:
                 f" the scheduler was configured for {self._block_size}"
             )
         pool = self.pools[message.pool] = Pool(message.pool, PoolLedger(message.num_blocks))
+        self.apart = self.apart or len(self.pools) > 1
         for worker in [w for w in self._orphans.values() if w.pool == pool.id]:
-            pool.workers[worker.id] = self._orphans.pop(worker.id)
+            _house(pool, self._orphans.pop(worker.id))
         return pool
+
+    def pool_down(self, pool: Pool) -> None:
+        """It takes no more rows; forgotten by `sweep`."""
+        assert not pool.workers, "workers are announced down before their pool"
+        pool.phase = PoolPhase.GONE
+
+    def living_pools(self) -> list[Pool]:
+        return [pool for pool in self.pools.values() if pool.phase is not PoolPhase.GONE]
+
+    def sweep(self) -> None:
+        """Forgets lost pools that no row refers to any more."""
+        for pool in list(self.pools.values()):
+            if pool.phase is PoolPhase.GONE and pool.is_idle:
+                del self.pools[pool.id]
+                for pair in [pair for pair in self._pair_costs if pool.id in pair]:
+                    del self._pair_costs[pair]
 
     def pair_cost(self, source: PoolId, own: PoolId) -> PairCost:
         """What it costs to move blocks from one pool to another."""
@@ -137,17 +165,21 @@ class Members:
             self._pair_costs[key] = PairCost()
         return self._pair_costs[key]
 
+    def must_stand_in(self) -> bool:
+        """The hosts of all that decode are lost: whoever is left does everything."""
+        return self.apart and not any(pool.decodes for pool in self.living_pools())
+
     def is_quiet(self, pool: Pool) -> bool:
         """No worker of it can touch a block for an older scheduler."""
         workers = pool.workers.values()
         return bool(workers) and all(worker.joined for worker in workers)
 
     def is_ready(self) -> bool:
-        """Every pool is read, and somebody can prefill and somebody can decode."""
-        if not self.pools or any(p.phase is not PoolPhase.USABLE for p in self.pools.values()):
-            return False
-        dials = [worker.dial for worker in self.workers.values() if worker.joined]
-        return any(dial > 0 for dial in dials) and any(dial < 100 for dial in dials)
+        """Somebody can decode, and prefill if need be, in pools that are read."""
+        usable = [pool for pool in self.pools.values() if pool.phase is PoolPhase.USABLE]
+        dials = [w.dial for pool in usable for w in pool.workers.values() if w.joined]
+        can_prefill = self.apart or any(dial > 0 for dial in dials)
+        return can_prefill and any(dial < 100 or self.must_stand_in() for dial in dials)
 
     def check_integrity(self) -> None:
         for worker in self.workers.values():
@@ -159,3 +191,8 @@ class Members:
                 assert worker.id in row.holds, f"{row.key} does not know worker {worker.id}"
             for row in worker.sealed.values():
                 assert row.sealed_on == worker.id, f"{row.key} was not sealed by {worker.id}"
+
+
+def _house(pool: Pool, worker: Worker) -> None:
+    pool.workers[worker.id] = worker
+    pool.decodes = pool.decodes or worker.dial < 100

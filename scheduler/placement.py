@@ -42,10 +42,12 @@ class Placement:
 
 
 class Placer:
-    """Chooses seats in one pool. `ward` is a worker kept free for a suspect, or None."""
+    """Chooses seats in one pool. `ward` is a worker kept free for a suspect, or None; `stand_in`:
+    nobody is left who decodes, so that any worker does."""
 
     def __init__(self, sequences_max: int, local_prefill_tokens: int) -> None:
         self.ward: Worker | None = None
+        self.stand_in = False
         self._sequences_max = sequences_max
         self._local_prefill_tokens = local_prefill_tokens
 
@@ -101,7 +103,8 @@ class Placer:
 
     def decoder(self, pool: Pool) -> Worker | None:
         """The worker of the pool with the shortest steps to come."""
-        workers = [w for w in pool.workers.values() if w.dial < 100 and self._has_seat(w)]
+        most = 101 if self.stand_in else 100
+        workers = [w for w in pool.workers.values() if w.dial < most and self._has_seat(w)]
         return min(workers, key=_decode_load, default=None)
 
     def _has_seat(self, worker: Worker) -> bool:

@@ -17,6 +17,7 @@ from diptych.engine.core.messages import (
     CommittedBlock,
     Join,
     Joined,
+    PoolDown,
     PoolUp,
     Progress,
     Send,
@@ -85,6 +86,7 @@ class Scheduler:
             WorkerUp: self._on_worker_up,
             WorkerDown: self._on_worker_down,
             PoolUp: self._on_pool_up,
+            PoolDown: self._on_pool_down,
             PoolRead: self._on_pool_read,
             ApiUp: self._on_api_up,
             ApiDown: self._on_api_down,
@@ -94,6 +96,7 @@ class Scheduler:
         """Handles the inputs in order, then places what can be placed. No inputs: the tick."""
         for message in inputs:
             self._handlers[type(message)](message)
+        self._members.sweep()
         self._seating.place_waiting()
         self._room.rate.tick(now, self._room.num_rows)
         self._publish_stats(now)
@@ -253,6 +256,16 @@ class Scheduler:
         self._membership_changed = True
         self._read_when_quiet(self._members.pool_up(message))
 
+    def _on_pool_down(self, message: PoolDown) -> None:
+        pool = self._members.pools.get(message.pool)
+        if pool is None or pool.phase is PoolPhase.GONE:
+            return
+        for worker in list(pool.workers.values()):  # announced before, unless that was lost
+            self._on_worker_down(WorkerDown(worker.id, worker.epoch, DownCause.KILLED))
+        self._members.pool_down(pool)
+        self._membership_changed = True
+        self._runs.room_version += 1
+
     def _read_when_quiet(self, pool: Pool | None) -> None:
         if pool is None or pool.phase is not PoolPhase.JOINING:
             return
@@ -288,7 +301,7 @@ class Scheduler:
             self._outbox.add(Send(address, stats))
 
     def _stats(self) -> Stats:
-        ledgers = [pool.ledger for pool in self._members.pools.values()]
+        ledgers = [pool.ledger for pool in self._members.living_pools()]
         counts = self._runs.counts
         workers = [
             WorkerStats(w.id, w.epoch, w.dial, len(w.assigned), w.steps, w.step_s)

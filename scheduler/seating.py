@@ -84,7 +84,7 @@ class Seating:
 
     def _is_hopeless(self, row: Row) -> bool:
         """Ends a row that fits no pool of all those there will be."""
-        pools = self._members.pools.values()
+        pools = self._members.living_pools()
         if not pools or any(pool.phase is not PoolPhase.USABLE for pool in pools):
             return False
         self._room.leave(row)
@@ -105,11 +105,13 @@ class Seating:
     def _best(self, row: Row, homes: list[Pool]) -> Placement | None:
         """The cheapest of: one pool, a pair of pools, and everything where it decodes."""
         options = [self._inside(row, pool, self._placer.seats) for pool in homes]
-        if len(self._members.pools) > 1:
+        if self._members.apart:
+            self._placer.stand_in = self._members.must_stand_in()
             need = blocks_for(row.tokens_wanted(), self._cache.block_size)
             pairs = self._pairs(row, homes, need)
             options += pairs
-            if pairs or row.failed_pulls or not self._may_prefill(need):
+            alone = row.failed_pulls or self._placer.stand_in or not self._may_prefill(need)
+            if pairs or alone:
                 options += [self._inside(row, pool, self._placer.local) for pool in homes]
         found = [placement for placement in options if placement is not None]
         best = min(found, key=lambda placement: placement.seats.score_s, default=None)

@@ -8,10 +8,11 @@ from pathlib import Path
 
 import msgspec
 
-from diptych.engine.core.config import EngineOptions
-from diptych.engine.core.types import ApiId, Epoch, PoolId
+from diptych.engine.core.config import EngineOptions, WorkerSpec
+from diptych.engine.core.types import ApiId, Epoch, PoolId, WorkerId
 from diptych.server.client import EngineInfo
 from diptych.transfer.control_page import ControlPage, page_bytes
+from diptych.transfer.network import Network
 from diptych.transfer.shared_memory import SharedMemory
 
 
@@ -29,24 +30,31 @@ class HostLayout(msgspec.Struct, frozen=True, kw_only=True):
     num_blocks: int  # of each pool
     block_size: int  # tokens
     block_bytes: int
-    num_workers: int
+    workers: list[WorkerSpec]  # of this host
     pools: list[PoolLayout]
     cores: list[int]  # that the workers share
     cores_fd: int  # their core table
+    pulse_fd: int  # a page without blocks, for the scheduler's pulse
 
     @property
     def pool_bytes(self) -> int:
         return self.num_blocks * self.block_bytes
 
     @property
-    def num_pulses(self) -> int:
-        """Slots of each control page: one per worker, whichever its pool, and the scheduler's."""
-        return self.num_workers + 1
+    def num_workers(self) -> int:
+        return len(self.workers)
 
     @property
     def fds(self) -> list[int]:
         pools = [fd for pool in self.pools for fd in (pool.pool_fd, pool.page_fd)]
-        return [*pools, self.cores_fd]
+        return [*pools, self.cores_fd, self.pulse_fd]
+
+    def slot(self, worker: WorkerId) -> int:
+        """Its place among the workers of this host; also its pulse, in the page of its pool."""
+        return next(i for i, spec in enumerate(self.workers) if spec.worker == worker)
+
+    def spec(self, worker: WorkerId) -> WorkerSpec:
+        return self.workers[self.slot(worker)]
 
     def pool(self, pool: PoolId) -> PoolLayout:
         return next(found for found in self.pools if found.pool == pool)
@@ -57,9 +65,13 @@ class HostLayout(msgspec.Struct, frozen=True, kw_only=True):
 
     def map_page(self, pool: PoolId, *, writable: bool = True) -> ControlPage:
         """Mapped for the life of the process."""
-        num_bytes = page_bytes(self.num_blocks, self.num_pulses)
+        num_bytes = page_bytes(self.num_blocks, self.num_workers)
         memory = SharedMemory(self.pool(pool).page_fd, num_bytes, writable=writable)
-        return ControlPage(memory.view, self.num_blocks, self.num_pulses)
+        return ControlPage(memory.view, self.num_blocks, self.num_workers)
+
+    def map_pulse(self) -> ControlPage:
+        """The scheduler's pulse: slot 0 of a page without blocks."""
+        return ControlPage(SharedMemory(self.pulse_fd, page_bytes(0, 1)).view, 0, 1)
 
     def map_pool(self, pool: PoolId, *, writable: bool = True) -> memoryview:
         """Its blocks; mapped for the life of the process."""
@@ -74,6 +86,7 @@ class HostBoot(msgspec.Struct, frozen=True, kw_only=True):
     layout: HostLayout
     lifeline_fd: int  # ends when the supervisor ends
     transfer_key: str  # hex; who has it may read blocks over the network
+    network: Network | None = None  # of a cluster; None: there is only this host
     log_level: str = "INFO"
 
 
@@ -92,6 +105,7 @@ class ApiBoot(msgspec.Struct, frozen=True, kw_only=True):
     listen_fd: int | None = None  # an already listening TCP socket, shared by all API servers
     meters_fd: int | None = None  # memory in which all of them count
     salt_key: str  # hex; one for all, so that a salted prefix is found whoever is asked
+    network: Network | None = None
     log_level: str = "INFO"
 
     @property
@@ -101,6 +115,15 @@ class ApiBoot(msgspec.Struct, frozen=True, kw_only=True):
     @property
     def path(self) -> Path:
         return Path(self.run_dir)
+
+
+class ClusterBoot(msgspec.Struct, frozen=True, kw_only=True):
+    """For a head: hosts may join it."""
+
+    network: Network
+    port: int = 0  # where agents join; 0: any
+    local_workers: bool = True  # False: hosts that join bring all of them
+    launcher: dict[str, object] | None = None  # what the Ray launcher is told, if it brings hosts
 
 
 class SupervisorBoot(msgspec.Struct, frozen=True, kw_only=True):
@@ -114,6 +137,22 @@ class SupervisorBoot(msgspec.Struct, frozen=True, kw_only=True):
     meters_fd: int | None = None
     control_fd: int | None = None  # news go out, its end means stop
     grace_s: float = 30.0
+    log_level: str = "INFO"
+    cluster: ClusterBoot | None = None
+
+
+class AgentBoot(msgspec.Struct, frozen=True, kw_only=True):
+    """For the supervisor of a further host. `ip` "": the address that it reaches the head from."""
+
+    head: str  # "HOST:PORT"
+    secret: str
+    ip: str = ""
+    place: str = ""
+    model_path: str = ""  # of the model on this host; "": where the head has it
+    prefill: int = 0
+    decode: int = 0
+    mixed: int = 0
+    lifeline_fd: int | None = None  # whoever started it; its end means end
     log_level: str = "INFO"
 
 

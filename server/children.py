@@ -107,7 +107,7 @@ class Children:
             leave_signals_to_supervisor()
             os.setsid()
             pages = {pool.page_fd for pool in self._boot.layout.pools}
-            close_other_fds(pages | {self._boot.lifeline_fd})
+            close_other_fds(pages | {self._boot.lifeline_fd, self._boot.layout.pulse_fd})
             run_scheduler(self._boot, address.epoch)
             status = 0
         except BaseException:

@@ -1,7 +1,8 @@
 """The supervisor's decisions: which process runs, is announced, is killed, is started again. Pure.
 
-Owns the state of every process of one host. Events and `now` in, commands out; no I/O, no clock.
-Invariants: a worker is announced down only after its exit was awaited; a process of epoch e + 1
+Owns the state of every process of one server, on all its hosts; host 0 is its own. Events and `now`
+in, commands out; no I/O, no clock. Invariants: a worker is announced down only after its exit was
+awaited, or with its whole host, whose memory is then never used again; a process of epoch e + 1
 starts only after epoch e is gone; whoever comes up is told of all that are up, and only those.
 """
 
@@ -18,6 +19,7 @@ from diptych.engine.core.messages import (
     ApiDown,
     ApiUp,
     Message,
+    PoolDown,
     PoolUp,
     SchedulerDown,
     SchedulerUp,
@@ -35,6 +37,11 @@ FAST_FAULTS_FREE: Final = 3
 """So many fast faults in a row are answered by an immediate restart."""
 BACKOFF_S: Final = 0.25
 BACKOFF_S_MAX: Final = 10.0
+CUT_S: Final = 1.0
+"""So long after a connection between two processes broke, one of them is known to be dead, or one
+is killed, since what was lost on the way will never come."""
+HOME: Final = 0
+"""The supervisor's own host."""
 
 
 class State(StrEnum):
@@ -71,6 +78,7 @@ class Member:
     """One process over all its incarnations; `address` is the current one, or the next."""
 
     address: Address
+    host: int = HOME
     external: bool = False  # not ours to start: the caller of start_engine
     state: State = State.DOWN
     since_s: float = 0.0
@@ -84,7 +92,10 @@ class Member:
 
 
 class Fleet:
-    """All processes of one host: scheduler, workers, API servers."""
+    """All processes: scheduler, workers, API servers. `workers` and `pools`: of the own host.
+
+    num_workers: so many are awaited until the engine counts as started; None: the own ones.
+    """
 
     def __init__(
         self,
@@ -94,16 +105,20 @@ class Fleet:
         external_api: bool,
         pools: list[PoolUp],
         hang_s: float,
+        num_workers: int | None = None,
     ) -> None:
         self._specs = {spec.worker: spec for spec in workers}
-        self._pools = pools
+        self._pools = [(HOME, pool) for pool in pools]
         self._hang_s = hang_s
+        self._num_awaited = len(workers) if num_workers is None else num_workers
         self._scheduler = Member(Address("scheduler", 0, 1))
         self._workers = [Member(Address("worker", spec.worker, 1)) for spec in workers]
         self._apis = [
             Member(Address("api", number, 1), external=external_api) for number in range(num_apis)
         ]
-        self._can_fork = False
+        self._can_fork: set[int] = set()  # hosts
+        self._cuts: dict[tuple[Address, Address], float] = {}  # (who said so, to whom) -> when
+        self._was_up = False
         self._model_known = False
         self._draining = False
         self._checked_s: float | None = None
@@ -111,13 +126,41 @@ class Fleet:
 
     # ---- events
 
-    def model_ready(self) -> None:
-        """Workers can be forked, and the facts that API servers need are known."""
-        self._can_fork = self._model_known = True
+    def model_ready(self, host: int = HOME) -> None:
+        """Workers can be started there, and the facts that API servers need are known."""
+        self._can_fork.add(host)
+        self._model_known = True
 
-    def model_lost(self) -> None:
+    def model_lost(self, host: int = HOME) -> None:
         """The warm parent is gone; living workers stay, new ones wait."""
-        self._can_fork = False
+        self._can_fork.discard(host)
+
+    def join(self, host: int, workers: list[WorkerSpec], pools: list[PoolUp]) -> None:
+        """Another host: its workers start once its model is ready."""
+        self._specs |= {spec.worker: spec for spec in workers}
+        self._workers += [Member(Address("worker", spec.worker, 1), host) for spec in workers]
+        self._pools += [(host, pool) for pool in pools]
+        for pool in pools:
+            self._tell_scheduler(pool)
+
+    def leave(self, host: int) -> list[Address]:
+        """The host is lost, or left. What ran there may still run, cut off; its memory is never
+        used again, and neither are the numbers of its workers. Returns who was there."""
+        gone = [member for member in self._workers if member.host == host]
+        self._workers = [member for member in self._workers if member.host != host]
+        self._can_fork.discard(host)
+        for member in gone:
+            self._tell_of_exit(member, DownCause.KILLED)
+            del self._specs[member.address.number]
+        for owner, pool in self._pools:
+            if owner == host:
+                self._tell_scheduler(PoolDown(pool.pool))
+        self._pools = [(owner, pool) for owner, pool in self._pools if owner != host]
+        return [member.address for member in gone]
+
+    def host_of(self, address: Address) -> int:
+        member = self._find(address)
+        return HOME if member is None else member.host
 
     def drain(self) -> None:
         """API servers that end are not started again."""
@@ -154,7 +197,8 @@ class Fleet:
         failed = not member.announced or cause is not DownCause.KILLED
         fast = failed and (not member.announced or now - member.since_s < FAST_FAULT_S)
         member.fast_faults = member.fast_faults + 1 if fast else 0
-        if not member.ever_up and (cause is DownCause.FAULT or address.kind == "api"):
+        at_start = not member.ever_up and (member.host == HOME or not self._was_up)
+        if at_start and (cause is DownCause.FAULT or address.kind == "api"):
             self._commands.append(GiveUp(f"{address.kind} {address.number} ended while starting"))
         member.address = Address(address.kind, address.number, address.epoch + 1)
         self._enter(member, State.DOWN, now)
@@ -185,8 +229,14 @@ class Fleet:
             found.hung = True
             self._kill(found, "it has stopped reading its messages", now)
 
+    def cut(self, sender: Address, peer: Address, now: float) -> None:
+        """The connection from one to the other broke: messages may be lost for good."""
+        if self._find(sender) is not None and self._find(peer) is not None:
+            self._cuts.setdefault((sender, peer), now)
+
     def tick(self, now: float) -> None:
-        """Starts what is due, kills what does not come up."""
+        """Starts what is due, kills what does not come up, and who was cut off from a living."""
+        self._judge_cuts(now)
         for member in self._all():
             if member.state is State.DOWN and now >= member.start_at_s and self._may_start(member):
                 self._enter(member, State.STARTING, now)
@@ -201,8 +251,11 @@ class Fleet:
     # ---- questions
 
     def engine_up(self) -> bool:
-        """Scheduler and all workers are up."""
+        """Scheduler and all workers are up, as many as are awaited."""
         members = [self._scheduler, *self._workers]
+        if len(self._workers) < self._num_awaited:
+            return False
+        self._was_up = self._was_up or all(member.state is State.UP for member in members)
         return all(member.state is State.UP for member in members)
 
     def apis_gone(self) -> bool:
@@ -215,6 +268,10 @@ class Fleet:
             for member in self._all()
             if member.state is State.UP and member.address.kind == kind
         ]
+
+    def specs(self) -> list[WorkerSpec]:
+        """Of all hosts."""
+        return list(self._specs.values())
 
     def states(self) -> list[tuple[Address, State]]:
         return [(member.address, member.state) for member in self._all()]
@@ -233,7 +290,7 @@ class Fleet:
     def _may_start(self, member: Member) -> bool:
         match member.address.kind:
             case "worker":
-                return self._can_fork
+                return member.host in self._can_fork
             case "api":
                 return self._model_known and not member.external and not self._draining
             case _:
@@ -250,6 +307,17 @@ class Fleet:
     def _kill(self, member: Member, reason: str, now: float) -> None:
         self._enter(member, State.FENCING, now)
         self._commands.append(Kill(member.address, reason))
+
+    def _judge_cuts(self, now: float) -> None:
+        for (sender, peer), at in list(self._cuts.items()):
+            if now - at <= CUT_S:
+                continue
+            del self._cuts[sender, peer]
+            both = [self._find(peer), self._find(sender)]
+            up = [member for member in both if member is not None and member.state is State.UP]
+            workers = [member for member in up if member.address.kind == "worker"]
+            if len(up) == 2 and workers:
+                self._kill(workers[0], "its connection to another process broke", now)
 
     def _tell_of_exit(self, member: Member, cause: DownCause) -> None:
         address = member.address
@@ -274,7 +342,7 @@ class Fleet:
         for member in self._workers:
             if member.announced:
                 self._tell_scheduler(self._worker_up(member))
-        for pool in self._pools:
+        for _, pool in self._pools:
             self._tell_scheduler(pool)
         apis = self.up("api")
         for api in apis:

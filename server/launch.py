@@ -18,10 +18,10 @@ import msgspec
 
 from diptych.engine.core.config import EngineOptions
 from diptych.engine.core.errors import ConfigError, EngineDeadError, ModelLoadError
-from diptych.server.boot import ApiBoot, SupervisorBoot
+from diptych.server.boot import ApiBoot, ClusterBoot, SupervisorBoot
 from diptych.server.run_dir import remove_run_dir
 from diptych.server.spawn import spawn
-from diptych.server.status import LaunchFailed, LaunchStatus, Progressed, Started
+from diptych.server.status import LaunchFailed, LaunchStatus, Listening, Progressed, Started
 from diptych.server.supervisor import Supervisor
 
 _PACKET_BYTES_MAX = 1 << 20
@@ -73,7 +73,12 @@ class Launched:
     def __exit__(self, *_: object) -> None:
         self.close()
 
-    def wait_until_started(self, timeout_s: float, on_progress: Callable[[str], None]) -> None:
+    def wait_until_started(
+        self,
+        timeout_s: float,
+        on_progress: Callable[[str], None],
+        on_listening: Callable[[str], None] | None = None,
+    ) -> None:
         """Raises what the supervisor reports, such as ModelLoadError, else EngineDeadError."""
         deadline_s = time.monotonic() + timeout_s
         while self.boot is None:
@@ -90,6 +95,10 @@ class Launched:
                 case Progressed(text, run_dir):
                     self._run_dir = Path(run_dir)
                     on_progress(text)
+                case Listening(endpoint, run_dir):
+                    self._run_dir = Path(run_dir)
+                    if on_listening is not None:
+                        on_listening(endpoint)
                 case Started(boot):
                     self.boot = boot
                 case LaunchFailed(kind, message):
@@ -105,19 +114,26 @@ def start_engine(
     timeout_s: float = 600.0,
     on_progress: Callable[[str], None] | None = None,
     log_level: str = "WARNING",
+    cluster: ClusterBoot | None = None,
+    on_listening: Callable[[str], None] | None = None,
 ) -> Launched:
     """Starts scheduler and workers under a supervisor of their own; returns when all are up.
+
+    With `cluster` other hosts may join; `on_listening` is called with the "HOST:PORT" for them.
 
     The caller then opens its channels at `launched.api` and calls `announce`.
     """
     options.verify()
     ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-    boot = SupervisorBoot(options=options, control_fd=theirs.fileno(), log_level=log_level)
+    boot = SupervisorBoot(
+        options=options, control_fd=theirs.fileno(), log_level=log_level, cluster=cluster
+    )
     process = spawn("diptych.server.supervisor_main", boot, [theirs.fileno()])
     theirs.close()
     launched = Launched(process, ours)
     try:
-        launched.wait_until_started(timeout_s, on_progress or logging.getLogger("diptych").info)
+        on_progress = on_progress or logging.getLogger("diptych").info
+        launched.wait_until_started(timeout_s, on_progress, on_listening)
     except BaseException:
         launched.close()
         raise
@@ -134,6 +150,7 @@ def run_supervisor(
     meters_fd: int | None = None,
     grace_s: float = 30.0,
     log_level: str = "INFO",
+    cluster: ClusterBoot | None = None,
 ) -> int:
     """Serves until SIGTERM or SIGINT (drain, then 0) or a failure that no restart can mend.
 
@@ -151,5 +168,6 @@ def run_supervisor(
         meters_fd=meters_fd,
         grace_s=grace_s,
         log_level=log_level,
+        cluster=cluster,
     )
     return Supervisor(boot).run()

@@ -37,27 +37,35 @@ def make_porter(
 ) -> Porter:
     """For a worker of pool `home`."""
     others = [pool.pool for pool in boot.layout.pools if pool.pool != home]
-    backend: Backend
+    network, transfer = boot.network, boot.options.transfer
+    by_tcp, by_nixl = transfer == "tcp", transfer == "nixl"
+    near: Backend
+    far: Backend | None = None
     endpoint = ""
-    if boot.options.transfer == "tcp":
+    if by_tcp or by_nixl or network is not None:
         key = bytes.fromhex(boot.transfer_key)
         layout = layout_digest(fingerprint, own.block_bytes)
-        endpoint = BlockServer(_LOOPBACK, own, key, layout).endpoint
-        backend = TcpBackend(own, key, layout)
-        reason = f"asked for; serving pool {home} at {endpoint}"
-    elif boot.options.transfer == "nixl":
-        key = bytes.fromhex(boot.transfer_key)
-        layout = layout_digest(fingerprint, own.block_bytes)
-        fds = boot.layout.pool(home)
-        backend = NixlBackend(own, fds.pool_fd, fds.page_fd, key, layout, _LOOPBACK)
-        endpoint = backend.endpoint
-        reason = f"asked for; serving pool {home} at {endpoint} from process {backend.pid}"
+        ip = _LOOPBACK if network is None else network.ip
+        if by_nixl:
+            fds = boot.layout.pool(home)
+            far = NixlBackend(own, fds.pool_fd, fds.page_fd, key, layout, ip)
+            endpoint = far.endpoint
+            _log.info("pool %d is served at %s from process %d", home, endpoint, far.pid)
+        else:
+            endpoint = BlockServer(ip, own, key, layout).endpoint
+            far = TcpBackend(own, key, layout)
+            _log.info("pool %d is served at %s", home, endpoint)
+    if far is not None and (by_tcp or by_nixl):
+        near, reason = far, "asked for"
     else:
-        backend = ShmBackend(own, {pool: _map_peer(boot, pool) for pool in others})
-        reason = "asked for" if boot.options.transfer == "shm" else "the pools are on one host"
+        near = ShmBackend(own, {pool: _map_peer(boot, pool) for pool in others})
+        reason = "asked for" if transfer == "shm" else "the pools are on one host"
     for pool in others:
-        _log.info("pool %d -> pool %d: %s (%s)", pool, home, backend.name, reason)
-    return Porter(me, own, dict.fromkeys(others, backend), endpoint, send, on_news)
+        _log.info("pool %d -> pool %d: %s (%s)", pool, home, near.name, reason)
+    if far is not None and network is not None:
+        why = "asked for" if far is near else "it is on another host"
+        _log.info("pools of other hosts -> pool %d: %s (%s)", home, far.name, why)
+    return Porter(me, own, dict.fromkeys(others, near), endpoint, send, on_news, elsewhere=far)
 
 
 def layout_digest(fingerprint: str, block_bytes: int) -> bytes:

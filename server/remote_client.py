@@ -57,7 +57,7 @@ class RemoteClient:
         self._streams = Streams(journal, boot.info, self._post, server_key=key)
         self._loop = asyncio.get_running_loop()
         self._channels = AsyncChannels(
-            boot.path, Address("api", boot.api, boot.api_epoch), self._on_message
+            boot.path, Address("api", boot.api, boot.api_epoch), self._on_message, boot.network
         )
         self._on_drain = on_drain
         self._flush_due = False

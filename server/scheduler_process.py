@@ -16,9 +16,12 @@ from diptych.engine.core.messages import (
     AnyMessage,
     ApiDown,
     ApiUp,
+    AskPage,
     Closed,
     Drain,
     Joined,
+    PageRows,
+    PoolDown,
     PoolUp,
     Progress,
     Send,
@@ -33,7 +36,7 @@ from diptych.server.boot import HostBoot
 from diptych.server.lifeline import die_by_thread, name_process
 from diptych.server.logs import configure_logs
 from diptych.server.run_dir import remove_run_dir
-from diptych.transfer.channels import Channels, process_name
+from diptych.transfer.channels import SUPERVISOR, Channels, process_name
 from diptych.transfer.control_page import ControlPage
 
 TICK_S: Final = 0.1
@@ -46,6 +49,7 @@ _INPUTS: Final = (
     WorkerUp,
     WorkerDown,
     PoolUp,
+    PoolDown,
     ApiUp,
     ApiDown,
 )
@@ -61,22 +65,28 @@ class SchedulerProcess:
         channels: Channels,
         scheduler: Scheduler,
         pages: Mapping[PoolId, ControlPage],
-        slot: int,
+        pulse: ControlPage,
     ) -> None:
         self._channels = channels
         self._scheduler = scheduler
         self._pages = pages
-        self._slot = slot
+        self._pulse = pulse
         self._ended = False
 
     def run(self) -> None:
         self._channels.announce()
         while not self._ended:
             self._turn(self._inputs(TICK_S))
-            self._pages[0].beat(self._slot)
+            self._pulse.beat(0)
 
     def _inputs(self, timeout_s: float) -> list[SchedulerInput]:
-        return [message for message in self._channels.receive(timeout_s) if self._is_input(message)]
+        inputs: list[SchedulerInput] = []
+        for message in self._channels.receive(timeout_s):
+            if isinstance(message, PageRows):
+                inputs += self._page_of_another_host(message)
+            elif self._is_input(message):
+                inputs.append(message)
+        return inputs
 
     def _turn(self, inputs: list[SchedulerInput]) -> None:
         while True:
@@ -85,8 +95,11 @@ class SchedulerProcess:
             for command in commands:
                 if isinstance(command, Send):
                     self._channels.send(command)
-                else:
+                elif command.pool in self._pages:
                     inputs.append(self._read(command))
+                else:
+                    ask = AskPage(self._channels.me.epoch, command.pool)
+                    self._channels.send_to(SUPERVISOR, ask)
             if not inputs:
                 return
 
@@ -95,14 +108,15 @@ class SchedulerProcess:
         generations, entries = self._pages[command.pool].read_all()
         rows = [PageEntry(entry.block, entry.hash, entry.parent) for entry in entries]
         elapsed_ms = (time.monotonic() - started_s) * 1e3
-        _log.info(
-            "pool %d: %d of %d blocks hold a known prefix (read in %.1f ms)",
-            command.pool,
-            len(rows),
-            len(generations),
-            elapsed_ms,
-        )
+        _log_read(command.pool, len(rows), len(generations), f"read in {elapsed_ms:.1f} ms")
         return PoolRead(command.pool, generations, rows)
+
+    def _page_of_another_host(self, page: PageRows) -> list[PoolRead]:
+        if page.scheduler_epoch != self._channels.me.epoch:
+            return []  # an older scheduler asked
+        rows = [PageEntry(*entry) for entry in page.entries]
+        _log_read(page.pool, len(rows), len(page.generations), "told by its host")
+        return [PoolRead(page.pool, page.generations, rows)]
 
     def _is_input(self, message: AnyMessage) -> TypeGuard[SchedulerInput]:
         if isinstance(message, _INPUTS):
@@ -112,6 +126,10 @@ class SchedulerProcess:
         else:
             _log.error("dropped a %s, which no scheduler takes", type(message).__name__)
         return False
+
+
+def _log_read(pool: PoolId, known: int, blocks: int, how: str) -> None:
+    _log.info("pool %d: %d of %d blocks hold a known prefix (%s)", pool, known, blocks, how)
 
 
 def run_scheduler(boot: HostBoot, epoch: Epoch) -> None:
@@ -124,6 +142,6 @@ def run_scheduler(boot: HostBoot, epoch: Epoch) -> None:
     layout = boot.layout
     pages = {pool.pool: layout.map_page(pool.pool) for pool in layout.pools}
     scheduler = Scheduler(epoch, boot.options.scheduler, boot.options.cache)
-    channels = Channels(run_dir, me)
-    SchedulerProcess(channels, scheduler, pages, layout.num_workers).run()
+    channels = Channels(run_dir, me, boot.network)
+    SchedulerProcess(channels, scheduler, pages, layout.map_pulse()).run()
     channels.close()

@@ -16,6 +16,13 @@ class Progressed(Status, frozen=True):
     run_dir: str
 
 
+class Listening(Status, frozen=True):
+    """Other hosts may join at `endpoint`, "HOST:PORT"."""
+
+    endpoint: str
+    run_dir: str
+
+
 class Started(Status, frozen=True):
     """The scheduler and all workers are up; the receiver is API server 0."""
 
@@ -29,4 +36,4 @@ class LaunchFailed(Status, frozen=True):
     message: str
 
 
-LaunchStatus = Progressed | Started | LaunchFailed
+LaunchStatus = Progressed | Listening | Started | LaunchFailed

@@ -1,39 +1,38 @@
-"""The supervisor of one host: holds the memory, starts, watches, fences, announces. No torch.
+"""The supervisor of a server: starts, watches, fences, announces. No torch.
 
-Owns the shared memory, the run directory, the lifeline and all processes. `Fleet` decides; this
-shell only carries out. Invariant: when it ends, in whatever way, everything that it started ends
-and nothing of it is left.
+Owns the server's own host (host.py) and, in a cluster, the link to the others (remote_hosts.py).
+`Fleet` decides; this shell only carries out. Invariant: when it ends, in whatever way, everything
+that it started ends, on all hosts.
 """
 
 import logging
-import os
 import secrets
-import signal
 import socket
 import time
 from contextlib import suppress
 from typing import Final
 
 import msgspec
-import zmq
 
 from diptych.engine.core.errors import ConfigError, DiptychError, EngineDeadError, ModelLoadError
-from diptych.engine.core.messages import Address, Drain, PoolUp, Ready, Send, Stuck
-from diptych.engine.core.model_config import load_model_config
-from diptych.server.boot import (
-    ApiBoot,
-    ApiProcessBoot,
-    HostBoot,
-    HostLayout,
-    PoolLayout,
-    SupervisorBoot,
+from diptych.engine.core.messages import (
+    Address,
+    AnyMessage,
+    AskPage,
+    Cut,
+    Drain,
+    PageRows,
+    Peers,
+    PoolUp,
+    Ready,
+    Send,
+    Stuck,
 )
-from diptych.server.children import Children
+from diptych.server.boot import ApiBoot, ApiProcessBoot, SupervisorBoot
 from diptych.server.client import EngineInfo
-from diptych.server.cpu_cores import host_cores
-from diptych.server.fleet import Fleet, GiveUp, Kill, Start
+from diptych.server.fleet import HOME, Fleet, GiveUp, Kill, Start
+from diptych.server.host import TICK_S, Host
 from diptych.server.launcher import (
-    Launcher,
     LauncherEvent,
     ModelFailed,
     ModelLost,
@@ -41,22 +40,14 @@ from diptych.server.launcher import (
     ProcessExited,
     ProcessStarted,
 )
-from diptych.server.lifeline import adopt_orphans, name_process
+from diptych.server.lifeline import name_process
+from diptych.server.link_wire import HostHeard
 from diptych.server.logs import configure_logs
-from diptych.server.process_table import ProcessTable
-from diptych.server.run_dir import create_run_dir, remove_run_dir
-from diptych.server.status import Progressed, Started, Status
-from diptych.server.warm_launcher import WarmLauncher
-from diptych.transfer.channels import SUPERVISOR, Channels, process_name
-from diptych.transfer.control_page import page_bytes
-from diptych.transfer.core_table import CoreTable
-from diptych.transfer.nixl_wire import require_nixl
-from diptych.transfer.shared_memory import create_memory
+from diptych.server.remote_hosts import HostEvent, HostJoined, HostLost, HostNews, RemoteHosts
+from diptych.server.status import Listening, Progressed, Started, Status
+from diptych.transfer.channels import process_name
 
-TICK_S: Final = 0.1
 EXIT_S_MAX: Final = 1.0  # for an orderly exit after a drain
-KILL_S_MAX: Final = 5.0  # for SIGKILL to do its work
-_SIGNALS: Final = (signal.SIGCHLD, signal.SIGTERM, signal.SIGINT)
 _ERRORS: Final[dict[str, type[DiptychError]]] = {
     "ConfigError": ConfigError,
     "ModelLoadError": ModelLoadError,
@@ -72,111 +63,133 @@ class Supervisor:
         configure_logs("supervisor", boot.log_level)
         name_process("supervisor")
         self._boot = boot
-        layout = plan_layout(boot)  # first, so that a bad model costs nothing
-        self._run_dir, self._lock_fd = create_run_dir()
+        cluster, options = boot.cluster, boot.options
+        local = cluster is None or cluster.local_workers
+        workers = options.workers() if local else []
+        self._hosts = None if cluster is None else RemoteHosts(cluster, options, boot.log_level)
         try:
-            self._channels = Channels(self._run_dir, SUPERVISOR)
-        except ConfigError:
-            remove_run_dir(self._run_dir)
+            self._host = Host(
+                options,
+                workers,
+                transfer_key=secrets.token_hex(32)
+                if self._hosts is None
+                else self._hosts.transfer_key,
+                network=None if cluster is None else cluster.network,
+                log_level=boot.log_level,
+            )
+        except BaseException:
+            if self._hosts is not None:
+                self._hosts.close()
             raise
-        self._lifeline_read, self._lifeline_write = os.pipe2(os.O_CLOEXEC)
-        self._host = HostBoot(
-            run_dir=str(self._run_dir),
-            options=boot.options,
-            layout=layout,
-            lifeline_fd=self._lifeline_read,
-            transfer_key=secrets.token_hex(32),
-            log_level=boot.log_level,
-        )
-        self._pages = {pool.pool: layout.map_page(pool.pool) for pool in layout.pools}
-        self._cores = CoreTable(layout.map_cores())
-        for spec in boot.options.workers():
-            self._cores.introduce(spec.worker, spec.dial)
-        self._pool_of = {spec.worker: spec.pool for spec in boot.options.workers()}
+        layout = self._host.layout
         self._control = (
             socket.socket(fileno=boot.control_fd) if boot.control_fd is not None else None
         )
         self._fleet = Fleet(
-            boot.options.workers(),
+            workers,
             num_apis=boot.num_apis,
             external_api=boot.api_target is None,
             pools=[PoolUp(p.pool, layout.num_blocks, layout.block_size) for p in layout.pools],
-            hang_s=boot.options.hang_s,
+            hang_s=options.hang_s,
+            num_workers=len(options.workers()),
         )
-        self._table = ProcessTable(self._run_dir)
         self._salt_key = secrets.token_hex(32)
+        self._endpoints: set[Address] = set()  # in the directory
         self._info: EngineInfo | None = None
         self._started = False
         self._ending = False
         self._drain_until_s: float | None = None
-        self._signal_read, self._signal_write = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
 
     def run(self) -> int:
         """Raises DiptychError when the engine cannot start; else returns the exit status."""
-        adopt_orphans()
-        previous = [signal.signal(number, lambda *_: None) for number in _SIGNALS]
-        previous_fd = signal.set_wakeup_fd(self._signal_write)
-        self._children = Children(self._host)
-        self._launcher: Launcher = WarmLauncher(self._host)
+        self._host.open()
         try:
             if self._boot.api_target is not None:
                 fds = [fd for fd in (self._boot.listen_fd, self._boot.meters_fd) if fd is not None]
                 for _ in range(self._boot.num_apis):
-                    self._children.prepare_api(self._boot.api_target, fds)
-            self._progress(f"starting {self._host.layout.num_workers} workers, loading the model")
+                    self._host.children.prepare_api(self._boot.api_target, fds)
+            if self._hosts is not None:
+                _log.info("hosts may join at %s", self._hosts.endpoint)
+                self._tell(Listening(self._hosts.endpoint, str(self._host.run_dir)))
+            workers = len(self._host.layout.workers)
+            self._progress(f"starting {workers} workers, loading the model")
             while not self._ending:
                 self._turn()
             if self._drain_until_s is not None:
                 self._let_exit()
             return 0
         finally:
-            self._end_everything()
-            signal.set_wakeup_fd(previous_fd)
-            for number, handler in zip(_SIGNALS, previous, strict=True):
-                signal.signal(number, handler)
+            self._ending = True
+            if self._hosts is not None:
+                self._hosts.close()
+            self._host.close()
 
     def _turn(self) -> None:
-        self._wait(TICK_S)
-        self._take_signals()
-        self._take_events()
+        others = [] if self._hosts is None else list[object](self._hosts.sockets())
+        if self._control is not None:
+            others.append(self._control.fileno())
+        ready = self._host.wait(TICK_S, others)  # type: ignore[arg-type]
+        if self._control is not None and self._control.fileno() in ready:
+            self._ending = True  # it says nothing: its end is the only news
+        for _ in range(self._host.take_signals()):
+            self._asked_to_end()
         now = time.monotonic()
-        for message in self._channels.receive(0):
-            if isinstance(message, Ready):
-                for address, _ in self._fleet.states():
-                    if (process_name(address), address.epoch) == (message.name, message.epoch):
-                        self._fleet.ready(address, now)
-            elif isinstance(message, Stuck):
-                self._fleet.stuck(message.peer, now)
+        for event in self._host.events():
+            self._take_event(HOME, event, now)
+        for news in [] if self._hosts is None else self._hosts.turn(now):
+            self._take_news(news, now)
+        for message in self._host.channels.receive(0):
+            self._take_message(message, now)
         self._fleet.beats(self._read_pulses(), now)
         self._fleet.tick(now)
         self._carry_out()
-        self._table.update(self._fleet.states(), self._launcher_pids())
+        self._host.write_table(self._fleet.states())
         self._announce_start()
         self._check_drain(now)
 
     # ---- hearing
 
-    def _wait(self, timeout_s: float) -> None:
-        poller = zmq.Poller()
-        poller.register(self._channels.inbox, zmq.POLLIN)
-        fds = [self._signal_read, *self._launcher.fds(), *self._children.fds()]
-        if self._control is not None:
-            fds.append(self._control.fileno())
-        for fd in fds:
-            poller.register(fd, zmq.POLLIN)
-        ready = dict(poller.poll(round(timeout_s * 1000)))
-        if self._control is not None and self._control.fileno() in ready:
-            self._ending = True  # it says nothing: its end is the only news
+    def _take_message(self, message: AnyMessage, now: float) -> None:
+        """Of a process of any host."""
+        match message:
+            case Ready(name, epoch, endpoint):
+                for address, _ in self._fleet.states():
+                    if (process_name(address), address.epoch) == (name, epoch):
+                        self._introduce(address, endpoint)
+                        self._fleet.ready(address, now)
+            case Stuck(peer):
+                self._fleet.stuck(peer, now)
+            case Cut(sender, peer):
+                self._fleet.cut(sender, peer, now)
+            case AskPage(scheduler_epoch, pool) if self._hosts is not None:
+                self._hosts.read_page(scheduler_epoch, pool)
 
-    def _take_signals(self) -> None:
-        with suppress(BlockingIOError):
-            for number in os.read(self._signal_read, 4096):
-                if number in (signal.SIGTERM, signal.SIGINT):
-                    self._asked_to_end()
-        with suppress(ChildProcessError):
-            while (ended := os.waitpid(-1, os.WNOHANG))[0]:
-                self._children.reaped(*ended)
-                self._launcher.reaped(*ended)
+    def _take_news(self, news: HostNews, now: float) -> None:
+        """Of other hosts."""
+        match news:
+            case HostJoined(host, workers):
+                layout = self._host.layout
+                pools = sorted({spec.pool for spec in workers})
+                ups = [PoolUp(pool, layout.num_blocks, layout.block_size) for pool in pools]
+                self._fleet.join(host, workers, ups)
+                self._progress(f"host {host} joined with {len(workers)} workers")
+            case HostLost(host, reason):
+                _log.warning("host %d is gone: %s", host, reason)
+                gone = self._fleet.leave(host)
+                for address in gone:
+                    self._host.table.exited(address)
+                self._forget(gone)
+            case HostEvent(host, event):
+                if isinstance(event, ProcessStarted):
+                    self._host.table.started(event.address, event.pid)
+                elif isinstance(event, ProcessExited):
+                    self._host.table.exited(event.address)
+                self._take_event(host, event, now)
+            case HostHeard(message):
+                self._take_message(message, now)
+            case PageRows():
+                for scheduler in self._fleet.up("scheduler"):
+                    self._host.channels.send_to(scheduler, news)
 
     def _asked_to_end(self) -> None:
         now = time.monotonic()
@@ -189,7 +202,7 @@ class Supervisor:
         self._drain_until_s = now + grace_s + EXIT_S_MAX
         self._fleet.drain()
         for address in serving:
-            self._channels.send_to(address, Drain(grace_s))
+            self._host.channels.send_to(address, Drain(grace_s))
 
     def _check_drain(self, now: float) -> None:
         if self._drain_until_s is None:
@@ -197,43 +210,57 @@ class Supervisor:
         if self._fleet.apis_gone() or now > self._drain_until_s:
             self._ending = True
 
-    def _take_events(self) -> None:
-        now = time.monotonic()
-        for event in [*self._launcher.events(now), *self._children.events(now)]:
-            self._take_event(event, now)
-
-    def _take_event(self, event: LauncherEvent, now: float) -> None:
+    def _take_event(self, host: int, event: LauncherEvent, now: float) -> None:
         match event:
             case ModelReady(info):
-                self._info = info
-                self._fleet.model_ready()
+                if self._info is None:
+                    self._info = msgspec.structs.replace(
+                        info, model_path=self._boot.options.model.path
+                    )
+                if self._hosts is not None and host == HOME:
+                    self._hosts.agree(info)
+                self._fleet.model_ready(host)
                 self._progress(f"model loaded: {info.dtype}, {info.num_blocks} blocks of KV")
             case ModelLost():
-                self._fleet.model_lost()
+                self._fleet.model_lost(host)
             case ModelFailed(kind, message):
                 if self._info is None:
                     raise _ERRORS.get(kind, EngineDeadError)(message)
                 _log.error("the model cannot be loaded again: %s", message)
-            case ProcessStarted(address, pid):
-                self._table.started(address, pid)
             case ProcessExited(address, cause, how):
                 if not self._ending:
                     level = logging.INFO if self._drain_until_s is not None else logging.WARNING
                     _log.log(level, "%s.%d ended: %s", process_name(address), address.epoch, how)
-                self._table.exited(address)
-                if address.kind == "worker":
-                    self._cores.rest(address.number)
+                self._forget([address])
                 self._fleet.exited(address, cause, now)
 
     def _read_pulses(self) -> dict[Address, int]:
-        readings = {
-            address: self._pages[self._pool_of[address.number]].pulse(address.number).counter
-            for address in self._fleet.up("worker")
-        }
-        slot = self._host.layout.num_workers
-        for address in self._fleet.up("scheduler"):
-            readings[address] = self._pages[0].pulse(slot).counter
-        return readings
+        running = [*self._fleet.up("worker"), *self._fleet.up("scheduler")]
+        readings = self._host.pulses(running)
+        return readings if self._hosts is None else readings | self._hosts.pulses()
+
+    # ---- who listens where
+
+    def _introduce(self, address: Address, endpoint: str) -> None:
+        """Before anybody is told that it is up, all learn where; and it learns of all others."""
+        if self._hosts is None or not endpoint:
+            return
+        if self._fleet.host_of(address) == HOME:
+            self._host.channels.send_to(address, self._hosts.directory())
+        self._endpoints.add(address)
+        self._pass_on(self._hosts.publish([(address, endpoint)], []))
+
+    def _forget(self, gone: list[Address]) -> None:
+        known = [address for address in gone if address in self._endpoints]
+        self._endpoints.difference_update(known)
+        if self._hosts is not None and known:
+            self._pass_on(self._hosts.publish([], known))
+
+    def _pass_on(self, news: Peers) -> None:
+        """To the processes of this host that listen."""
+        for address, _ in self._fleet.states():
+            if address in self._endpoints and self._fleet.host_of(address) == HOME:
+                self._host.channels.send_to(address, news)
 
     # ---- acting
 
@@ -244,36 +271,50 @@ class Supervisor:
                     self._start(address)
                 case Kill(address, reason):
                     _log.error("%s is killed: %s", process_name(address), reason)
-                    self._launcher.kill(address)
-                    self._children.kill(address)
+                    self._kill(address)
                 case GiveUp(reason):
                     raise EngineDeadError(f"The engine cannot start: {reason}; see the log above.")
                 case Send():
-                    self._channels.send(command)
+                    self._host.channels.send(command)
 
     def _start(self, address: Address) -> None:
         match address.kind:
             case "worker":
-                self._launcher.start(address)
+                host = self._fleet.host_of(address)
+                if host != HOME and self._hosts is not None:
+                    self._hosts.start(host, address)
+                elif self._host.launcher is not None:
+                    self._host.launcher.start(address)
             case "scheduler":
-                self._table.started(address, self._children.start_scheduler(address))
+                pid = self._host.children.start_scheduler(address)
+                self._host.table.started(address, pid)
             case _:
                 target = self._boot.api_target
                 assert target is not None
                 boot = ApiProcessBoot(
-                    target=target, lifeline_fd=self._lifeline_read, api=self._api_boot(address)
+                    target=target, lifeline_fd=self._host.lifeline_fd, api=self._api_boot(address)
                 )
-                self._table.started(address, self._children.start_api(address, boot))
+                self._host.table.started(address, self._host.children.start_api(address, boot))
+
+    def _kill(self, address: Address) -> None:
+        host = self._fleet.host_of(address)
+        if host != HOME and self._hosts is not None:
+            self._hosts.kill(host, address)
+            return
+        if self._host.launcher is not None:
+            self._host.launcher.kill(address)
+        self._host.children.kill(address)
 
     def _api_boot(self, address: Address) -> ApiBoot:
         assert self._info is not None
         return ApiBoot(
-            run_dir=str(self._run_dir),
+            run_dir=str(self._host.run_dir),
             api=address.number,
             api_epoch=address.epoch,
             info=self._info,
             settings=self._boot.settings,
             listen_fd=self._boot.listen_fd,
+            network=None if self._boot.cluster is None else self._boot.cluster.network,
             meters_fd=self._boot.meters_fd,
             salt_key=self._salt_key,
             log_level=self._boot.log_level,
@@ -282,9 +323,7 @@ class Supervisor:
     def _announce_start(self) -> None:
         if self._started or not self._fleet.engine_up():
             return
-        workers = ", ".join(
-            f"{spec.worker} (dial {spec.dial})" for spec in self._boot.options.workers()
-        )
+        workers = ", ".join(f"{spec.worker} (dial {spec.dial})" for spec in self._fleet.specs())
         self._progress(f"engine up: workers {workers}")
         if self._boot.api_target is None:
             self._tell(Started(self._api_boot(Address("api", 0, 1))))
@@ -293,16 +332,12 @@ class Supervisor:
     def _progress(self, text: str) -> None:
         _log.info("%s", text)
         if not self._started:
-            self._tell(Progressed(text, str(self._run_dir)))
+            self._tell(Progressed(text, str(self._host.run_dir)))
 
     def _tell(self, status: Status) -> None:
         if self._control is not None:
             with suppress(OSError):  # the starter is gone, which ends this process anyway
                 self._control.send(msgspec.json.encode(status), socket.MSG_DONTWAIT)
-
-    def _launcher_pids(self) -> dict[str, int]:
-        pid = getattr(self._launcher, "warm_pid", None)
-        return {} if pid is None else {"warm": pid}
 
     # ---- ending
 
@@ -310,61 +345,6 @@ class Supervisor:
         """After a drain nothing runs any more: all may leave by themselves."""
         for kind in ("worker", "scheduler"):
             for address in self._fleet.up(kind):
-                self._channels.send_to(address, Drain(0.0))
-        self._wait_for_exits(EXIT_S_MAX)
-
-    def _end_everything(self) -> None:
-        self._ending = True
-        self._launcher.close()
-        self._children.close()
-        self._wait_for_exits(KILL_S_MAX)
-        self._channels.close()
-        for fd in (
-            self._lifeline_write,
-            self._lifeline_read,
-            self._signal_read,
-            self._signal_write,
-            *self._host.layout.fds,
-        ):
-            os.close(fd)
-        remove_run_dir(self._run_dir)
-        os.close(self._lock_fd)
-
-    def _wait_for_exits(self, timeout_s: float) -> None:
-        """Until every child, and every worker adopted from the warm parent, was reaped."""
-        until_s = time.monotonic() + timeout_s
-        while time.monotonic() < until_s:
-            if not self._launcher.num_running() + self._children.num_running():
-                return
-            self._wait(TICK_S)
-            self._take_signals()
-            self._take_events()
-
-
-def plan_layout(boot: SupervisorBoot) -> HostLayout:
-    """Sizes the memory from the model's configuration alone, and creates it."""
-    options = boot.options
-    if options.transfer == "nixl":
-        require_nixl()
-    model, cache = options.model, options.cache
-    config = load_model_config(model.path, model.dtype, model.max_model_len)
-    block_bytes = config.block_bytes(cache.block_size)
-    num_blocks = cache.blocks(block_bytes)
-    workers = options.workers()
-    num_workers = len(workers)
-    return HostLayout(
-        num_blocks=num_blocks,
-        block_size=cache.block_size,
-        block_bytes=block_bytes,
-        num_workers=num_workers,
-        pools=[
-            PoolLayout(
-                pool=pool,
-                pool_fd=create_memory(f"pool{pool or ''}", num_blocks * block_bytes),
-                page_fd=create_memory(f"page{pool or ''}", page_bytes(num_blocks, num_workers + 1)),
-            )
-            for pool in sorted({spec.pool for spec in workers})
-        ],
-        cores=host_cores(options.cpu_cores),
-        cores_fd=create_memory("cores", num_workers),
-    )
+                if self._fleet.host_of(address) == HOME:
+                    self._host.channels.send_to(address, Drain(0.0))
+        self._host.wait_for_exits(EXIT_S_MAX)

@@ -153,7 +153,8 @@ def run_worker(boot: HostBoot, model: LoadedModel, worker: WorkerId, epoch: Epoc
     die_by_kernel(boot.lifeline_fd)
     layout = boot.layout
     os.sched_setaffinity(0, layout.cores)  # for its other threads; those that compute are pinned
-    home = next(spec.pool for spec in boot.options.workers() if spec.worker == worker)
+    slot = layout.slot(worker)
+    home = layout.spec(worker).pool
     page, memory = layout.map_page(home), layout.map_pool(home)
     pool = KVPool.over(memory, model.config, layout.num_blocks, layout.block_size)
     batcher = Batcher(
@@ -165,12 +166,12 @@ def run_worker(boot: HostBoot, model: LoadedModel, worker: WorkerId, epoch: Epoc
         max_model_len=model.config.max_model_len,
     )
     options, cores = boot.options, layout.map_cores()
-    share = CoreShare(cores, worker, layout.cores, options.prefill_core_share)
+    share = CoreShare(cores, slot, layout.cores, options.prefill_core_share)
     runner = make_runner(model, pool, options.threads or len(layout.cores), share)
-    channels = Channels(Path(boot.run_dir), me)
+    channels = Channels(Path(boot.run_dir), me, boot.network)
     porter = None
-    if len(layout.pools) > 1:
+    if len(layout.pools) > 1 or boot.network is not None:
         own = PoolMemory(memory, page, layout.block_bytes)
         porter = make_porter(boot, me, home, own, model.fingerprint, channels.send, batcher.handle)
-    Worker(channels, batcher, runner, page, worker, CoreTable(cores), porter).run()
+    Worker(channels, batcher, runner, page, slot, CoreTable(cores), porter).run()
     channels.close()

@@ -1,10 +1,11 @@
-"""Message channels between the processes of one host: ZeroMQ over ipc, msgpack, no pickle.
+"""Message channels between processes: ZeroMQ over ipc, msgpack, no pickle.
 
 Every process binds one PULL socket named after its incarnation and connects a PUSH socket to each
-peer it speaks to. Workers also have a short cut (shortcut.py) for the one message that a client's
-next token waits for, the seal. Owns the sockets and the frame codec. Invariants: a send never
-blocks; every queue is bounded, and a peer whose queue is full is reported, to be fenced; a frame
-that does not decode is counted and dropped, it never ends a process.
+peer it speaks to. In a cluster it has a second inbox, for other hosts (far.py). Workers also have a
+short cut (shortcut.py) for the one message that a client's next token waits for, the seal. Owns the
+sockets and the frame codec. Invariants: a send never blocks; every queue is bounded, and a peer
+whose queue is full is reported, to be fenced; a frame that does not decode is counted and dropped,
+it never ends a process.
 """
 
 import asyncio
@@ -19,8 +20,20 @@ import msgspec
 import zmq
 
 from diptych.engine.core.errors import ConfigError
-from diptych.engine.core.messages import Address, AnyMessage, Message, Ready, Seal, Send, Stuck
+from diptych.engine.core.messages import (
+    Address,
+    AnyMessage,
+    Cut,
+    Message,
+    Peers,
+    Ready,
+    Seal,
+    Send,
+    Stuck,
+)
 from diptych.engine.core.types import Epoch
+from diptych.transfer.far import WATCH_S, FarPeer, FarSide
+from diptych.transfer.network import Network
 from diptych.transfer.shortcut import ShortcutInbox, ShortcutPeer
 
 QUEUE_FRAMES_MAX: Final = 16_384
@@ -60,17 +73,31 @@ class _Peer:
     epoch: Epoch
     socket: "zmq.Socket[bytes]"
     shortcut: ShortcutPeer | None
+    far: FarPeer | None = None  # whose socket it is, if it is on another host
 
     def close(self) -> None:
-        self.socket.close(linger=0)
+        if self.far is not None:
+            self.far.close()
+        else:
+            self.socket.close(linger=0)
         if self.shortcut is not None:
             self.shortcut.close()
 
 
 class Channels:
-    """One process's inbox and its outgoing queues. Not thread safe; `close` when done."""
+    """One process's inbox and its outgoing queues. Not thread safe; `close` when done.
 
-    def __init__(self, run_dir: Path, me: Address, *, queue_frames: int = QUEUE_FRAMES_MAX) -> None:
+    network: this host's place in a cluster, None where there is one host only.
+    """
+
+    def __init__(
+        self,
+        run_dir: Path,
+        me: Address,
+        network: Network | None = None,
+        *,
+        queue_frames: int = QUEUE_FRAMES_MAX,
+    ) -> None:
         path = socket_path(run_dir, me)
         if len(str(path)) + 2 > SOCKET_PATH_MAX:
             raise ConfigError(f"the path of a socket is too long, set a shorter TMPDIR: {path}")
@@ -90,14 +117,28 @@ class Channels:
         self.inbox.bind(f"ipc://{path}")
         self._shortcut = ShortcutInbox(path) if me.kind == "worker" else None
         self._watched: dict[int, bool] = {}
+        self._far = None
+        if network is not None:
+            self._far = FarSide(self._context, network, queue_frames, FRAME_BYTES_MAX)
         self._poller = zmq.Poller()
         self._poller.register(self.inbox, zmq.POLLIN)
         if self._shortcut is not None:
             self._poller.register(self._shortcut.fileno(), zmq.POLLIN)
+        if self._far is not None:
+            self._poller.register(self._far.inbox, zmq.POLLIN)
+            self._poller.register(self._far.gate.socket, zmq.POLLIN)
 
-    def fileno(self) -> int:
+    @property
+    def endpoint(self) -> str:
+        """Where other hosts reach this process; "" outside a cluster."""
+        return self._far.endpoint if self._far is not None else ""
+
+    def filenos(self) -> list[int]:
         """Readable when frames may have come; edge triggered: `receive` until it returns none."""
-        return int(self.inbox.getsockopt(zmq.FD))
+        sockets = [self.inbox]
+        if self._far is not None:
+            sockets += [self._far.inbox, self._far.gate.socket]
+        return [int(socket.getsockopt(zmq.FD)) for socket in sockets]
 
     def watch(self, fds: dict[int, bool]) -> None:
         """`receive` also ends when one of these is readable (True: or writable)."""
@@ -112,15 +153,20 @@ class Channels:
     def send(self, send: Send) -> bool:
         """Queues the message. False: the peer is dead or gone, and the message is lost."""
         frame = self._encoder.encode(send.message)
+        if len(frame) > FRAME_BYTES_MAX:
+            return self._drop(send, "too large")
         peer = self._peer(send.to)
-        if peer is None or len(frame) > FRAME_BYTES_MAX:
-            return self._drop(send, "its incarnation is over" if peer is None else "too large")
+        if peer is None:
+            return self._park(send, frame)
         if peer.shortcut is not None and isinstance(send.message, Seal):
             if peer.shortcut.send(frame):
                 return True
         try:
             peer.socket.send(frame, zmq.NOBLOCK)
         except zmq.Again:
+            if peer.far is not None:  # or there is no queue any more
+                self._report_cut(peer.far)
+                return self._drop(send, "its connection broke")
             self._report_stuck(send.to)
             return self._drop(send, "the peer's queue is full")
         return True
@@ -130,7 +176,7 @@ class Channels:
 
     def announce(self) -> None:
         """Tells the supervisor that this process listens."""
-        self.send_to(SUPERVISOR, Ready(process_name(self.me), self.me.epoch))
+        self.send_to(SUPERVISOR, Ready(process_name(self.me), self.me.epoch, self.endpoint))
 
     def receive(self, timeout_s: float | None) -> list[AnyMessage]:
         """Waits for a message (None: for ever), then takes all that wait, at most 1,024."""
@@ -138,9 +184,17 @@ class Channels:
         messages: list[AnyMessage] = []
         for source, _ in self._poller.poll(timeout_ms):
             if source is self.inbox:
-                self._drain_inbox(messages)
+                self._drain_inbox(self.inbox, messages)
+            elif self._far is not None and source is self._far.inbox:
+                self._drain_inbox(self._far.inbox, messages)
+            elif self._far is not None and source is self._far.gate.socket:
+                self._far.gate.answer()
             elif source not in self._watched:
                 self._drain_shortcut(messages)
+        if self._far is not None:
+            if self._far.watch_due():
+                self._report_cuts()
+            messages = [m for m in messages if not self._took_news(m)]
         return messages
 
     def close(self) -> None:
@@ -150,15 +204,17 @@ class Channels:
         if self._shortcut is not None:
             self._shortcut.close()
         self.inbox.close(linger=0)
+        if self._far is not None:
+            self._far.close()
         self._context.term()
         socket_path(self._run_dir, self.me).unlink(missing_ok=True)
 
-    def _drain_inbox(self, messages: list[AnyMessage]) -> None:
+    def _drain_inbox(self, inbox: "zmq.Socket[bytes]", messages: list[AnyMessage]) -> None:
         """Asks before it takes: an exception for an empty queue would cost more than a message."""
         for _ in range(BATCH_FRAMES_MAX):
-            if not int(self.inbox.getsockopt(zmq.EVENTS)) & zmq.POLLIN:
+            if not int(inbox.getsockopt(zmq.EVENTS)) & zmq.POLLIN:
                 return
-            self._decode(self.inbox.recv(zmq.NOBLOCK), messages)
+            self._decode(inbox.recv(zmq.NOBLOCK), messages)
 
     def _drain_shortcut(self, messages: list[AnyMessage]) -> None:
         assert self._shortcut is not None
@@ -174,24 +230,75 @@ class Channels:
             _log.error("dropped a malformed frame of %d bytes: %s", len(frame), error)
 
     def _peer(self, to: Address) -> "_Peer | None":
-        """None: this incarnation is over, a newer one is known."""
+        """None: this incarnation is over, a newer one is known; or nobody knows yet where it is."""
         known = self._peers.get((to.kind, to.number))
-        if known is not None:
-            if known.epoch == to.epoch:
-                return known
-            if known.epoch > to.epoch:
+        if known is not None and known.epoch >= to.epoch:
+            return known if known.epoch == to.epoch else None
+        peer = self._connect(to)
+        if peer is not None:
+            if known is not None:
+                known.close()
+            self._peers[to.kind, to.number] = peer
+        return peer
+
+    def _connect(self, to: Address) -> "_Peer | None":
+        """Over ipc if it listens on this host, which its socket in the run directory shows."""
+        inbox = socket_path(self._run_dir, to)
+        if self._far is not None and self._far.directory.is_parked(to):
+            return None  # what waits goes first
+        if self._far is not None and to != SUPERVISOR and not inbox.exists():
+            endpoint = self._far.directory.endpoint(to)
+            if endpoint is None:
                 return None
-            known.close()
+            far = self._far.connect(to, endpoint)
+            return _Peer(to.epoch, far.socket, None, far)
         socket = self._context.socket(zmq.PUSH)
         socket.setsockopt(zmq.LINGER, 0)
         socket.setsockopt(zmq.SNDHWM, self._queue_frames)
         socket.setsockopt(zmq.RECONNECT_IVL, 10)  # ms
-        inbox = socket_path(self._run_dir, to)
         socket.connect(f"ipc://{inbox}")
         between_workers = self.me.kind == to.kind == "worker"
-        peer = _Peer(to.epoch, socket, ShortcutPeer(inbox) if between_workers else None)
-        self._peers[to.kind, to.number] = peer
-        return peer
+        return _Peer(to.epoch, socket, ShortcutPeer(inbox) if between_workers else None)
+
+    def _park(self, send: Send, frame: bytes) -> bool:
+        """There is no way to it (yet)."""
+        known = self._peers.get((send.to.kind, send.to.number))
+        if self._far is None or (known is not None and known.epoch > send.to.epoch):
+            return self._drop(send, "its incarnation is over")
+        if not self._far.directory.park(send.to, frame):
+            self._report_stuck(send.to)
+            return self._drop(send, "too much waits until it is known where it is")
+        return True
+
+    def _took_news(self, message: AnyMessage) -> bool:
+        """News about other hosts are for the channels themselves."""
+        if not isinstance(message, Peers):
+            return False
+        assert self._far is not None
+        for address in message.down:
+            known = self._peers.get((address.kind, address.number))
+            if known is not None and known.epoch == address.epoch and known.far is not None:
+                del self._peers[address.kind, address.number]
+                known.close()
+        for address, frames in self._far.directory.update(message):
+            peer = self._peer(address)
+            if peer is not None:
+                for frame in frames:  # fewer than a queue holds
+                    peer.socket.send(frame, zmq.NOBLOCK)
+        return True
+
+    def _report_cuts(self) -> None:
+        for peer in list(self._peers.values()):
+            if peer.far is not None and peer.far.broke():
+                self._report_cut(peer.far)
+
+    def _report_cut(self, far: FarPeer) -> None:
+        """Once."""
+        if not far.cut:
+            far.cut = True
+            self.send_to(SUPERVISOR, Cut(self.me, far.address))
+            name = f"{process_name(far.address)}.{far.address.epoch}"
+            _log.info("the connection to %s broke", name)
 
     def _report_stuck(self, peer: Address) -> None:
         """Once per incarnation: only its end makes good what it has missed."""
@@ -216,14 +323,22 @@ class AsyncChannels:
     """
 
     def __init__(
-        self, run_dir: Path, me: Address, on_message: Callable[[AnyMessage], None]
+        self,
+        run_dir: Path,
+        me: Address,
+        on_message: Callable[[AnyMessage], None],
+        network: Network | None = None,
     ) -> None:
-        self.channels = Channels(run_dir, me)
+        self.channels = Channels(run_dir, me, network)
         self._on_message = on_message
         self._loop = asyncio.get_running_loop()
         self._closed = False
-        self._loop.add_reader(self.channels.fileno(), self._readable)
+        self._filenos = self.channels.filenos()
+        for fd in self._filenos:
+            self._loop.add_reader(fd, self._readable)
         self._loop.call_soon(self._readable)  # what came before the reader was there
+        if network is not None:
+            self._loop.call_later(WATCH_S, self._watch)
 
     def send(self, send: Send) -> bool:
         return self.channels.send(send)
@@ -234,8 +349,15 @@ class AsyncChannels:
     def close(self) -> None:
         if not self._closed:
             self._closed = True
-            self._loop.remove_reader(self.channels.fileno())
+            for fd in self._filenos:
+                self._loop.remove_reader(fd)
             self.channels.close()
+
+    def _watch(self) -> None:
+        """Broken connections are looked for also while nothing comes."""
+        if not self._closed:
+            self._readable()
+            self._loop.call_later(WATCH_S, self._watch)
 
     def _readable(self) -> None:
         if self._closed:

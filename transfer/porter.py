@@ -32,7 +32,8 @@ _log = logging.getLogger("diptych")
 
 
 class Porter:
-    """`routes`: the backend for each pool of a peer; `endpoint`: where the own one is served."""
+    """`routes`: the backend for each pool of this host; `elsewhere`: for those of other hosts;
+    `endpoint`: where the own pool is served."""
 
     def __init__(
         self,
@@ -43,10 +44,13 @@ class Porter:
         send: Callable[[Send], object],
         on_news: Callable[[TransferNews], None],
         clock: Callable[[], float] = time.monotonic,
+        elsewhere: Backend | None = None,
     ) -> None:
         self._own = own
         self._routes = routes
-        self._backends = list({id(backend): backend for backend in routes.values()}.values())
+        self._elsewhere = elsewhere
+        found = [*routes.values(), *([] if elsewhere is None else [elsewhere])]
+        self._backends = list({id(backend): backend for backend in found}.values())
         self._send = send
         self._on_news = on_news
         self._clock = clock
@@ -109,7 +113,9 @@ class Porter:
     def _carry_out(self) -> None:
         for command in self._puller.take():
             if isinstance(command, Read):
-                backend = self._reading[command.handle] = self._routes[command.pool]
+                backend = self._routes.get(command.pool, self._elsewhere)
+                assert backend is not None, "a pool that nobody knows"
+                self._reading[command.handle] = backend
                 backend.read(command)
             elif isinstance(command, CancelRead):
                 self._reading[command.handle].cancel(command.handle)

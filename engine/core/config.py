@@ -86,6 +86,7 @@ class EngineOptions(msgspec.Struct, frozen=True, kw_only=True):
     mixed: int = 0  # workers with dial 50
     separate_pools: bool = False  # prefill, decode and mixed workers each have their own memory
     transfer: Transfer = "auto"  # how blocks move between pools
+    several_hosts: bool = False  # each with pools of its own
     threads: int | None = None  # of one worker at most; None: as many as it has cores
     cpu_cores: str | None = None  # of all workers of a host: a count or a list; None: all
     prefill_core_share: int = 50  # percent of the cores, while prefill and decode are both busy
@@ -107,9 +108,9 @@ class EngineOptions(msgspec.Struct, frozen=True, kw_only=True):
             raise ConfigError("worker counts cannot be negative")
         if not self.mixed and not (self.prefill and self.decode):
             raise ConfigError("need --prefill N and --decode N of at least 1 each, or --mixed N")
-        if self.transfer != "auto" and not self.separate_pools:
+        if self.transfer != "auto" and not (self.separate_pools or self.several_hosts):
             raise ConfigError(f"--transfer {self.transfer} needs --separate-pools")
-        if self.prefill + self.decode + self.mixed > WORKERS_MAX:
+        if self.prefill + self.decode + self.mixed > WORKERS_MAX and not self.several_hosts:
             raise ConfigError(f"one host runs at most {WORKERS_MAX} workers")
         if self.threads is not None and self.threads < 1:
             raise ConfigError(f"a worker needs at least 1 thread, got {self.threads}")

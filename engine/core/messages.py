@@ -359,6 +359,28 @@ class Progress(Message, frozen=True):
     landed: list[Landed] = []  # msgspec copies the default
 
 
+# ---- scheduler -> supervisor -------------------------------------------------------------------
+
+
+class AskPage(Message, frozen=True):
+    """The control page of a pool on another host, please: all of the pool's workers are quiet."""
+
+    scheduler_epoch: Epoch
+    pool: PoolId
+
+
+# ---- supervisor -> scheduler -------------------------------------------------------------------
+
+
+class PageRows(Message, frozen=True):
+    """The answer to `AskPage`: the generation of every block, and the entries that are valid."""
+
+    scheduler_epoch: Epoch
+    pool: PoolId
+    generations: list[Generation]
+    entries: list[tuple[BlockId, BlockHash, BlockHash]]  # block, hash, parent
+
+
 # ---- worker -> API server ----------------------------------------------------------------------
 
 
@@ -416,6 +438,15 @@ class PoolUp(Message, frozen=True):
     block_size: int
 
 
+class PoolDown(Message, frozen=True):
+    """The pool's host is lost, after its workers: this memory never comes back under this number.
+
+    Its workers may still run somewhere, cut off; nothing that they say or read is believed.
+    """
+
+    pool: PoolId
+
+
 class ApiUp(Message, frozen=True):
     api: ApiId
     api_epoch: Epoch
@@ -446,19 +477,40 @@ class Drain(Message, frozen=True):
     grace_s: float
 
 
+# ---- supervisor -> any process -----------------------------------------------------------------
+
+
+class Peers(Message, frozen=True):
+    """Where processes of other hosts listen, and which of them are gone."""
+
+    up: list[tuple[Address, str]]  # "tcp://..."
+    down: list[Address]
+
+
 # ---- any process -> supervisor -----------------------------------------------------------------
 
 
 class Ready(Message, frozen=True):
-    """`name` ("worker0", "scheduler0", "api0") of this epoch listens at its address."""
+    """`name` ("worker0", "scheduler0", "api0") of this epoch listens at its address.
+
+    `endpoint`: and there for other hosts, in a cluster.
+    """
 
     name: str
     epoch: Epoch
+    endpoint: str = ""
 
 
 class Stuck(Message, frozen=True):
     """The sender's queue to this incarnation is full: it has stopped reading. Fence it."""
 
+    peer: Address
+
+
+class Cut(Message, frozen=True):
+    """The sender's connection to this incarnation broke: messages to it may be lost for good."""
+
+    sender: Address
     peer: Address
 
 
@@ -483,15 +535,20 @@ AnyMessage = (
     | PullOver
     | Joined
     | Progress
+    | AskPage
+    | PageRows
     | TokenBatch
     | WorkerUp
     | WorkerDown
     | PoolUp
+    | PoolDown
     | ApiUp
     | ApiDown
     | SchedulerUp
     | SchedulerDown
     | Drain
+    | Peers
     | Ready
     | Stuck
+    | Cut
 )

@@ -12,7 +12,7 @@ def pool_before_workers(stack: ExitStack) -> None:
     """A new scheduler hears of the pool before it hears of the workers."""
 
     def tell(self: Fleet) -> None:
-        for pool in self._pools:
+        for _, pool in self._pools:
             self._tell_scheduler(pool)
         original(self)
 

@@ -12,6 +12,7 @@ from diptych.engine.core.messages import (
     Joined,
     Landed,
     Lost,
+    PoolDown,
     PoolUp,
     Progress,
     Revoke,
@@ -244,3 +245,45 @@ def test_a_next_turn_begins_with_what_only_the_decode_side_knows() -> None:
     assert (here.prefix.pool, here.prefix.first) == (0, 0)
     far.progress(P, landed=[Landed(second, 3, 0.001)])
     assert far.used(0) == 16, "the prefill side's blocks stay"
+
+
+def test_a_lost_decode_host_takes_nothing_with_it() -> None:
+    """Its pool is forgotten, the attempt is lost, and the next one runs where it was prefilled."""
+    far = Far()
+    ref = far.submit("r", PROMPT)
+    assert far.assigned[D, ref].role is Role.DECODE
+    sent = far.step(WorkerDown(D, 1, DownCause.KILLED), PoolDown(1))
+    assert [s.to.number for s in far.sent if isinstance(s.message, Revoke)] == [P]
+    assert sorted(far.scheduler.audit().pools) == [0, 1]  # the prefill side has not let go
+    far.progress(P, released=[ref])
+    assert any(isinstance(s.message, Lost) for s in far.sent)
+    assert sorted(far.scheduler.audit().pools) == [0]
+    again = far.submit("r", PROMPT, attempt=1)
+    assert far.assigned[P, again].role is Role.LOCAL
+    assert sent
+
+
+def test_a_lost_prefill_host_leaves_a_row_that_has_landed_alone() -> None:
+    far = Far()
+    ref = far.submit("r", PROMPT)
+    far.progress(P, committed=far.full(P, ref, 3))
+    far.progress(P, sealed=[ref])
+    far.progress(D, landed=[Landed(ref, 4, 0.01)])
+    far.progress(D, committed=far.full(D, ref, 3))
+    far.step(WorkerDown(P, 1, DownCause.KILLED), PoolDown(0))
+    assert not [s for s in far.sent if isinstance(s.message, Revoke | Lost)]
+    assert sorted(far.scheduler.audit().pools) == [1]
+    other = far.submit("other", PROMPT)
+    assert far.assigned[D, other].role is Role.LOCAL
+
+
+def test_a_pool_that_is_lost_while_it_is_read_stays_lost() -> None:
+    far = Far()
+    far.step(WorkerUp(2, 1, 2, 0))
+    far.step(PoolUp(2, 16, SIZE))
+    assert ReadPool(2) in far.step(Joined(EPOCH, 2, 1))
+    far.step(PoolDown(2))  # the word of its worker's end was lost
+    far.step(PoolRead(2, [0] * 16, []))
+    audit = far.scheduler.audit()
+    assert sorted(audit.pools) == [0, 1]
+    assert audit.ready

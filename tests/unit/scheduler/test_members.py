@@ -68,7 +68,7 @@ def test_an_empty_pool_is_not_quiet() -> None:
     assert not members.is_quiet(pool)
 
 
-def test_ready_needs_every_pool_and_both_kinds_of_work() -> None:
+def test_ready_needs_a_pool_and_both_kinds_of_work() -> None:
     members = Members(16)
     pool = members.pool_up(PoolUp(0, 4, 16))
     assert pool is not None
@@ -79,8 +79,29 @@ def test_ready_needs_every_pool_and_both_kinds_of_work() -> None:
     assert not members.is_ready()
     decode.joined = True
     assert members.is_ready()
-    members.pool_up(PoolUp(1, 4, 16))
+    members.pool_up(PoolUp(1, 4, 16))  # of a host that joins: it takes nothing away
+    assert members.is_ready()
+
+
+def test_whoever_is_left_does_everything_once_hosts_are_lost() -> None:
+    members = Members(16)
+    pools = [members.pool_up(PoolUp(i, 4, 16)) for i in (0, 1)]
+    prefill = members.worker_up(WorkerUp(0, 1, 0, 100))
+    decode = members.worker_up(WorkerUp(1, 1, 1, 0))
+    for pool, worker in zip(pools, (prefill, decode), strict=True):
+        assert pool is not None
+        worker.joined, pool.phase = True, PoolPhase.USABLE
+    assert members.is_ready()
+    members.worker_down(decode)
+    assert not members.must_stand_in()  # it will be started again
     assert not members.is_ready()
+    assert pools[1] is not None
+    members.pool_down(pools[1])
+    assert members.must_stand_in()
+    assert members.is_ready()
+    members.sweep()
+    assert list(members.pools) == [0]
+    assert members.must_stand_in()
 
 
 def test_blocks_of_another_size_are_refused() -> None:
