@@ -153,7 +153,7 @@ def test_a_stranger_is_not_heard(hosts: Hosts, how: str) -> None:
 def test_a_member_of_another_launch_is_not_heard(hosts: Hosts) -> None:
     a, b = hosts.channels(0, A, new_secret()), hosts.channels(1, B)
     hosts.tell(0, a, Peers([(B, b.endpoint)], []))
-    assert a.send_to(B, SetDial(1, 1, 1))
+    a.send_to(B, SetDial(1, 1, 1))  # the connection may be over before this
     assert hear(hosts.supervisors[0], 1, a, b) == [Cut(A, B)]
     assert b.counts.received == 0
 
