@@ -64,14 +64,14 @@ async def through_a_lost_host(launched: Launched, hosts: TwoHosts, right: list[l
         calm = await ask_fresh(client, "calm", 6)
 
         # A worker of another host is fenced there, and comes back.
-        table = read_processes(run_dir)
-        pid = table["worker1"].pid
+        first, second = (worker_of(run_dir, agent.pid) for agent in hosts.agents)
+        pid = read_processes(run_dir)[second].pid
         assert pid is not None
         load = asyncio.create_task(ask_fresh(client, "kill", 6))
         await asyncio.sleep(0)
         os.kill(pid, signal.SIGKILL)
         assert await load == calm
-        await until("worker1 is up again", lambda: up(run_dir, "worker1", 2))
+        await until("it is up again", lambda: up(run_dir, second, 2))
 
         # The whole host is lost: its supervisor, and with it all that runs there.
         victim = hosts.agents[1]
@@ -82,7 +82,7 @@ async def through_a_lost_host(launched: Launched, hosts: TwoHosts, right: list[l
         assert await load == calm
         victim.wait()
         await until("its processes ended", lambda: not any(map(_lives, left)))
-        assert "worker1" not in read_processes(run_dir)
+        assert second not in read_processes(run_dir)
         assert client.health().ok
 
         # Another one joins in its place, and gets new numbers.
@@ -93,7 +93,7 @@ async def through_a_lost_host(launched: Launched, hosts: TwoHosts, right: list[l
         # A host that stands still is lost too; when it wakes up it is told so and joins anew.
         hosts.agents[0].send_signal(signal.SIGSTOP)
         load = asyncio.create_task(ask_fresh(client, "still", 6))
-        await until("worker0 is gone", lambda: "worker0" not in read_processes(run_dir))
+        await until("its worker is gone", lambda: first not in read_processes(run_dir))
         assert await load == calm
         hosts.agents[0].send_signal(signal.SIGCONT)
         await until("worker3 is up", lambda: up(run_dir, "worker3", 1))
@@ -101,6 +101,12 @@ async def through_a_lost_host(launched: Launched, hosts: TwoHosts, right: list[l
         await settled(client)
     finally:
         await client.close()
+
+
+def worker_of(run_dir: Path, agent: int) -> str:
+    """The one that runs below this agent: who joins first gets the lower number."""
+    below = descendants(agent)
+    return next(name for name, row in read_processes(run_dir).items() if row.pid in below)
 
 
 def _lives(pid: int) -> bool:
