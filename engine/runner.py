@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from hashlib import sha256
 from pathlib import Path
 from time import perf_counter
-from typing import Final, Literal, Protocol, cast
+from typing import Final, Literal, NoReturn, Protocol, cast
 
 import msgspec
 import torch
@@ -19,11 +19,14 @@ from torch import Tensor
 
 from diptych import kernels as backends
 from diptych.engine.batch import build_input
+from diptych.engine.collectives import Collectives
 from diptych.engine.core.config import ModelOptions
 from diptych.engine.core.errors import ConfigError
 from diptych.engine.core.model_config import ModelConfig, load_model_config
 from diptych.engine.core.plan import Sample, StepPlan, StepResult, StepRow, TokenLogprobs
 from diptych.engine.core.request import Sequence
+from diptych.engine.follower import encode_step, follow
+from diptych.engine.head_calls import head_calls
 from diptych.engine.loader import open_weights
 from diptych.engine.logprobs import token_logprobs
 from diptych.engine.models.decoder import Decoder
@@ -32,7 +35,15 @@ from diptych.engine.pool import KVPool
 from diptych.engine.sampling import Sampler
 from diptych.kernels import Kernels
 
-__all__ = ["CoreShare", "LoadedModel", "Runner", "load_model", "make_runner"]
+__all__ = [
+    "CoreShare",
+    "LoadedModel",
+    "Runner",
+    "exchange_floats_max",
+    "follow_steps",
+    "load_model",
+    "make_runner",
+]
 
 _LOGITS_BYTES_MAX: Final = 64 << 20  # logits are made in slices of at most this
 
@@ -97,92 +108,120 @@ def _numerics(config: ModelConfig) -> bytes:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class CoreShare:
-    """A worker's part in its host's cores (transfer/core_table.py)."""
+    """A rank's part in its host's cores (transfer/core_table.py)."""
 
-    table: memoryview  # [workers] bytes of shared memory, mapped for the life of the process
+    table: memoryview  # [ranks] bytes of shared memory, mapped for the life of the process
     slot: int
     cores: list[int]
     prefill_share: int  # percent
 
 
 def make_runner(
-    model: LoadedModel, pool: KVPool, threads: int, share: CoreShare | None = None
+    model: LoadedModel,
+    pool: KVPool,
+    threads: int,
+    share: CoreShare | None = None,
+    ranks: Collectives | None = None,
 ) -> "Runner":
     """A runner of this process with at most `threads` threads; call it after a fork, not before.
 
-    Without a share the threads are anywhere.
+    Without a share the threads are anywhere. ranks: None where this process computes all shards.
     """
+    _set_threads(model, threads, share)
+    config = model.config
+    sampler = Sampler(model.kernels, config.vocab_size, config.eos_token_ids)
+    return Runner(model, pool, sampler, ranks)
+
+
+def _set_threads(model: LoadedModel, threads: int, share: CoreShare | None) -> None:
     model.kernels.set_num_threads(threads)
     if share is not None:
         table = torch.frombuffer(share.table, dtype=torch.uint8)
         model.kernels.share_cores(table, share.slot, share.cores, share.prefill_share)
-    config = model.config
-    sampler = Sampler(model.kernels, config.vocab_size, config.eos_token_ids)
-    return Runner(model, pool, sampler)
+
+
+def follow_steps(
+    model: LoadedModel, pool: KVPool, threads: int, share: CoreShare | None, ranks: Collectives
+) -> NoReturn:
+    """What a rank but the first does: it computes the steps of rank 0's runner."""
+    _set_threads(model, threads, share)
+    follow(Decoder(model.config, model.weights, model.kernels, pool, ranks), ranks)
+
+
+def head_portion(config: ModelConfig) -> int:
+    """Hidden states that go through the output head at once."""
+    return max(1, _LOGITS_BYTES_MAX // (4 * config.vocab_size))
+
+
+def exchange_floats_max(model: LoadedModel, tokens_max: int) -> int:
+    """Floats of the ranks' largest exchange, in steps of at most `tokens_max` tokens."""
+    config, shards = model.config, model.weights.shards
+    widest = max(len(shard.vocab) for shard in shards)
+    head = min(head_portion(config), tokens_max) * widest
+    return len(shards) * max(tokens_max * config.hidden_size, head)
 
 
 class Runner:
-    """Runs steps over one pool. Not for two threads at once."""
+    """Runs steps over one pool, on rank 0 of a worker. Not for two threads at once."""
 
-    def __init__(self, model: LoadedModel, pool: KVPool, sampler: RowSampler) -> None:
+    def __init__(
+        self,
+        model: LoadedModel,
+        pool: KVPool,
+        sampler: RowSampler,
+        ranks: Collectives | None = None,
+    ) -> None:
+        """ranks: None where this process computes all shards."""
         self.fingerprint: str = model.fingerprint
         self._kernels = model.kernels
         self._block_size = pool.block_size
-        self._decoder = Decoder(model.config, model.weights, model.kernels, pool)
+        self._ranks = ranks
+        self._decoder = Decoder(model.config, model.weights, model.kernels, pool, ranks)
         self._sampler = sampler
-        self._slice = max(1, _LOGITS_BYTES_MAX // (4 * model.config.vocab_size))  # rows
+        self._portion = head_portion(model.config)
 
     def run(self, plan: StepPlan, on_layer: Callable[[], None] | None = None) -> StepResult:
         """One forward pass; `on_layer` is called after each layer, to show that time goes on.
 
-        An exception of `on_layer` ends the step; the KV of its rows is then undefined.
+        An exception of `on_layer` ends the step; the KV of its rows is then undefined, and a worker
+        of several ranks has to end: the others are still inside the step.
         """
         if plan.empty:
             return StepResult([])
         started = perf_counter()
-        hidden = self._decoder.forward(build_input(plan, self._block_size), on_layer)
-        result = StepResult(self._sample(plan.rows, hidden))
-        end = 0
+        inputs = build_input(plan, self._block_size)
+        calls = head_calls(plan.rows, self._portion)
+        if self._ranks is not None:
+            self._ranks.share(encode_step(inputs, [call.hidden for call in calls]))
+        hidden = self._decoder.forward(inputs, on_layer)
+        result = StepResult([None] * len(plan.rows))
         for index, row in enumerate(plan.rows):
-            end += row.length
             if row.seq.want_prompt_logprobs:
-                entries = self._prompt_logprobs(row, hidden[end - row.length : end])
-                result.prompt_logprobs[index] = entries
+                result.prompt_logprobs[index] = []
+        for call in calls:
+            logits = self._decoder.logits(hidden.index_select(0, call.hidden))
+            if call.prompt is None:
+                self._sample(plan.rows, call.rows, logits, result)
+            else:
+                entries = self._prompt_logprobs(plan.rows[call.rows[0]], call.prompt, logits)
+                result.prompt_logprobs[call.rows[0]] += entries
         result.compute_s = perf_counter() - started
         return result
 
-    def _sample(self, rows: list[StepRow], hidden: Tensor) -> list[Sample | None]:
-        """One sample per row that asks; hidden: [T, hidden], not changed."""
-        samples: list[Sample | None] = [None] * len(rows)
-        wanted: list[int] = []  # indices of rows
-        last: list[int] = []  # their last token's row of hidden
-        end = 0
-        for index, row in enumerate(rows):
-            end += row.length
-            if row.sample:
-                wanted.append(index)
-                last.append(end - 1)
-        for start in range(0, len(wanted), self._slice):
-            picked = wanted[start : start + self._slice]
-            chosen = torch.tensor(last[start : start + self._slice], dtype=torch.int32)
-            logits = self._decoder.logits(hidden.index_select(0, chosen))
-            sampled = self._sampler.sample(logits, [rows[index].seq for index in picked])
-            assert len(sampled) == len(picked), "the sampler lost a row"
-            for index, sample in zip(picked, sampled, strict=True):
-                samples[index] = sample
-        return samples
+    def _sample(
+        self, rows: list[StepRow], picked: list[int], logits: Tensor, result: StepResult
+    ) -> None:
+        """One sample for each row of the plan in `picked`; logits: [R, V]."""
+        sampled = self._sampler.sample(logits, [rows[index].seq for index in picked])
+        assert len(sampled) == len(picked), "the sampler lost a row"
+        for index, sample in zip(picked, sampled, strict=True):
+            result.samples[index] = sample
 
-    def _prompt_logprobs(self, row: StepRow, hidden: Tensor) -> list[TokenLogprobs]:
-        """Entries for the prompt positions after the row's tokens; hidden: [length, hidden]."""
+    def _prompt_logprobs(
+        self, row: StepRow, span: tuple[int, int], logits: Tensor
+    ) -> list[TokenLogprobs]:
+        """Entries for the prompt positions after the tokens [span), one per row of logits."""
         seq = row.seq
+        targets = seq.tokens[span[0] + 1 : span[1] + 1]
         top_k = seq.request.params.prompt_logprobs or 0
-        end = min(
-            row.start + row.length, seq.num_prompt - 1
-        )  # its logits say the last prompt token
-        entries: list[TokenLogprobs] = []
-        for start in range(row.start, end, self._slice):
-            stop = min(start + self._slice, end)
-            rows = hidden[start - row.start : stop - row.start].clone()
-            targets = seq.tokens[start + 1 : stop + 1]
-            entries += token_logprobs(self._kernels, self._decoder.logits(rows), targets, top_k)
-        return entries
+        return token_logprobs(self._kernels, logits, targets, top_k)

@@ -45,6 +45,11 @@ class HostLayout(msgspec.Struct, frozen=True, kw_only=True):
         return len(self.workers)
 
     @property
+    def num_ranks(self) -> int:
+        """Processes of all workers."""
+        return sum(spec.num_ranks for spec in self.workers)
+
+    @property
     def fds(self) -> list[int]:
         pools = [fd for pool in self.pools for fd in (pool.pool_fd, pool.page_fd)]
         return [*pools, self.cores_fd, self.pulse_fd]
@@ -61,7 +66,7 @@ class HostLayout(msgspec.Struct, frozen=True, kw_only=True):
 
     def map_cores(self) -> memoryview:
         """The core table; mapped for the life of the process."""
-        return SharedMemory(self.cores_fd, self.num_workers).view
+        return SharedMemory(self.cores_fd, self.num_ranks).view
 
     def map_page(self, pool: PoolId, *, writable: bool = True) -> ControlPage:
         """Mapped for the life of the process."""

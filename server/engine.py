@@ -52,6 +52,9 @@ class Engine:
         + `mixed` worker processes under a supervisor.
     separate_pools: prefill and decode workers each have their own KV memory; blocks move between
         them by `transfer` ("auto", "shm", "tcp" or "nixl").
+    tensor_parallel_size: processes over which each worker's model is spread; `prefill_tp` and
+        `decode_tp` say it for one kind of worker. Inline, the same shards are computed one after
+        another, and give the same bits.
     Raises ConfigError and ModelLoadError.
     """
 
@@ -74,6 +77,9 @@ class Engine:
         max_chunk_tokens: int | None = None,
         separate_pools: bool = False,
         transfer: Transfer = "auto",
+        tensor_parallel_size: int = 1,
+        prefill_tp: int | None = None,
+        decode_tp: int | None = None,
         threads: int | None = None,
         load_format: str = "auto",
         quantization: Quantization | None = None,
@@ -108,6 +114,9 @@ class Engine:
             separate_pools=separate_pools,
             transfer=transfer,
             threads=threads,
+            tensor_parallel_size=tensor_parallel_size,
+            prefill_tp=prefill_tp,
+            decode_tp=decode_tp,
         )
         options.verify()
         self.tokenizer = Tokenizer(folder, chat_template)

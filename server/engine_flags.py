@@ -46,7 +46,23 @@ def add_engine_arguments(parser: argparse.ArgumentParser) -> None:
     workers("--prefill", type=int, metavar="N", help="prefill workers (default: 1)")
     workers("--decode", type=int, metavar="N", help="decode workers (default: 1)")
     workers("--mixed", type=int, metavar="N", help="workers that do both, instead or beside")
-    workers("--threads", type=int, help="threads of one worker at most")
+    workers(
+        "--tensor-parallel-size",
+        "-tp",
+        type=int,
+        default=1,
+        metavar="N",
+        help="spread each worker's model over N processes (default: 1)",
+    )
+    workers("--prefill-tp", type=int, metavar="N", help="the same of prefill workers only")
+    workers("--decode-tp", type=int, metavar="N", help="the same of decode workers only")
+    workers(
+        "--rank-link",
+        choices=["auto", "shm", "gloo"],
+        default="auto",
+        help="how the processes of one worker exchange data (auto: shared memory)",
+    )
+    workers("--threads", type=int, help="threads of one process at most")
     workers("--cpu-cores", metavar="CORES", help="of all workers: a count, or a list as 0-3,8")
     workers(
         "--prefill-core-share",
@@ -126,6 +142,10 @@ def engine_options(args: argparse.Namespace, model_path: str) -> EngineOptions:
         threads=args.threads,
         cpu_cores=args.cpu_cores,
         prefill_core_share=args.prefill_core_share,
+        tensor_parallel_size=args.tensor_parallel_size,
+        prefill_tp=args.prefill_tp,
+        decode_tp=args.decode_tp,
+        rank_link=args.rank_link,
         hang_s=args.hang_timeout,
     )
     options.verify()

@@ -40,8 +40,8 @@ class Fence:
                 return False
             self._exited_s = now
             self._kill_group()
-        if self.wait_status is None:
-            return now - self._exited_s > STATUS_S_MAX
+        if self.wait_status is None and now - self._exited_s <= STATUS_S_MAX:
+            return False
         return not self._group_exists()
 
     def close(self) -> None:

@@ -16,10 +16,11 @@ from typing import Final
 
 import zmq
 
-from diptych.engine.core.config import EngineOptions, WorkerSpec
+from diptych.engine.core.config import WORKERS_MAX, EngineOptions, WorkerSpec
 from diptych.engine.core.errors import ConfigError
 from diptych.engine.core.messages import Address
 from diptych.engine.core.model_config import load_model_config
+from diptych.engine.core.sharding import cut
 from diptych.server.boot import HostBoot, HostLayout, PoolLayout
 from diptych.server.children import Children
 from diptych.server.cpu_cores import host_cores
@@ -31,7 +32,7 @@ from diptych.server.run_dir import create_run_dir, remove_run_dir
 from diptych.server.warm_launcher import WarmLauncher
 from diptych.transfer.channels import SUPERVISOR, Channels
 from diptych.transfer.control_page import ControlPage, page_bytes
-from diptych.transfer.core_table import CoreTable
+from diptych.transfer.core_table import CoreTable, rank_slots
 from diptych.transfer.network import Network
 from diptych.transfer.nixl_wire import require_nixl
 from diptych.transfer.shared_memory import create_memory
@@ -75,7 +76,7 @@ class Host:
         )
         self._pages = {pool.pool: layout.map_page(pool.pool) for pool in layout.pools}
         self._pulse = layout.map_pulse()
-        self._cores = CoreTable(layout.map_cores())
+        self._cores = CoreTable(layout.map_cores(), rank_slots(layout.workers))
         for slot, spec in enumerate(layout.workers):
             self._cores.introduce(slot, spec.dial)
         self.table = ProcessTable(self.run_dir)
@@ -192,6 +193,10 @@ def plan_layout(options: EngineOptions, workers: Sequence[WorkerSpec]) -> HostLa
         require_nixl()
     model, cache = options.model, options.cache
     config = load_model_config(model.path, model.dtype, model.max_model_len)
+    cut(config, options.num_shards)  # refuses what cannot be cut
+    num_ranks = sum(spec.num_ranks for spec in workers)
+    if num_ranks > WORKERS_MAX:
+        raise ConfigError(f"one host runs at most {WORKERS_MAX} processes of workers")
     block_bytes = config.block_bytes(cache.block_size)
     num_blocks = cache.blocks(block_bytes)
     return HostLayout(
@@ -208,6 +213,6 @@ def plan_layout(options: EngineOptions, workers: Sequence[WorkerSpec]) -> HostLa
             for pool in sorted({spec.pool for spec in workers})
         ],
         cores=host_cores(options.cpu_cores),
-        cores_fd=create_memory("cores", len(workers)),
+        cores_fd=create_memory("cores", num_ranks),
         pulse_fd=create_memory("pulse", page_bytes(0, 1)),
     )

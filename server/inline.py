@@ -52,7 +52,7 @@ class InlineClient:
         if options.separate_pools:
             raise ConfigError("an inline engine has one memory: separate pools need processes")
         self._options = options
-        model = load_model(options.model)
+        model = load_model(options.model, options.num_shards)
         config = model.config
         block_size = options.cache.block_size
         num_blocks = options.cache.blocks(config.block_bytes(block_size))

@@ -19,6 +19,7 @@ from diptych.engine.core.types import DownCause
 EXIT_FAULT: Final = 70
 """Exit status of a process of ours that ended by an uncaught exception."""
 
+_PR_SET_PDEATHSIG: Final = 1
 _PR_SET_NAME: Final = 15
 _PR_SET_CHILD_SUBREAPER: Final = 36
 _F_SETSIG: Final = 10
@@ -38,6 +39,13 @@ def die_by_kernel(lifeline_fd: int) -> None:
     fcntl.fcntl(own, _F_SETSIG, signal.SIGKILL)
     fcntl.fcntl(own, fcntl.F_SETFL, fcntl.fcntl(own, fcntl.F_GETFL) | os.O_ASYNC)
     if lifeline_ended(own):  # it ended before the signal was armed
+        os.kill(os.getpid(), signal.SIGKILL)
+
+
+def die_with_parent(parent: int) -> None:
+    """From now the kernel kills this process when the thread that forked it ends."""
+    _prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+    if os.getppid() != parent:  # it ended before
         os.kill(os.getpid(), signal.SIGKILL)
 
 

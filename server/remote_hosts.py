@@ -172,7 +172,9 @@ class RemoteHosts:
             self._options, prefill=hello.prefill, decode=hello.decode, mixed=hello.mixed
         )
         workers = [
-            WorkerSpec(self._next_worker + spec.worker, self._next_pool + spec.pool, spec.dial)
+            msgspec.structs.replace(
+                spec, worker=self._next_worker + spec.worker, pool=self._next_pool + spec.pool
+            )
             for spec in options.workers()
         ]
         host = RemoteHost(self._next_host, hello.ip, hello.place, link, workers, now)

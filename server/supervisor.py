@@ -323,7 +323,11 @@ class Supervisor:
     def _announce_start(self) -> None:
         if self._started or not self._fleet.engine_up():
             return
-        workers = ", ".join(f"{spec.worker} (dial {spec.dial})" for spec in self._fleet.specs())
+        workers = ", ".join(
+            f"{spec.worker} (dial {spec.dial}"
+            + (f", {spec.num_ranks} ranks)" if spec.num_ranks > 1 else ")")
+            for spec in self._fleet.specs()
+        )
         self._progress(f"engine up: workers {workers}")
         if self._boot.api_target is None:
             self._tell(Started(self._api_boot(Address("api", 0, 1))))

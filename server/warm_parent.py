@@ -54,7 +54,7 @@ class WarmParent:
 
     def serve(self) -> int:
         try:
-            model = load_model(self._boot.options.model)
+            model = load_model(self._boot.options.model, self._boot.options.num_shards)
             self._send(Loaded(engine_info(self._boot, model)))
         except DiptychError as error:
             self._send(LoadFailed(type(error).__name__, error.message))

@@ -26,16 +26,17 @@ from diptych.engine.core.messages import (
 from diptych.engine.core.plan import StepPlan, StepResult
 from diptych.engine.core.types import Epoch, WorkerId
 from diptych.engine.pool import KVPool
-from diptych.engine.runner import CoreShare, LoadedModel, make_runner
+from diptych.engine.runner import LoadedModel, make_runner
 from diptych.scheduler.batcher import Batcher
 from diptych.scheduler.commands import ClearBlock, CommitBlock
 from diptych.server.boot import HostBoot
 from diptych.server.lifeline import die_by_kernel, name_process
 from diptych.server.logs import configure_logs
 from diptych.server.pool_routes import make_porter
+from diptych.server.ranks import share_of_cores, start_ranks
 from diptych.transfer.channels import Channels, process_name
 from diptych.transfer.control_page import ControlPage
-from diptych.transfer.core_table import CoreTable
+from diptych.transfer.core_table import CoreTable, rank_slots
 from diptych.transfer.pool_memory import PoolMemory
 from diptych.transfer.porter import PeerMessage, Porter
 
@@ -153,10 +154,12 @@ def run_worker(boot: HostBoot, model: LoadedModel, worker: WorkerId, epoch: Epoc
     die_by_kernel(boot.lifeline_fd)
     layout = boot.layout
     os.sched_setaffinity(0, layout.cores)  # for its other threads; those that compute are pinned
-    slot = layout.slot(worker)
-    home = layout.spec(worker).pool
+    slot, spec = layout.slot(worker), layout.spec(worker)
+    home = spec.pool
     page, memory = layout.map_page(home), layout.map_pool(home)
     pool = KVPool.over(memory, model.config, layout.num_blocks, layout.block_size)
+    threads = boot.options.threads or len(layout.cores)
+    ranks = start_ranks(boot, spec, epoch, model, pool, threads)  # before there is a thread
     batcher = Batcher(
         worker,
         epoch,
@@ -165,13 +168,12 @@ def run_worker(boot: HostBoot, model: LoadedModel, worker: WorkerId, epoch: Epoc
         eos_token_ids=model.config.eos_token_ids,
         max_model_len=model.config.max_model_len,
     )
-    options, cores = boot.options, layout.map_cores()
-    share = CoreShare(cores, slot, layout.cores, options.prefill_core_share)
-    runner = make_runner(model, pool, options.threads or len(layout.cores), share)
+    runner = make_runner(model, pool, threads, share_of_cores(boot, spec, 0), ranks)
     channels = Channels(Path(boot.run_dir), me, boot.network)
     porter = None
     if len(layout.pools) > 1 or boot.network is not None:
         own = PoolMemory(memory, page, layout.block_bytes)
         porter = make_porter(boot, me, home, own, model.fingerprint, channels.send, batcher.handle)
-    Worker(channels, batcher, runner, page, slot, CoreTable(cores), porter).run()
+    cores = CoreTable(layout.map_cores(), rank_slots(layout.workers))
+    Worker(channels, batcher, runner, page, slot, cores, porter).run()
     channels.close()

@@ -4,6 +4,7 @@
 
 #include <limits.h>
 #include <linux/futex.h>
+#include <sched.h>
 #include <sys/syscall.h>
 #include <time.h>
 #include <unistd.h>
@@ -18,6 +19,7 @@ namespace {
 
 constexpr int64_t kSumItem = 8192;   // floats of one work item
 constexpr int64_t kSpinNs = 50'000;  // longer than ranks of one step usually differ
+constexpr int64_t kPatientNs = 3'000;  // of them without giving the core away
 constexpr int kPausesPerLook = 16;
 
 struct SumJob {
@@ -87,10 +89,14 @@ void meet(int32_t* words, int64_t num_ranks) {
     if (meeting.sleepers.load() > 0) futex(&meeting.round, FUTEX_WAKE, INT_MAX);
     return;
   }
-  const int64_t deadline = now_ns() + kSpinNs;
+  const int64_t start = now_ns(), patient = start + kPatientNs, deadline = start + kSpinNs;
   while (meeting.round.load() == round) {
-    for (int i = 0; i < kPausesPerLook; ++i) pause_cpu();
-    if (now_ns() < deadline) continue;
+    const int64_t now = now_ns();
+    if (now < deadline) {
+      for (int i = 0; i < kPausesPerLook; ++i) pause_cpu();
+      if (now > patient) sched_yield();  // the others may sit on this very core
+      continue;
+    }
     meeting.sleepers.fetch_add(1);  // seen by the last one, or the round is over by now
     while (meeting.round.load() == round) futex(&meeting.round, FUTEX_WAIT, round);
     meeting.sleepers.fetch_sub(1);

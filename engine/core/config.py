@@ -3,6 +3,7 @@
 Owns the defaults. Environment variables are read in server/cli only.
 """
 
+from math import lcm
 from typing import Final, Literal
 
 import msgspec
@@ -16,6 +17,7 @@ Quantization = Literal[
     "int8", "int4", "int4-g32", "int4-g64", "int4-g128", "w8a8", "w4a8", "w4a8-g32", "w4a8-g128"
 ]
 Transfer = Literal["auto", "shm", "tcp", "nixl"]
+RankLink = Literal["auto", "shm", "gloo"]
 
 
 class ModelOptions(msgspec.Struct, frozen=True, kw_only=True):
@@ -69,11 +71,13 @@ class BatchOptions(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class WorkerSpec(msgspec.Struct, frozen=True, array_like=True):
-    """One worker: its number, its pool, its dial (share of step time for prefill, 0..100)."""
+    """One worker: its number, its pool, its dial (share of step time for prefill, 0..100), and over
+    how many ranks (processes) its model is spread."""
 
     worker: int
     pool: int
     dial: int
+    num_ranks: int = 1
 
 
 class EngineOptions(msgspec.Struct, frozen=True, kw_only=True):
@@ -87,20 +91,36 @@ class EngineOptions(msgspec.Struct, frozen=True, kw_only=True):
     separate_pools: bool = False  # prefill, decode and mixed workers each have their own memory
     transfer: Transfer = "auto"  # how blocks move between pools
     several_hosts: bool = False  # each with pools of its own
-    threads: int | None = None  # of one worker at most; None: as many as it has cores
+    threads: int | None = None  # of one process at most; None: as many as it has cores
     cpu_cores: str | None = None  # of all workers of a host: a count or a list; None: all
     prefill_core_share: int = 50  # percent of the cores, while prefill and decode are both busy
+    tensor_parallel_size: int = 1  # ranks of each worker
+    prefill_tp: int | None = None  # of each prefill worker, where that differs
+    decode_tp: int | None = None
+    rank_link: RankLink = "auto"  # how the ranks of a worker exchange what they add up
     hang_s: float = 3.0  # a progress counter still for this long, with work, is a hang
 
     def workers(self) -> list[WorkerSpec]:
         """Prefill workers first, then decode, then mixed; pools are numbered from 0."""
-        kinds = ((self.prefill, 100), (self.decode, 0), (self.mixed, 50))
+        tp = self.tensor_parallel_size
+        kinds = (
+            (self.prefill, 100, self.prefill_tp or tp),
+            (self.decode, 0, self.decode_tp or tp),
+            (self.mixed, 50, tp),
+        )
         places = [
-            (pool if self.separate_pools else 0, dial)
-            for pool, (count, dial) in enumerate(kind for kind in kinds if kind[0])
+            (pool if self.separate_pools else 0, dial, num_ranks)
+            for pool, (count, dial, num_ranks) in enumerate(kind for kind in kinds if kind[0])
             for _ in range(count)
         ]
-        return [WorkerSpec(worker, pool, dial) for worker, (pool, dial) in enumerate(places)]
+        return [WorkerSpec(worker, *place) for worker, place in enumerate(places)]
+
+    @property
+    def num_shards(self) -> int:
+        """Into how many shards the model is cut, on every host and inline: the ranks of any worker
+        share them out evenly, so that all workers compute equal bits."""
+        tp = self.tensor_parallel_size
+        return lcm(tp, self.prefill_tp or tp, self.decode_tp or tp)
 
     def verify(self) -> None:
         self.cache.verify()
@@ -110,8 +130,11 @@ class EngineOptions(msgspec.Struct, frozen=True, kw_only=True):
             raise ConfigError("need --prefill N and --decode N of at least 1 each, or --mixed N")
         if self.transfer != "auto" and not (self.separate_pools or self.several_hosts):
             raise ConfigError(f"--transfer {self.transfer} needs --separate-pools")
-        if self.prefill + self.decode + self.mixed > WORKERS_MAX and not self.several_hosts:
-            raise ConfigError(f"one host runs at most {WORKERS_MAX} workers")
+        sizes = [self.tensor_parallel_size, self.prefill_tp, self.decode_tp]
+        if any(size is not None and not 1 <= size <= WORKERS_MAX for size in sizes):
+            raise ConfigError(f"tensor-parallel sizes must be between 1 and {WORKERS_MAX}")
+        if sum(spec.num_ranks for spec in self.workers()) > WORKERS_MAX and not self.several_hosts:
+            raise ConfigError(f"one host runs at most {WORKERS_MAX} processes of workers")
         if self.threads is not None and self.threads < 1:
             raise ConfigError(f"a worker needs at least 1 thread, got {self.threads}")
         if not 0 <= self.prefill_core_share <= 100:
