@@ -5,11 +5,13 @@ import os
 import signal
 import time
 from pathlib import Path
+from typing import Any
 
 import msgspec
 import pytest
 
 from bench.procs import descendants, engine_processes
+from diptych import Engine
 from diptych.engine.core.config import EngineOptions, RankLink
 from diptych.engine.core.errors import ConfigError
 from diptych.engine.core.messages import Stats
@@ -24,7 +26,8 @@ from tests.support.processes import tiny_options, wait_for
 DETECT_S_MAX = 0.5
 PARAMS = SamplingParams(temperature=0.0, max_tokens=40, ignore_eos=True, logprobs=2)
 PROMPTS = [[(i * 7 + j) % 250 for j in range(length)] for i, length in enumerate((40, 333, 1, 201))]
-Answer = tuple[list[int], list[TokenLogprobs]]
+SCORED = msgspec.structs.replace(PARAMS, prompt_logprobs=1)
+Answer = tuple[list[int], list[TokenLogprobs], list[TokenLogprobs]]  # ids, of them, of the prompt
 
 
 def options_of(folder: Path, sizes: tuple[int, int], **changes: object) -> EngineOptions:
@@ -32,18 +35,22 @@ def options_of(folder: Path, sizes: tuple[int, int], **changes: object) -> Engin
     return msgspec.structs.replace(options, prefill_tp=sizes[0], decode_tp=sizes[1], **changes)
 
 
-async def answer(client: EngineClient, name: str, prompt: list[int]) -> Answer:
+async def answer(
+    client: EngineClient, name: str, prompt: list[int], params: SamplingParams = PARAMS
+) -> Answer:
     ids: list[int] = []
     logprobs: list[TokenLogprobs] = []
-    async for delta in client.stream(name, prompt, PARAMS):
+    of_prompt: list[TokenLogprobs] = []
+    async for delta in client.stream(name, prompt, params):
         ids += delta.ids
         logprobs += delta.logprobs or []
-    return ids, logprobs
+        of_prompt += delta.prompt_logprobs or []
+    return ids, logprobs, of_prompt
 
 
 async def ask_all(client: EngineClient, tag: str) -> list[Answer]:
     tasks = [answer(client, f"{tag}{i}", prompt) for i, prompt in enumerate(PROMPTS)]
-    return await asyncio.gather(*tasks)
+    return await asyncio.gather(*tasks, answer(client, f"{tag} scored", PROMPTS[3], SCORED))
 
 
 async def inline_answers(folder: Path, num_shards: int) -> list[Answer]:
@@ -83,7 +90,7 @@ async def disturb(hosted: Hosted, tag: str, pid: int, how: signal.Signals) -> No
     ]
     await asyncio.sleep(0)
     os.kill(pid, how)
-    for ids, _ in await asyncio.gather(*tasks):
+    for ids, _, _ in await asyncio.gather(*tasks):
         assert len(ids) == PARAMS.max_tokens
 
 
@@ -162,3 +169,16 @@ def test_what_cannot_be_cut_is_refused_at_start(tmp_path: Path) -> None:
         start_engine(options_of(tmp_path, (3, 1)))
     with pytest.raises(ConfigError, match="between 1 and 64"):
         start_engine(options_of(tmp_path, (0, 1)))
+
+
+def test_the_python_engine_takes_sizes() -> None:
+    prompts = ["What is 12 + 30?", "Reverse the word 'planet'."]
+    greedy = SamplingParams(temperature=0, max_tokens=16, logprobs=1)
+
+    def outputs(**how: Any) -> list[object]:
+        with Engine(num_blocks=64, threads=1, **how) as engine:
+            made = engine.generate(prompts, greedy, progress=False)
+            return [(out.outputs[0].token_ids, out.outputs[0].logprobs) for out in made]
+
+    inline = outputs(inline=True, tensor_parallel_size=2, decode_tp=1)
+    assert outputs(tensor_parallel_size=2, decode_tp=1) == inline
