@@ -10,7 +10,7 @@ import uuid
 from collections.abc import AsyncGenerator, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
-from typing import Final, Self
+from typing import Final, Literal, Self
 
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
@@ -85,15 +85,13 @@ class Engine:
         quantization: Quantization | None = None,
         chat_template: str | Path | None = None,
     ) -> None:
-        if load_format not in ("auto", "dummy"):
-            raise ConfigError(f"load_format must be 'auto' or 'dummy', got {load_format!r}")
         folder = resolve_model(str(model or BUILTIN_MODEL))
         options = EngineOptions(
             model=ModelOptions(
                 path=folder,
                 dtype=dtype,
                 max_model_len=max_model_len,
-                load_format="dummy" if load_format == "dummy" else "auto",
+                load_format=_load_format(load_format),
                 quantization=quantization,
             ),
             cache=CacheOptions(
@@ -103,11 +101,7 @@ class Engine:
                 enable_prefix_caching=enable_prefix_caching,
             ),
             scheduler=SchedulerOptions(max_num_seqs=max_num_seqs, max_waiting=1 << 20),
-            batch=BatchOptions(
-                max_num_batched_tokens=max_num_batched_tokens,
-                max_chunk_tokens=max_chunk_tokens,
-                max_num_seqs=max_num_seqs,
-            ),
+            batch=_batch_options(max_num_seqs, max_num_batched_tokens, max_chunk_tokens),
             prefill=0 if inline else prefill,
             decode=0 if inline else decode,
             mixed=1 if inline else mixed,
@@ -118,7 +112,6 @@ class Engine:
             prefill_tp=prefill_tp,
             decode_tp=decode_tp,
         )
-        options.verify()
         self.tokenizer = Tokenizer(folder, chat_template)
         self._defaults = load_model_config(folder, dtype, max_model_len).sampling_defaults
         self._loop = LoopThread("diptych-engine")
@@ -127,6 +120,7 @@ class Engine:
 
     def _host(self, options: EngineOptions, inline: bool) -> Hosted:
         try:
+            options.verify()
             return self._loop.run(host_engine(options, inline=inline))
         except BaseException:
             self._loop.stop()
@@ -287,6 +281,20 @@ class Engine:
             prepared.prompt_ids,
             prepared.params,
         )
+
+
+def _batch_options(seqs_max: int, tokens_max: int, chunk_tokens_max: int | None) -> BatchOptions:
+    return BatchOptions(
+        max_num_batched_tokens=tokens_max,
+        max_chunk_tokens=chunk_tokens_max,
+        max_num_seqs=seqs_max,
+    )
+
+
+def _load_format(name: str) -> Literal["auto", "dummy"]:
+    if name not in ("auto", "dummy"):
+        raise ConfigError(f"load_format must be 'auto' or 'dummy', got {name!r}")
+    return "dummy" if name == "dummy" else "auto"
 
 
 def _as_prompts(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:

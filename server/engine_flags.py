@@ -46,22 +46,6 @@ def add_engine_arguments(parser: argparse.ArgumentParser) -> None:
     workers("--prefill", type=int, metavar="N", help="prefill workers (default: 1)")
     workers("--decode", type=int, metavar="N", help="decode workers (default: 1)")
     workers("--mixed", type=int, metavar="N", help="workers that do both, instead or beside")
-    workers(
-        "--tensor-parallel-size",
-        "-tp",
-        type=int,
-        default=1,
-        metavar="N",
-        help="spread each worker's model over N processes (default: 1)",
-    )
-    workers("--prefill-tp", type=int, metavar="N", help="the same of prefill workers only")
-    workers("--decode-tp", type=int, metavar="N", help="the same of decode workers only")
-    workers(
-        "--rank-link",
-        choices=["auto", "shm", "gloo"],
-        default="auto",
-        help="how the processes of one worker exchange data (auto: shared memory)",
-    )
     workers("--threads", type=int, help="threads of one process at most")
     workers("--cpu-cores", metavar="CORES", help="of all workers: a count, or a list as 0-3,8")
     workers(
@@ -73,6 +57,8 @@ def add_engine_arguments(parser: argparse.ArgumentParser) -> None:
     )
     workers("--kernels", choices=["auto", "cpp", "reference"], default="auto")
     workers("--kernel-level", help="plain, avx2, avx512, avx512_bf16 or amx (default: the best)")
+
+    _add_rank_arguments(parser)
 
     memory = parser.add_argument_group("KV memory").add_argument
     memory("--block-size", type=int, default=16, help="tokens of a block (default: %(default)s)")
@@ -103,6 +89,26 @@ def add_engine_arguments(parser: argparse.ArgumentParser) -> None:
     scheduling("--long-prefill-token-threshold", type=int, metavar="N", help="cap of one chunk")
     scheduling("--max-num-queued-reqs", type=int, default=1024, help="waiting before 429")
     scheduling("--hang-timeout", type=float, default=3.0, help="seconds until a hang is fenced")
+
+
+def _add_rank_arguments(parser: argparse.ArgumentParser) -> None:
+    ranks = parser.add_argument_group("tensor parallelism").add_argument
+    ranks(
+        "--tensor-parallel-size",
+        "-tp",
+        type=int,
+        default=1,
+        metavar="N",
+        help="spread each worker's model over N processes (default: 1)",
+    )
+    ranks("--prefill-tp", type=int, metavar="N", help="the same of prefill workers only")
+    ranks("--decode-tp", type=int, metavar="N", help="the same of decode workers only")
+    ranks(
+        "--rank-link",
+        choices=["auto", "shm", "gloo"],
+        default="auto",
+        help="how the processes of one worker exchange data (auto: shared memory)",
+    )
 
 
 def engine_options(args: argparse.Namespace, model_path: str) -> EngineOptions:
