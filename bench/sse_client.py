@@ -20,6 +20,7 @@ _DONE: Final = b"data: [DONE]"
 _END: Final = b"0\r\n\r\n"
 _RECV_BYTES: Final = 1 << 16
 _TAIL_BYTES: Final = 1024
+_LATE_S: Final = 1.0
 
 
 @dataclass(slots=True)
@@ -138,6 +139,7 @@ def main() -> None:
         "first_error": load.errors[0] if load.errors else None,
         "ttft_ms": _ms([s for stream in load.all for s in stream.ttft_s]),
         "gap_ms": _ms([s for stream in load.all for s in stream.gaps_s]),
+        "late": sum(s > _LATE_S for stream in load.all for s in stream.gaps_s),
     }
     print(json.dumps(result))
 
