@@ -6,7 +6,6 @@ it, what the step's tokens cost as a message: encoded by the worker, decoded by 
 """
 
 import argparse
-import gc
 import statistics
 from pathlib import Path
 from time import perf_counter
@@ -22,6 +21,7 @@ from diptych.engine.core.plan import Sample, StepResult
 from diptych.engine.core.request import Request, SeqRef
 from diptych.engine.core.types import Role, pack_ids
 from diptych.scheduler.batcher import Batcher
+from diptych.server.collector import calm_collector
 
 BLOCK = 16
 TABLE_BLOCKS = 64
@@ -127,7 +127,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--out", type=Path, help="write the rows as JSON")
     out: Path | None = parser.parse_args().out
-    gc.freeze()
+    calm_collector()  # as a worker does
     write(out, {"rows": [measure(size) | message_us(size) for size in SIZES]})
 
 

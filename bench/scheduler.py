@@ -42,6 +42,7 @@ from diptych.engine.core.request import Request, SeqRef
 from diptych.engine.core.types import pack_ids
 from diptych.scheduler.commands import PoolRead, SchedulerCommand, SchedulerInput
 from diptych.scheduler.scheduler import Scheduler
+from diptych.server.collector import calm_collector
 
 BLOCK = 16
 NUM_BLOCKS = 1 << 17
@@ -211,6 +212,7 @@ def main() -> None:
     parser.add_argument("--vllm-python", type=Path, metavar="PATH")
     parser.add_argument("--out", type=Path)
     args = parser.parse_args()
+    calm_collector()  # as the process of a scheduler does
     result: dict[str, object] = {
         "rows": [measure(size) for size in SIZES],
         "prefix": prefix_lookup(),

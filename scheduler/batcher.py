@@ -6,6 +6,8 @@ out `take` (page writes come before the step that writes those blocks), runs the
 plan changes; what arrives meanwhile takes effect after the commit.
 """
 
+from typing import cast
+
 from diptych.engine.core.config import BatchOptions
 from diptych.engine.core.handoff import Pulled, PullEnded
 from diptych.engine.core.messages import (
@@ -215,8 +217,7 @@ class Batcher:
         self._commands += exchange.publish_orders(run, upto, self._epoch)
 
     def _grant(self, grant: Grant) -> None:
-        run = self._lineup.get(grant.ref)
-        if run is None:
+        if (run := self._lineup.get(grant.ref)) is None:
             return  # it ended while the grant was under way
         seq = run.seq
         assert grant.first == len(seq.block_table), "grants are contiguous and in order"
@@ -273,8 +274,7 @@ class Batcher:
         """One token each. This loop is the cost of an uneventful step."""
         outbox: Outbox | None = None
         items: list[Tokens] = []
-        for run, sample in zip(runs, samples, strict=False):
-            assert sample is not None
+        for run, sample in zip(runs, cast("list[Sample]", samples), strict=False):
             token = sample.token
             tokens = run.tokens
             tokens.append(token)

@@ -11,6 +11,7 @@ from collections.abc import Callable
 import msgspec
 
 from diptych.server.boot import ApiBoot, ApiProcessBoot
+from diptych.server.collector import calm_collector
 from diptych.server.lifeline import (
     EXIT_FAULT,
     die_by_thread,
@@ -38,6 +39,7 @@ def main() -> None:
     configure_logs(f"api{boot.api.api}.{boot.api.api_epoch}", boot.api.log_level)
     name_process(f"api{boot.api.api}")
     die_by_thread(boot.lifeline_fd, lambda: None)
+    calm_collector()
     try:
         target(boot.api)
     except Exception:

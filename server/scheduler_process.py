@@ -33,6 +33,7 @@ from diptych.engine.core.types import Epoch, PoolId
 from diptych.scheduler.commands import PageEntry, PoolRead, ReadPool, SchedulerInput
 from diptych.scheduler.scheduler import Scheduler
 from diptych.server.boot import HostBoot
+from diptych.server.collector import calm_collector
 from diptych.server.lifeline import die_by_thread, name_process
 from diptych.server.logs import configure_logs
 from diptych.server.run_dir import remove_run_dir
@@ -143,5 +144,6 @@ def run_scheduler(boot: HostBoot, epoch: Epoch) -> None:
     pages = {pool.pool: layout.map_page(pool.pool) for pool in layout.pools}
     scheduler = Scheduler(epoch, boot.options.scheduler, boot.options.cache)
     channels = Channels(run_dir, me, boot.network)
+    calm_collector()
     SchedulerProcess(channels, scheduler, pages, layout.map_pulse()).run()
     channels.close()

@@ -30,6 +30,7 @@ from diptych.engine.runner import LoadedModel, make_runner
 from diptych.scheduler.batcher import Batcher
 from diptych.scheduler.commands import ClearBlock, CommitBlock
 from diptych.server.boot import HostBoot
+from diptych.server.collector import calm_collector
 from diptych.server.lifeline import die_by_kernel, name_process
 from diptych.server.logs import configure_logs
 from diptych.server.pool_routes import make_porter
@@ -175,5 +176,6 @@ def run_worker(boot: HostBoot, model: LoadedModel, worker: WorkerId, epoch: Epoc
         own = PoolMemory(memory, page, layout.block_bytes)
         porter = make_porter(boot, me, home, own, model.fingerprint, channels.send, batcher.handle)
     cores = CoreTable(layout.map_cores(), rank_slots(layout.workers))
+    calm_collector()
     Worker(channels, batcher, runner, page, slot, cores, porter).run()
     channels.close()
