@@ -5,7 +5,7 @@ worker raise. Names and meanings are those of vLLM and the OpenAI API.
 """
 
 import math
-from typing import Final
+from typing import Final, Literal
 
 import msgspec
 
@@ -53,7 +53,8 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True):
     skip_special_tokens: bool = True
     spaces_between_special_tokens: bool = True
     detokenize: bool = True
-    truncate_prompt_tokens: int | None = None
+    truncate_prompt_tokens: int | None = None  # -1: as many as leave room for max_tokens
+    truncation_side: Literal["left", "right"] = "left"  # which end of a long prompt goes
     bad_word_ids: list[list[int]] = []
     """`bad_words` as token ids; filled by the front door, which owns the tokenizer."""
 
@@ -82,7 +83,7 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True):
                 raise _bad("min_tokens", self.min_tokens, f"at most max_tokens ({self.max_tokens})")
         if self.seed is not None:
             _integer("seed", self.seed, -SEED_MAX - 1, SEED_MAX)
-        if self.truncate_prompt_tokens is not None:
+        if self.truncate_prompt_tokens not in (None, -1):
             _integer("truncate_prompt_tokens", self.truncate_prompt_tokens, 1, 2**31 - 1)
         self._verify_lists(vocab_size)
 

@@ -8,7 +8,7 @@ ignored; any other unknown field is ignored and reported to the caller for count
 import json
 import re
 from collections.abc import Callable, Mapping
-from typing import Final, TypeVar
+from typing import Final, Literal, TypeVar
 
 import msgspec
 
@@ -51,6 +51,7 @@ class GenerateRequest(msgspec.Struct, frozen=True, kw_only=True):
     spaces_between_special_tokens: bool | None = None
     detokenize: bool | None = None
     truncate_prompt_tokens: int | None = None
+    truncation_side: Literal["left", "right"] | None = None
     add_special_tokens: bool | None = None
     priority: int = 0
     cache_salt: str = ""

@@ -50,9 +50,7 @@ def prepare_params(
     params.verify(info.vocab_size)
     if params.stop and not params.detokenize:
         raise InvalidRequestError("stop strings need detokenize=true.", param="stop")
-    ids = list(prompt_ids)
-    if params.truncate_prompt_tokens is not None:
-        ids = ids[-params.truncate_prompt_tokens :]
+    ids = _truncated(list(prompt_ids), params, info.max_model_len)
     _verify_prompt(ids, info.vocab_size)
     max_tokens = _max_tokens(len(ids), params, info.max_model_len, clip_max_tokens)
     resolved = msgspec.structs.replace(
@@ -64,6 +62,15 @@ def prepare_params(
             param="min_tokens",
         )
     return Prepared(ids, resolved)
+
+
+def _truncated(ids: list[int], params: SamplingParams, max_model_len: int) -> list[int]:
+    most = params.truncate_prompt_tokens
+    if most is None:
+        return ids
+    if most == -1:
+        most = max(1, max_model_len - (params.max_tokens or 1))
+    return ids[:most] if params.truncation_side == "right" else ids[-most:]
 
 
 def _verify_prompt(ids: Sequence[int], vocab_size: int) -> None:

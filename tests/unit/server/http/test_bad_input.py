@@ -79,6 +79,8 @@ BOTH = [
     ({"timeout_s": 0}, "seconds", "timeout_s"),
     ({"request_id": "a b\n"}, "request_id", "request_id"),
     ({"truncate_prompt_tokens": -7}, "truncate_prompt_tokens", "truncate_prompt_tokens"),
+    ({"truncate_prompt_tokens": 0}, "truncate_prompt_tokens", "truncate_prompt_tokens"),
+    ({"truncation_side": "middle"}, "invalid enum value", "truncation_side"),
     ({"bad_words": [""]}, "non-empty", "bad_words"),
     ({"tools": [{"type": "function"}]}, "Remove this field", "tools"),
     ({"response_format": {"type": "json_object"}}, "structured output", "response_format"),

@@ -148,6 +148,21 @@ def test_truncation_and_echo_of_ids(site: Site) -> None:
     kept = site.engine.calls[-1][1]
     assert len(kept) == 2
     assert answer["choices"][0]["text"] == site.tokenizer.decode(kept) + "hello world"
+    prompt = [5 + i % 50 for i in range(300)]
+    for side, most, expected in (
+        ("left", 7, prompt[-7:]),
+        ("right", 7, prompt[:7]),
+        ("left", -1, prompt[-(128 - 20) :]),  # as many as leave room for the answer
+        ("right", -1, prompt[: 128 - 20]),
+    ):
+        ask(
+            site,
+            prompt=prompt,
+            truncate_prompt_tokens=most,
+            truncation_side=side,
+            max_tokens=20,
+        )
+        assert site.engine.calls[-1][1] == expected, (side, most)
 
 
 def test_one_refusal_among_many_prompts_refuses_all(site: Site) -> None:
