@@ -9,7 +9,6 @@ from collections.abc import Callable
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass
 from hashlib import sha256
-from pathlib import Path
 from time import perf_counter
 from typing import Final, Literal, NoReturn, Protocol, cast
 
@@ -27,12 +26,14 @@ from diptych.engine.core.plan import Sample, StepPlan, StepResult, StepRow, Toke
 from diptych.engine.core.request import Sequence
 from diptych.engine.follower import encode_step, follow
 from diptych.engine.head_calls import head_calls
-from diptych.engine.loader import open_weights
 from diptych.engine.logprobs import token_logprobs
 from diptych.engine.models.decoder import Decoder
-from diptych.engine.models.weights import DecoderWeights, pack_weights
+from diptych.engine.models.weights import DecoderWeights
+from diptych.engine.packed_file import PackedKey
+from diptych.engine.packing import Prepared, Progress, packed_quantization, prepare_weights
 from diptych.engine.pool import KVPool
 from diptych.engine.sampling import Sampler
+from diptych.engine.weights_tree import SHAPE_VERSION
 from diptych.kernels import Kernels
 
 __all__ = [
@@ -62,29 +63,50 @@ class LoadedModel:
     weights: DecoderWeights
     kernels: Kernels
     fingerprint: str  # equal fingerprints compute equal bits
+    prepared: Prepared  # how the weights came here
 
 
-def load_model(options: ModelOptions, num_shards: int = 1) -> LoadedModel:
-    """Loads and packs the weights, in as many shards. Raises ModelLoadError or ConfigError.
+def load_model(
+    options: ModelOptions,
+    num_shards: int = 1,
+    *,
+    threads: int = 1,
+    on_progress: Progress | None = None,
+) -> LoadedModel:
+    """Loads and packs the weights, in as many shards, or maps packed ones. Raises ModelLoadError or
+    ConfigError.
 
-    Fork-safe as long as torch runs on one thread (a process that forks calls
-    `torch.set_num_threads(1)` first): the kernels' own threads are made by `make_runner`.
+    Packing takes `threads` threads, which are gone at the end. Fork-safe as long as torch runs on
+    one thread (a process that forks calls `torch.set_num_threads(1)` first).
     """
     config = load_model_config(options.path, options.dtype, options.max_model_len)
     kernels = load_kernels(options)
-    source = open_weights(Path(options.path), config, options.load_format, options.seed)
-    digest = sha256(source.identity().encode())
-    digest.update(_numerics(config))
-    digest.update(f"tp={num_shards} kv={config.dtype} {kernels.fingerprint()}".encode())
+    quantization = options.quantization or packed_quantization(options)
     narrow: backends.Narrow | None = None
-    if options.quantization is not None:
-        narrow = backends.NARROW.get(options.quantization)
+    if quantization is not None:
+        narrow = backends.NARROW.get(quantization)
         if narrow is None:
             known = ", ".join(backends.NARROW)
-            raise ConfigError(f"quantization must be {known}, got {options.quantization!r}")
+            raise ConfigError(f"quantization must be {known}, got {quantization!r}")
+    key = PackedKey(
+        shape_version=SHAPE_VERSION,
+        kernels=kernels.fingerprint(),
+        numerics=sha256(_numerics(config)).hexdigest(),
+        dtype=config.dtype,
+        quantization=quantization,
+        num_shards=num_shards,
+    )
+    kernels.set_num_threads(threads)
+    try:
+        prepared = prepare_weights(options, config, kernels, key, narrow, on_progress)
+    finally:
+        kernels.set_num_threads(1)
+    digest = sha256(prepared.identity.encode())
+    digest.update(_numerics(config))
+    digest.update(f"tp={num_shards} kv={config.dtype} {kernels.fingerprint()}".encode())
+    if narrow is not None:
         digest.update(f" {narrow}".encode())
-    weights = pack_weights(config, source, kernels, narrow, num_shards)
-    return LoadedModel(config, weights, kernels, digest.hexdigest())
+    return LoadedModel(config, prepared.weights, kernels, digest.hexdigest(), prepared)
 
 
 def load_kernels(options: ModelOptions) -> Kernels:

@@ -10,7 +10,7 @@ So on one `level` a row computed alone equals, bit for bit, the same row compute
 a decode row equals the same row of a prefill chunk.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -73,14 +73,21 @@ class Kernels(Protocol):
         """
         ...
 
+    def pack_into(self, empty: Callable[[int, dtype], Tensor] | None) -> None:
+        """Where `pack_linear` takes the memory of its large results from; None: from torch."""
+        ...
+
     def pack_linear(
-        self, weight: Tensor, bias: Tensor | None, narrow: Narrow | None = None
+        self,
+        weight: Tensor | Sequence[Tensor],
+        bias: Tensor | None,
+        narrow: Narrow | None = None,
     ) -> PackedLinear:
         """Reorder `weight` ([N, K], model dtype) and `bias` ([N], any float dtype) for `linear`.
         Keeps neither. `narrow` rounds the weights first (narrow.py).
 
-        To fuse several layers of one input (q, k, v; gate, up), concatenate their weights along N
-        first.
+        Several weights are fused layers of one input (q, k, v; gate, up), one after the other along
+        N.
         """
         ...
 

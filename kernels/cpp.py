@@ -22,6 +22,7 @@ __all__ = ["CppKernels", "available_levels", "level_index"]
 _NUMERICS_VERSION = 3
 
 _NARROW_INPUTS_MAX = 1 << 16  # of narrow layers: what 32-bit sums hold for sure
+_PANEL = 16  # outputs that are packed together, kPanel of csrc/cpu/kernels.h
 _MODEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
@@ -37,6 +38,10 @@ def level_index(level: str) -> int:
     lib = library.load()
     names = [str(lib.level_name(index)) for index in range(lib.num_levels())]
     return names.index(level)
+
+
+def _empty(size: int, dtype: torch.dtype) -> Tensor:
+    return torch.empty(size, dtype=dtype)
 
 
 class CppKernels:
@@ -63,6 +68,7 @@ class CppKernels:
         self._argmax_logprob: Callable[..., None] = lib.argmax_logprob
         self._log_softmax: Callable[..., None] = lib.log_softmax
         self._set_num_threads: Callable[[int], None] = lib.set_num_threads
+        self.pack_into(None)
         self.set_level(available_levels()[-1] if level is None else level)
 
     def set_level(self, level: str) -> None:
@@ -90,34 +96,53 @@ class CppKernels:
         numbers = torch.tensor(cores, dtype=torch.int32)
         library.load().share_cores(table, slot, numbers, prefill_share)
 
+    def pack_into(self, empty: Callable[[int, torch.dtype], Tensor] | None) -> None:
+        self._empty = _empty if empty is None else empty
+
     def pack_linear(
-        self, weight: Tensor, bias: Tensor | None, narrow: Narrow | None = None
+        self,
+        weight: Tensor | Sequence[Tensor],
+        bias: Tensor | None,
+        narrow: Narrow | None = None,
     ) -> PackedLinear:
-        assert weight.dtype in _MODEL_DTYPES
-        num_out, num_in = weight.shape
+        parts = [weight] if isinstance(weight, Tensor) else list(weight)
+        if narrow is not None or any(part.shape[0] % _PANEL for part in parts[:-1]):
+            parts = [torch.cat(parts)]
+        dtype = parts[0].dtype
+        assert dtype in _MODEL_DTYPES
+        num_out, num_in = sum(part.shape[0] for part in parts), parts[0].shape[1]
         if narrow is not None and num_in > _NARROW_INPUTS_MAX:
             raise ConfigError(
                 f"quantized layers may have {_NARROW_INPUTS_MAX} inputs, not {num_in}"
             )
-        weight = weight.detach()
         scales: Tensor | None = None
         if narrow is None:
-            size = self._packed_size(num_out, num_in, weight.dtype == torch.bfloat16)
-            packed = torch.empty(size, dtype=weight.dtype)
-            self._pack_linear(self._level, packed, weight.contiguous())
+            packed = self._pack_parts(parts, num_out, num_in)
         elif narrow.bits == 8:
-            packed, scales = pack_int8(weight)
+            packed, scales = pack_int8(parts[0].detach())
         else:
-            packed, scales = pack_int4(weight, narrow.group)
+            packed, scales = pack_int4(parts[0].detach(), narrow.group)
         return PackedLinear(
             data=packed,
             bias=None if bias is None else bias.detach().to(torch.float32, copy=True).contiguous(),
             num_out=num_out,
             num_in=num_in,
-            dtype=weight.dtype,
+            dtype=dtype,
             narrow=narrow,
             scales=scales,
         )
+
+    def _pack_parts(self, parts: list[Tensor], num_out: int, num_in: int) -> Tensor:
+        """Each part fills whole panels, so it is packed as a layer of its own, in its place."""
+        dtype = parts[0].dtype
+        size = self._packed_size(num_out, num_in, dtype == torch.bfloat16)
+        packed, done = self._empty(size, dtype), 0
+        for part in parts:
+            end = done + self._packed_size(part.shape[0], num_in, dtype == torch.bfloat16)
+            self._pack_linear(self._level, packed[done:end], part.detach().contiguous())
+            done = end
+        assert done == size
+        return packed
 
     def linear(self, out: Tensor, x: Tensor, w: PackedLinear) -> None:
         if w.narrow is None:

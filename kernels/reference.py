@@ -6,7 +6,7 @@ machines without the C++ library; never for speed.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -35,9 +35,17 @@ class ReferenceKernels:
     ) -> None:
         """One thread, wherever it is."""
 
+    def pack_into(self, empty: Callable[[int, torch.dtype], Tensor] | None) -> None:
+        """Results are copies, wherever torch puts them."""
+
     def pack_linear(
-        self, weight: Tensor, bias: Tensor | None, narrow: Narrow | None = None
+        self,
+        weight: Tensor | Sequence[Tensor],
+        bias: Tensor | None,
+        narrow: Narrow | None = None,
     ) -> PackedLinear:
+        if not isinstance(weight, Tensor):
+            weight = torch.cat(list(weight))
         num_out, num_in = weight.shape
         data, scales = weight.detach().clone().contiguous(), None
         if narrow is not None and narrow.bits == 8:

@@ -1,6 +1,8 @@
 // Packing of weights, and linear layers over them.
 #pragma once
 
+#include <string.h>
+
 #include "gemm.h"
 #include "integers.h"
 #include "pool.h"
@@ -39,16 +41,37 @@ inline int64_t padded_inputs(const LinearArgs& a) {
   return a.dtype == DType::kBF16 ? round_up(a.num_in, kPairInputs) : a.num_in;
 }
 
+// `inputs` (a multiple of 32) inputs of a full panel of bf16, in squares of 16 pairs by 16 outputs
+// that stay in the first cache.
+inline void pack_pairs(uint16_t* out, const uint16_t* rows, int64_t stride, int64_t inputs) {
+  for (int64_t k = 0; k < inputs; k += 2 * kPanel, out += 2 * kPanel * kPanel) {
+    for (int64_t c = 0; c < kPanel; ++c) {
+      uint32_t pairs[kPanel];
+      memcpy(pairs, rows + c * stride + k, sizeof pairs);
+      for (int64_t i = 0; i < kPanel; ++i) memcpy(out + 2 * (i * kPanel + c), pairs + i, 4);
+    }
+  }
+}
+
 template <class E>
 void pack_panel(const PackArgs& a, int64_t panel) {
   constexpr int64_t unit = Operand<E>::kActsPerStep;  // inputs that lie side by side
   const int64_t padded = unit == 1 ? a.num_in : round_up(a.num_in, kPairInputs);
   auto* out = static_cast<typename E::Raw*>(a.packed) + panel * padded * kPanel;
   const auto* weight = static_cast<const typename E::Raw*>(a.weight);
+  int64_t done = 0;  // inputs
+  if constexpr (unit == 2) {
+    if ((panel + 1) * kPanel <= a.num_out) {
+      done = a.num_in / (2 * kPanel) * (2 * kPanel);
+      pack_pairs(reinterpret_cast<uint16_t*>(out),
+                 reinterpret_cast<const uint16_t*>(weight) + panel * kPanel * a.num_in, a.num_in,
+                 done);
+    }
+  }
   for (int64_t c = 0; c < kPanel; ++c) {
     const int64_t n = panel * kPanel + c;
     const auto* row = weight + n * a.num_in;
-    for (int64_t k = 0; k < padded; ++k) {
+    for (int64_t k = done; k < padded; ++k) {
       const bool inside = n < a.num_out && k < a.num_in;
       out[(k / unit) * unit * kPanel + c * unit + k % unit] = inside ? row[k] : typename E::Raw(0);
     }

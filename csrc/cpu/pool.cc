@@ -20,6 +20,7 @@
 
 #include <atomic>
 #include <new>
+#include <vector>
 
 #include "cores.h"
 
@@ -82,6 +83,8 @@ struct Pool {
   std::atomic<int> limit{1};            // threads of the newest job, the caller's included
   const Share* const share;             // null: workers are anywhere, worker i is the i-th helper
   int num_workers = 0;                  // with a share: worker i sits on core i, for good
+  std::atomic<bool> ending{false};
+  std::vector<pthread_t> threads;       // of the workers, in their order
   std::atomic<uint8_t> asleep[kCoresMax] = {};
   std::atomic<int64_t> items_done[kCoresMax] = {};  // with a share: on each of its cores
   std::atomic<int> seat{-1};  // with a share: the core of the caller
@@ -120,7 +123,7 @@ struct Pool {
   }
 
   void work(int index) {
-    for (;;) {
+    while (!ending.load()) {
       const uint32_t seen = wake.load();
       if (allowed(index) && enter()) {
         share == nullptr ? take_items() : take_items_while_allowed(index);
@@ -132,15 +135,13 @@ struct Pool {
       }
       if (wake.load() != seen && allowed(index)) continue;
       asleep[index].store(1);
+      if (ending.load()) break;
       futex(&wake, FUTEX_WAIT_BITSET, seen, 1u << (index % 32));
       asleep[index].store(0);
     }
   }
 
   void grow(int wanted) {
-    pthread_attr_t attr;
-    pthread_attr_init(&attr);
-    pthread_attr_setdetachstate(&attr, PTHREAD_CREATE_DETACHED);
     struct Start {
       Pool* pool;
       int index;
@@ -160,14 +161,26 @@ struct Pool {
     while (num_workers < wanted) {
       pthread_t thread;
       auto* start = new Start{this, num_workers};
-      if (pthread_create(&thread, &attr, main, start) != 0) {
+      if (pthread_create(&thread, nullptr, main, start) != 0) {
         delete start;  // a thread that cannot be created only costs speed
         break;
       }
+      threads.push_back(thread);
       ++num_workers;
     }
     pthread_sigmask(SIG_SETMASK, &before, nullptr);
-    pthread_attr_destroy(&attr);
+  }
+
+  // Ends the workers; a fork after this copies a process of one thread.
+  void shrink() {
+    ending.store(true);
+    wake.fetch_add(1);
+    futex(&wake, FUTEX_WAKE_BITSET, INT_MAX, ~0u);
+    for (pthread_t thread : threads) pthread_join(thread, nullptr);
+    threads.clear();
+    num_workers = 0;
+    for (auto& flag : asleep) flag.store(0);
+    ending.store(false);
   }
 
   // Wakes sleeping workers of [begin, end), without `except`, as many as there is work for.
@@ -253,7 +266,13 @@ struct Scratch {
 
 }  // namespace
 
-void set_num_threads(int num_threads) { g_num_threads.store(num_threads < 1 ? 1 : num_threads); }
+void set_num_threads(int num_threads) {
+  g_num_threads.store(num_threads < 1 ? 1 : num_threads);
+  Pool* existing = g_pool.load();
+  if (num_threads > 1 || existing == nullptr || existing->busy.exchange(true)) return;
+  existing->shrink();
+  existing->busy.store(false);
+}
 
 int num_threads() { return g_num_threads.load(); }
 

@@ -12,7 +12,7 @@ namespace diptych::cpu {
 
 using ItemFn = void (*)(void* context, int64_t item);
 
-// Threads that one job may use, the caller included.
+// Threads that one job may use, the caller included. 1 ends the workers, so that a fork is safe.
 void set_num_threads(int num_threads);
 int num_threads();
 

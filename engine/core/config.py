@@ -29,6 +29,7 @@ class ModelOptions(msgspec.Struct, frozen=True, kw_only=True):
     load_format: Literal["auto", "dummy"] = "auto"  # dummy: random weights, for tests and benches
     kernels: str = "auto"  # auto | cpp | reference
     kernel_level: str | None = None
+    packed_cache: str | None = None  # folder: packed weights are kept there for the next start
     quantization: Quantization | None = None  # of the decoder's linear layers, done at load
     seed: int = 0  # of dummy weights
 

@@ -140,7 +140,7 @@ class _Layer:
         weights = [weight[rows.start : rows.stop] for (weight, _), rows in parts]
         biases = [bias[rows.start : rows.stop] for (_, bias), rows in parts if bias is not None]
         bias = torch.cat(biases) if biases else None
-        return self._kernels.pack_linear(torch.cat(weights), bias, self._narrow)
+        return self._kernels.pack_linear(weights, bias, self._narrow)
 
     def _by_inputs(
         self, layer: tuple[Tensor, Tensor | None], columns: range, *, first: bool
