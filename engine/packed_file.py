@@ -77,6 +77,7 @@ def write_packed(path: Path, key: PackedKey, identity: str, weights: DecoderWeig
     for tensor, raw in zip(tensors, flat, strict=True):
         entries.append(_Entry(end, dtype_name(tensor.dtype), list(tensor.shape)))
         end += -(-raw.numel() // _ALIGN) * _ALIGN
+    _remove_leftovers(path)
     temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
     try:
         with temporary.open("wb") as file:
@@ -129,6 +130,15 @@ def open_packed(path: Path, key: PackedKey) -> PackedWeights:
     if not isinstance(weights, DecoderWeights):
         raise ModelLoadError(f"{path}: holds no decoder")
     return PackedWeights(weights, header.identity)
+
+
+def _remove_leftovers(path: Path) -> None:
+    """Of writers that were killed."""
+    for left in path.parent.glob(f"{path.name}.*.tmp"):
+        pid = left.name.removesuffix(".tmp").rpartition(".")[2]
+        if pid.isdigit() and not Path(f"/proc/{pid}").exists():
+            with suppress(OSError):
+                left.unlink()
 
 
 def _map(path: Path) -> mmap.mmap:

@@ -1,4 +1,4 @@
-"""The `diptych` command: serve, chat, status, bench.
+"""The `diptych` command: serve, pack, chat, status, bench.
 
 Owns the table of commands. Only the module of the chosen command is imported, so `diptych --help`
 answers at once and `diptych serve` loads nothing that a supervisor does not need.
@@ -25,6 +25,7 @@ Diptych serves large language models through separate prefill and decode workers
 
 COMMANDS: Final = {
     "serve": ("diptych.server.serve", "serve a model over an OpenAI-compatible HTTP API"),
+    "pack": ("diptych.server.pack_command", "pack a model's weights into a file that is mapped"),
     "chat": ("diptych.server.chat", "talk to a server or a model in the terminal"),
     "status": ("diptych.server.status_command", "show what a running server does"),
     "bench": (

@@ -42,6 +42,12 @@ def add_engine_arguments(parser: argparse.ArgumentParser) -> None:
     )
     model("--load-format", choices=["auto", "dummy"], default="auto", help="dummy: random weights")
 
+    model(
+        "--packed-cache",
+        metavar="DIR",
+        help="keep packed weights in this folder, and map them at the next start",
+    )
+
     workers = parser.add_argument_group("workers").add_argument
     workers("--prefill", type=int, metavar="N", help="prefill workers (default: 1)")
     workers("--decode", type=int, metavar="N", help="decode workers (default: 1)")
@@ -122,6 +128,7 @@ def engine_options(args: argparse.Namespace, model_path: str) -> EngineOptions:
             dtype=args.dtype,
             max_model_len=args.max_model_len,
             load_format=args.load_format,
+            packed_cache=args.packed_cache,
             quantization=args.quantization,
             kernels=args.kernels,
             kernel_level=args.kernel_level or os.environ.get("DIPTYCH_KERNEL_LEVEL"),

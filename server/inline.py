@@ -25,6 +25,7 @@ from diptych.engine.core.messages import (
 )
 from diptych.engine.core.params import SamplingParams
 from diptych.engine.core.types import DownCause, Epoch, WorkerId
+from diptych.engine.packing import keep_packed
 from diptych.engine.pool import KVPool
 from diptych.engine.runner import Runner, load_model, make_runner
 from diptych.scheduler.batcher import Batcher
@@ -52,7 +53,10 @@ class InlineClient:
         if options.separate_pools:
             raise ConfigError("an inline engine has one memory: separate pools need processes")
         self._options = options
-        model = load_model(options.model, options.num_shards)
+        threads = options.threads or 1
+        model = load_model(options.model, options.num_shards, threads=threads)
+        if model.prepared.cache_path is not None:
+            keep_packed(model.prepared, model.prepared.cache_path)
         config = model.config
         block_size = options.cache.block_size
         num_blocks = options.cache.blocks(config.block_bytes(block_size))

@@ -24,6 +24,13 @@ class ModelLost(msgspec.Struct, frozen=True):
     """No worker can be started until the next ModelReady; those that live are not touched."""
 
 
+class ModelLoading(msgspec.Struct, frozen=True):
+    """Weights are being packed: how far that is."""
+
+    done_bytes: int
+    total_bytes: int
+
+
 class ModelFailed(msgspec.Struct, frozen=True):
     """The model cannot be served: `kind` is the name of the DiptychError."""
 
@@ -42,7 +49,7 @@ class ProcessExited(msgspec.Struct, frozen=True):
     how: str  # for people
 
 
-LauncherEvent = ModelReady | ModelLost | ModelFailed | ProcessStarted | ProcessExited
+LauncherEvent = ModelReady | ModelLost | ModelLoading | ModelFailed | ProcessStarted | ProcessExited
 
 
 class Launcher(Protocol):

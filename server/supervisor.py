@@ -8,6 +8,7 @@ that it started ends, on all hosts.
 import logging
 import secrets
 import socket
+import sys
 import time
 from contextlib import suppress
 from typing import Final
@@ -35,6 +36,7 @@ from diptych.server.host import TICK_S, Host
 from diptych.server.launcher import (
     LauncherEvent,
     ModelFailed,
+    ModelLoading,
     ModelLost,
     ModelReady,
     ProcessExited,
@@ -43,6 +45,7 @@ from diptych.server.launcher import (
 from diptych.server.lifeline import name_process
 from diptych.server.link_wire import HostHeard
 from diptych.server.logs import configure_logs
+from diptych.server.progress_bar import ProgressBar
 from diptych.server.remote_hosts import HostEvent, HostJoined, HostLost, HostNews, RemoteHosts
 from diptych.server.status import Listening, Progressed, Started, Status
 from diptych.transfer.channels import process_name
@@ -95,6 +98,7 @@ class Supervisor:
         )
         self._salt_key = secrets.token_hex(32)
         self._endpoints: set[Address] = set()  # in the directory
+        self._bar = ProgressBar("packing the weights", sys.stderr, self._progress)
         self._info: EngineInfo | None = None
         self._started = False
         self._ending = False
@@ -219,8 +223,11 @@ class Supervisor:
                     )
                 if self._hosts is not None and host == HOME:
                     self._hosts.agree(info)
+                self._bar.clear()
                 self._fleet.model_ready(host)
                 self._progress(f"model loaded: {info.dtype}, {info.num_blocks} blocks of KV")
+            case ModelLoading(done_bytes, total_bytes) if host == HOME:
+                self._bar.show(done_bytes, total_bytes, now)
             case ModelLost():
                 self._fleet.model_lost(host)
             case ModelFailed(kind, message):

@@ -21,6 +21,7 @@ from diptych.server.fence import Fence
 from diptych.server.launcher import (
     LauncherEvent,
     ModelFailed,
+    ModelLoading,
     ModelLost,
     ModelReady,
     ProcessExited,
@@ -35,6 +36,7 @@ from diptych.server.warm_wire import (
     FromWarm,
     Loaded,
     LoadFailed,
+    Loading,
     Reaped,
     WarmBoot,
 )
@@ -142,6 +144,8 @@ class WarmLauncher:
         match msgspec.msgpack.decode(data, type=FromWarm):
             case Loaded(info):
                 self._loaded(info, events)
+            case Loading(done_bytes, total_bytes):
+                events.append(ModelLoading(done_bytes, total_bytes))
             case LoadFailed(kind, message):
                 events.append(ModelFailed(kind, message))
             case Forked(worker, epoch, pid):

@@ -12,13 +12,16 @@ import select
 import signal
 import socket
 import sys
+import time
 from contextlib import suppress
-from typing import NoReturn
+from pathlib import Path
+from typing import Final, NoReturn
 
 import msgspec
 import torch
 
 from diptych.engine.core.errors import ConfigError, DiptychError
+from diptych.engine.packing import Prepared, keep_packed
 from diptych.engine.runner import LoadedModel, load_model
 from diptych.server.boot import HostBoot
 from diptych.server.client import EngineInfo
@@ -35,11 +38,14 @@ from diptych.server.warm_wire import (
     ForkWorker,
     Loaded,
     LoadFailed,
+    Loading,
     Packet,
     Reaped,
     WarmBoot,
 )
 from diptych.server.worker import run_worker
+
+PROGRESS_S: Final = 0.1
 
 _log = logging.getLogger("diptych")
 
@@ -51,10 +57,16 @@ class WarmParent:
         self._boot = boot
         self._wire = wire
         self._signal_read, self._signal_write = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
+        self._next_progress_s = 0.0
 
     def serve(self) -> int:
         try:
-            model = load_model(self._boot.options.model, self._boot.options.num_shards)
+            model = load_model(
+                self._boot.options.model,
+                self._boot.options.num_shards,
+                threads=len(self._boot.layout.cores),
+                on_progress=self._tell_progress,
+            )
             self._send(Loaded(engine_info(self._boot, model)))
         except DiptychError as error:
             self._send(LoadFailed(type(error).__name__, error.message))
@@ -63,6 +75,8 @@ class WarmParent:
         gc.freeze()  # what is loaded is never garbage: the forks' collectors leave its pages alone
         signal.signal(signal.SIGCHLD, lambda *_: None)
         signal.set_wakeup_fd(self._signal_write)
+        if model.prepared.cache_path is not None:
+            self._keep(model.prepared, model.prepared.cache_path)
         poll = select.poll()
         poll.register(self._wire, select.POLLIN)
         poll.register(self._signal_read, select.POLLIN)
@@ -77,6 +91,33 @@ class WarmParent:
                     return 0
                 order = msgspec.msgpack.decode(packet, type=ForkWorker)
                 self._fork(model, order)
+
+    def _tell_progress(self, done_bytes: int, total_bytes: int) -> None:
+        now = time.monotonic()
+        if now >= self._next_progress_s:
+            self._next_progress_s = now + PROGRESS_S
+            self._send(Loading(done_bytes, total_bytes))
+
+    def _keep(self, prepared: Prepared, path: Path) -> None:
+        """In a child, which shares the weights' memory: nobody waits for the disk."""
+        if os.fork() != 0:
+            return
+        status = EXIT_FAULT
+        try:
+            signal.set_wakeup_fd(-1)
+            self._wire.close()
+            die_by_kernel(self._boot.lifeline_fd)
+            os.setpriority(os.PRIO_PROCESS, 0, 19)
+            name_process("pack")
+            num_bytes = keep_packed(prepared, path)
+            _log.info("packed weights are kept in %s (%d bytes)", path, num_bytes)
+            status = 0
+        except DiptychError as error:
+            _log.warning("packed weights are not kept: %s", error.message)
+            status = 0
+        finally:
+            sys.stderr.flush()
+            os._exit(status)
 
     def _fork(self, model: LoadedModel, order: ForkWorker) -> None:
         """The worker goes on only when the supervisor is sure to learn of it."""

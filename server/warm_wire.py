@@ -29,6 +29,13 @@ class Loaded(Packet, frozen=True):
     info: EngineInfo
 
 
+class Loading(Packet, frozen=True):
+    """How far it is."""
+
+    done_bytes: int
+    total_bytes: int
+
+
 class LoadFailed(Packet, frozen=True):
     kind: str  # name of the DiptychError
     message: str
@@ -47,4 +54,4 @@ class Reaped(Packet, frozen=True):
     wait_status: int
 
 
-FromWarm = Loaded | LoadFailed | Forked | Reaped
+FromWarm = Loaded | Loading | LoadFailed | Forked | Reaped

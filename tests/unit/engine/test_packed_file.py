@@ -98,7 +98,7 @@ def test_what_was_packed_otherwise_is_refused(model: ModelOptions, tmp_path: Pat
     other = msgspec.structs.replace
     with pytest.raises(ModelLoadError, match=r"quantization None, asked for is int8"):
         load_model(other(ready, quantization="int8"))
-    with pytest.raises(ModelLoadError, match="kernels cpp-.*, asked for is reference"):
+    with pytest.raises(ModelLoadError, match=r"kernels cpp-.*, asked for is reference"):
         load_model(other(ready, kernels="reference"))
     with pytest.raises(ModelLoadError, match=r"kernels cpp-.*, asked for is cpp-\d+-plain"):
         load_model(other(ready, kernel_level="plain"))
