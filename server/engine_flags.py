@@ -47,7 +47,11 @@ def add_engine_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="DIR",
         help="keep packed weights in this folder, and map them at the next start",
     )
+    _add_worker_arguments(parser)
+    _add_memory_arguments(parser)
 
+
+def _add_worker_arguments(parser: argparse.ArgumentParser) -> None:
     workers = parser.add_argument_group("workers").add_argument
     workers("--prefill", type=int, metavar="N", help="prefill workers (default: 1)")
     workers("--decode", type=int, metavar="N", help="decode workers (default: 1)")
@@ -63,9 +67,10 @@ def add_engine_arguments(parser: argparse.ArgumentParser) -> None:
     )
     workers("--kernels", choices=["auto", "cpp", "reference"], default="auto")
     workers("--kernel-level", help="plain, avx2, avx512, avx512_bf16 or amx (default: the best)")
-
     _add_rank_arguments(parser)
 
+
+def _add_memory_arguments(parser: argparse.ArgumentParser) -> None:
     memory = parser.add_argument_group("KV memory").add_argument
     memory("--block-size", type=int, default=16, help="tokens of a block (default: %(default)s)")
     memory("--kv-cache-memory-bytes", type=parse_bytes, default=1 << 30, metavar="SIZE")
