@@ -29,8 +29,8 @@ from diptych.server.cluster_link import BEAT_S, AgentLink, LinkLost
 from diptych.server.fleet import State
 from diptych.server.host import TICK_S, Host
 from diptych.server.launcher import (
-    LauncherEvent,
     ModelFailed,
+    ModelLoading,
     ModelLost,
     ModelReady,
     ProcessExited,
@@ -233,7 +233,8 @@ class HostAgent:
 
     def _report(self, host: Host) -> None:
         for event in host.events():
-            self._link.send(self._packet(event))
+            if not isinstance(event, ModelLoading):  # the head shows its own host's only
+                self._link.send(self._packet(event))
         for message in host.channels.receive(0):
             self._hear(host, message)
         host.write_table(list(self._states.items()))
@@ -244,7 +245,7 @@ class HostAgent:
             self._link.send(HostBeat(list(host.pulses(running).items())))
 
     def _packet(
-        self, event: LauncherEvent
+        self, event: ModelReady | ModelLost | ModelFailed | ProcessStarted | ProcessExited
     ) -> HostModel | HostModelFailed | HostStarted | HostExited:
         match event:
             case ModelReady(info):
