@@ -132,6 +132,8 @@ class Batcher:
             self._publish(run, num_here)  # what was cached
             if assign.prefix is not None:
                 self._pull(run, assign.prefix)
+            elif run.seq.num_computed >= run.prefill_end:
+                self._end_head(run)
             return
         if run.handoff is not None:  # its blocks are its own from the start
             self._commands += run.voided(num_here)
@@ -198,7 +200,7 @@ class Batcher:
             return
         run.pulling = False
         if run.phase is Phase.PULLING:  # whatever did not come is computed
-            run.num_cached = min(run.seq.num_computed, run.num_prompt)
+            run.num_cached = run.cached_of(run.seq.num_computed)
             self._lineup.to_prefill(run)
         elif not news.complete:  # the source cannot give them: another attempt finds what is here
             if run.early_seal is None:
@@ -258,7 +260,7 @@ class Batcher:
         runs = self._in_flight[1]
         assert len(result.samples) == len(runs)
         self._in_flight = None
-        self._planner.stepped()
+        self._planner.stepped(plan, result.compute_s)
         num_decodes = plan.num_decodes
         self._report.add_step(result.compute_s, plan.num_tokens - num_decodes, num_decodes)
         self._commit_decodes(runs[:num_decodes], result.samples)
@@ -330,6 +332,12 @@ class Batcher:
             assert sample is not None, "the last chunk samples"
             self._first_token(run, sample)
         self._commit_blocks(run)
+        if not row.sample and run.seq.num_computed >= run.prefill_end:
+            self._end_head(run)
+
+    def _end_head(self, run: Running) -> None:  # the peer pulls it, and goes on
+        self._report.sealed.append(run.ref)
+        self._lineup.remove(run)
 
     def _first_token(self, run: Running, sample: Sample) -> None:
         """To the client from here; then the sequence decodes here or goes to its peer."""

@@ -23,10 +23,26 @@ class WorkerCost:
         self._has_prefill = False
         self._has_step = False
 
-    def observe(self, steps: int, compute_s: float, prefill_tokens: int) -> None:
-        """One report: `steps` took `compute_s` and computed `prefill_tokens` prompt tokens.
+    @property
+    def known(self) -> tuple[bool, bool]:
+        """Whether (prefill, a step without it) was seen; what was not is a guess."""
+        return self._has_prefill, self._has_step
 
-        Steps with prefill are charged to it, but for what their decodes are known to cost.
+    def guess_like(self, other: "WorkerCost") -> None:
+        """What this worker has not shown yet is taken for what another one has: a worker that looks
+        dear only because nobody has tried it would never be tried."""
+        if other._has_prefill and not self._has_prefill:
+            self.prefill_s = other.prefill_s
+        if other._has_step and not self._has_step:
+            self.step_s = other.step_s
+
+    def observe(
+        self, steps: int, compute_s: float, prefill_tokens: int, decode_tokens: int
+    ) -> None:
+        """One report: `steps` took `compute_s` and computed these tokens of prompts and answers.
+
+        A report with both scales both costs alike once each was seen alone; before that its
+        prefill is charged with all but what its decodes are known to cost.
         """
         if steps <= 0 or not 0.0 < compute_s < 1e6:
             return
@@ -35,7 +51,15 @@ class WorkerCost:
             self.step_s += (step_s - self.step_s) * (_WEIGHT if self._has_step else 1.0)
             self._has_step = True
             return
-        decode_s = min(steps * self.step_s, 0.5 * compute_s) if self._has_step else 0.0
+        if decode_tokens > 0 and self._has_step and self._has_prefill:
+            known_s = steps * self.step_s + prefill_tokens * self.prefill_s
+            scale = 1.0 + (min(compute_s / known_s, 4.0) - 1.0) * _WEIGHT
+            self.step_s = _bounded(self.step_s * scale, _STEP_BOUNDS)
+            self.prefill_s = _bounded(self.prefill_s * scale, _PREFILL_BOUNDS)
+            return
+        decode_s = 0.0
+        if decode_tokens > 0 and self._has_step:
+            decode_s = min(steps * self.step_s, 0.5 * compute_s)
         prefill_s = _bounded((compute_s - decode_s) / prefill_tokens, _PREFILL_BOUNDS)
         self.prefill_s += (prefill_s - self.prefill_s) * (_WEIGHT if self._has_prefill else 1.0)
         self._has_prefill = True
@@ -50,12 +74,14 @@ class PairCost:
 
     def __init__(self) -> None:
         self.block_s = _BLOCK_GUESS_S
+        self.num_blocks = 0  # moved since start
         self._known = False
 
     def observe(self, num_blocks: int, read_s: float) -> None:
         """`num_blocks` moved while reads were under way for `read_s`."""
         if num_blocks <= 0 or not 0.0 <= read_s < 1e6:
             return
+        self.num_blocks += num_blocks
         block_s = _bounded(read_s / num_blocks, _BLOCK_BOUNDS)
         self.block_s += (block_s - self.block_s) * (_WEIGHT if self._known else 1.0)
         self._known = True

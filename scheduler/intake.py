@@ -18,7 +18,7 @@ from diptych.engine.core.messages import (
 from diptych.engine.core.request import Request, SeqRef
 from diptych.engine.core.types import ApiId, LossCause, RequestId, blocks_for
 from diptych.scheduler.lifecycle import RowEvent, RowState
-from diptych.scheduler.members import Members, PoolPhase
+from diptych.scheduler.members import Members
 from diptych.scheduler.outbox import Outbox
 from diptych.scheduler.queue import WaitingRoom
 from diptych.scheduler.rows import Entry, Row, RowTable
@@ -119,7 +119,7 @@ class Intake:
 
     def _tell_lost(self, row: Row) -> None:
         assert row.ref is not None
-        self.losses += row.cause is not LossCause.PREEMPTED
+        self.losses += row.cause not in (LossCause.PREEMPTED, LossCause.MOVED)
         self._outbox.to_owner(row.entry, Lost(self._outbox.epoch, row.ref, row.cause))
 
     # ---- rows ----------------------------------------------------------------------------------
@@ -154,7 +154,7 @@ class Intake:
                 f"{num_choices} choices with {num_tokens} prompt tokens together are more than"
                 " may wait at once: ask for fewer choices"
             )
-        most, size = self._largest_pool(), self._cache.block_size
+        most, size = self._members.largest_pool(), self._cache.block_size
         need = blocks_for(request.num_prompt + (request.params.max_tokens or 1) - 1, size)
         if most is None or need <= most:
             return None
@@ -163,13 +163,6 @@ class Intake:
             f" {request.params.max_tokens} need {need} KV blocks of {size} tokens; a pool has"
             f" {most}: shorten the prompt or lower max_tokens"
         )
-
-    def _largest_pool(self) -> int | None:
-        """Blocks; None while a pool is not usable yet, so that nothing is refused too early."""
-        pools = self._members.living_pools()
-        if any(pool.phase is not PoolPhase.USABLE for pool in pools):
-            return None
-        return max((pool.ledger.num_blocks for pool in pools), default=None)
 
     def _reject(
         self, api: Address, request: RequestId, reason: str, retry_after_s: float | None

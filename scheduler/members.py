@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from enum import Enum, auto
 
 from diptych.engine.core.errors import ConfigError
-from diptych.engine.core.messages import Address, Grant, PoolUp, WorkerUp
+from diptych.engine.core.messages import Address, Grant, PoolUp, StartTimes, WorkerUp
 from diptych.engine.core.types import ApiId, BlockHash, Epoch, PoolId, WorkerId
 from diptych.scheduler.cost_model import PairCost, WorkerCost
 from diptych.scheduler.ledger import PoolLedger
@@ -34,6 +34,7 @@ class Worker:
     pool: PoolId
     dial: int
     address: Address
+    home_dial: int = 0  # that it was started with
     joined: bool = False
     assigned: dict[RowKey, Row] = field(default_factory=dict)  # may touch blocks of these
     finished: dict[RowKey, Row] = field(default_factory=dict)  # ended here, not closed yet
@@ -43,6 +44,22 @@ class Worker:
     backlog_tokens: int = 0  # assigned for prefill and not reported as computed
     steps: int = 0
     step_s: float = 0.0  # mean of the last report
+    decoded_tokens: int = 0  # since the load was last measured
+    decode_tokens: int = 0  # since it started
+    prefill_tokens: int = 0  # since it started
+    leaving: bool = False  # is given nothing new
+    retired: bool = False  # the supervisor was told to end it
+    start: StartTimes | None = None
+
+    @property
+    def serves(self) -> bool:
+        """It may be given new rows."""
+        return self.joined and not self.leaving
+
+    @property
+    def is_empty(self) -> bool:
+        """Nothing depends on it any more."""
+        return not (self.assigned or self.finished or self.sealed)
 
 
 @dataclass(slots=True, eq=False)
@@ -102,12 +119,18 @@ class Members:
     def is_new_worker(self, message: WorkerUp) -> bool:
         return message.worker_epoch > self._worker_epochs.get(message.worker, -1)
 
-    def worker_up(self, message: WorkerUp) -> Worker:
+    def worker_up(self, message: WorkerUp, dial: int | None = None) -> Worker:
+        """`dial`: with which it begins, if not the one that it was started with."""
         assert self.is_new_worker(message)
         assert message.worker not in self.workers
         self._worker_epochs[message.worker] = message.worker_epoch
         address = Address("worker", message.worker, message.worker_epoch)
-        worker = Worker(message.worker, message.worker_epoch, message.pool, message.dial, address)
+        first = message.dial if dial is None else dial
+        worker = Worker(message.worker, message.worker_epoch, message.pool, first, address)
+        worker.home_dial = message.dial
+        worker.start = message.start
+        for other in self.workers.values():
+            worker.cost.guess_like(other.cost)
         self.workers[worker.id] = worker
         pool = self.pools.get(message.pool)
         if pool is None:
@@ -115,6 +138,12 @@ class Members:
         else:
             _house(pool, worker)
         return worker
+
+    def learn(self, worker: Worker) -> None:
+        """It showed a cost for the first time: those that have not are guessed to be like it."""
+        for other in self.workers.values():
+            if other is not worker:
+                other.cost.guess_like(worker.cost)
 
     def worker(self, worker: WorkerId, epoch: Epoch) -> Worker | None:
         found = self.workers.get(worker)
@@ -169,6 +198,20 @@ class Members:
         """The hosts of all that decode are lost: whoever is left does everything."""
         return self.apart and not any(pool.decodes for pool in self.living_pools())
 
+    def pairs(self) -> list[tuple[PoolId, PoolId, PairCost]]:
+        """(source, own pool, cost) of all that ever were compared."""
+        return [(*pair, cost) for pair, cost in sorted(self._pair_costs.items())]
+
+    def largest_pool(self) -> int | None:
+        """Blocks; None while that may change, so that nothing is refused too early. A pool whose
+        workers are all away is read when one comes, but its size is known."""
+        pools = self.living_pools()
+        if any(pool.workers and pool.phase is not PoolPhase.USABLE for pool in pools):
+            return None
+        if not any(pool.phase is PoolPhase.USABLE for pool in pools):
+            return None
+        return max(pool.ledger.num_blocks for pool in pools)
+
     def is_quiet(self, pool: Pool) -> bool:
         """No worker of it can touch a block for an older scheduler."""
         workers = pool.workers.values()
@@ -177,7 +220,7 @@ class Members:
     def is_ready(self) -> bool:
         """Somebody can decode, and prefill if need be, in pools that are read."""
         usable = [pool for pool in self.pools.values() if pool.phase is PoolPhase.USABLE]
-        dials = [w.dial for pool in usable for w in pool.workers.values() if w.joined]
+        dials = [w.dial for pool in usable for w in pool.workers.values() if w.serves]
         can_prefill = self.apart or any(dial > 0 for dial in dials)
         return can_prefill and any(dial < 100 or self.must_stand_in() for dial in dials)
 

@@ -7,7 +7,7 @@ go to the lower worker id.
 
 from dataclasses import dataclass
 
-from diptych.engine.core.types import BlockId
+from diptych.engine.core.types import HASH_UNIT_TOKENS, BlockId
 from diptych.scheduler.members import Pool, Worker
 
 
@@ -29,6 +29,7 @@ class PrefillSide:
     found: list[BlockId]  # prefix-cache hit there
     num_new: int  # blocks to allocate there
     num_start: int  # blocks that are not computed: found there, or pulled from the other pool
+    tail_tokens: int | None = None  # to be computed where it decodes, the head comes from here
 
 
 @dataclass(slots=True, frozen=True)
@@ -49,7 +50,7 @@ class Placer:
         self.ward: Worker | None = None
         self.stand_in = False
         self._sequences_max = sequences_max
-        self._local_prefill_tokens = local_prefill_tokens
+        self.local_prefill_tokens = local_prefill_tokens
 
     def seats(self, pool: Pool, uncached_tokens: int) -> Seats | None:
         """The cheapest seats now; None when every combination lacks a free one."""
@@ -82,10 +83,22 @@ class Placer:
         best = self.decoder(pool)
         if best is None:
             return None
-        # It stalls every sequence there, and whoever comes next, for as long as it takes itself.
-        stall_s = uncached_tokens * best.cost.prefill_s
-        load_s = (len(best.assigned) + 1) * best.cost.step_s
-        return Seats(best, None, stall_s, stall_s * (2 + len(best.assigned)) + load_s)
+        return self.local_at(best, uncached_tokens)
+
+    def local_at(self, worker: Worker, uncached_tokens: int, head_s: float = 0.0) -> Seats:
+        """Prefill where it decodes. `head_s`: until the part that is computed elsewhere is here."""
+        # It stalls every sequence there, and whoever comes next, for as long as it computes.
+        stall_s = (worker.backlog_tokens + uncached_tokens) * worker.cost.prefill_s
+        ttft_s = head_s + stall_s + self._beside_s(worker, uncached_tokens)
+        load_s = (len(worker.assigned) + 1) * worker.cost.step_s
+        score_s = ttft_s + stall_s * (1 + len(worker.assigned)) + load_s
+        return Seats(worker, None, ttft_s, score_s)
+
+    def _beside_s(self, worker: Worker, tokens: int) -> float:
+        """The steps of its decodes, which a prompt on a decode worker shares a block at a time."""
+        if not worker.assigned or worker.dial > 0:
+            return 0.0
+        return tokens / HASH_UNIT_TOKENS * worker.cost.step_s
 
     def across(
         self, prefiller: Worker, decoder: Worker, uncached_tokens: int, exposed_s: float
@@ -101,6 +114,11 @@ class Placer:
         workers = [w for w in pool.workers.values() if w.dial > 0 and self._has_seat(w)]
         return min(workers, key=_prefill_load, default=None)
 
+    def reader(self, pool: Pool) -> Worker | None:
+        """The worker of the pool that has the least to do: it only shows what is cached."""
+        workers = [w for w in pool.workers.values() if self._has_seat(w)]
+        return min(workers, key=lambda w: (len(w.assigned), w.id), default=None)
+
     def decoder(self, pool: Pool) -> Worker | None:
         """The worker of the pool with the shortest steps to come."""
         most = 101 if self.stand_in else 100
@@ -109,7 +127,7 @@ class Placer:
 
     def _has_seat(self, worker: Worker) -> bool:
         return (
-            worker.joined and worker is not self.ward and len(worker.assigned) < self._sequences_max
+            worker.serves and worker is not self.ward and len(worker.assigned) < self._sequences_max
         )
 
     def _split(
@@ -122,13 +140,15 @@ class Placer:
         uncached_tokens: int,
     ) -> Seats | None:
         """A pair of specialists (or one and a mixed worker), or a short prompt at its decoder."""
-        if decoder is not None and uncached_tokens <= self._local_prefill_tokens:
+        if decoder is not None and uncached_tokens <= self.local_prefill_tokens:
             # It delays every sequence of that worker once; less than a step is not felt.
             stall_s = uncached_tokens * decoder.cost.prefill_s
             if prefiller is None or stall_s <= decoder.cost.step_s + prefill_s:
                 return Seats(decoder, None, stall_s, stall_s + decode_s)
         if prefiller is not None and decoder is not None:
-            return Seats(prefiller, decoder, prefill_s, prefill_s + decode_s)
+            pair = Seats(prefiller, decoder, prefill_s, prefill_s + decode_s)
+            local = self.local_at(decoder, uncached_tokens)
+            return local if local.score_s < pair.score_s else pair
         if mixed is None or (prefiller is None) == (decoder is None):
             return None
         load_s = (len(mixed.assigned) + 1) * mixed.cost.step_s

@@ -37,6 +37,7 @@ class Source:
     num_start: int  # not to be computed: the hits, and what is pulled from the decode side's pool
     num_committed: int  # known to be full, the hits included
     landed: bool = False  # the decode side reads them no more
+    is_head: bool = False  # of a prompt whose rest is computed where it decodes
 
 
 @dataclass(slots=True, eq=False)

@@ -74,6 +74,18 @@ class Running:
     pulling: bool = False  # some of its blocks are not here yet
     early_seal: Seal | None = None  # came before the last of its blocks
     num_published: int = 0  # blocks of the table that the peer may read, or has
+    head: int | None = None  # of another worker's prompt: tokens to compute here, or cached there
+
+    @property
+    def prefill_end(self) -> int:
+        """Tokens to be computed before the sequence is sealed, or decodes."""
+        if self.head is not None and self.seq.role is Role.PREFILL:
+            return self.head
+        return len(self.tokens)
+
+    def cached_of(self, num_here: int) -> int:
+        """Tokens of the prompt that some prefix cache knew, when the first `num_here` are here."""
+        return min(num_here, self.num_prompt, num_here if self.head is None else self.head)
 
     def next_event(self, block_size: int) -> int:
         """len(tokens) when the next block is full, or at the limit: `num_computed` is one less."""
@@ -189,5 +201,6 @@ def running_from(
         peer=assign.peer,
         outbox=outbox,
         handoff=assign.handoff,
+        head=assign.head,
         num_published=0 if assign.handoff is None else assign.handoff.first,
     )

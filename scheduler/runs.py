@@ -10,16 +10,10 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from diptych.engine.core.config import CacheOptions, SchedulerOptions
-from diptych.engine.core.messages import (
-    Assign,
-    CommittedBlock,
-    Grant,
-    Handoff,
-    Landed,
-    Placed,
-)
+from diptych.engine.core.messages import CommittedBlock, Grant, Landed, Placed
 from diptych.engine.core.request import SeqRef
 from diptych.engine.core.types import BlockHash, BlockId, LossCause, Role, blocks_for
+from diptych.scheduler.assigning import assignment
 from diptych.scheduler.lifecycle import RowEvent, RowState
 from diptych.scheduler.members import Members, Pool, Worker
 from diptych.scheduler.outbox import Outbox
@@ -86,6 +80,7 @@ class Runs:
             table = prefill.found + prefill.pool.ledger.allocate(prefill.num_new)
             num_hit = len(prefill.found)
             row.source = Source(prefill.pool.id, table, num_hit, prefill.num_start, num_hit)
+            row.source.is_head = prefill.tail_tokens is not None
             row.prefill_pool = prefill.pool.id
         row.ref = SeqRef(row.key[0], row.key[1], row.wanted.attempt)
         row.num_tokens = row.tokens_wanted()
@@ -96,6 +91,8 @@ class Runs:
         decoder = seats.decoder if seats.decoder is not None else seats.first
         row.decoder = decoder.id
         seats.first.backlog_tokens += placement.uncached_tokens
+        if prefill is not None and prefill.tail_tokens is not None:
+            decoder.backlog_tokens += prefill.tail_tokens
         self._rows.move(row, RowEvent.PLACE)
         pool.num_running += 1
         if row.preemptions < self._options.preemptions_max:
@@ -105,60 +102,19 @@ class Runs:
         assert row.ref is not None
         self._outbox.to_owner(row.entry, Placed(self._outbox.epoch, row.ref))
         if decoder is not seats.first:
-            self._assign(row, decoder, Role.DECODE, seats.first)
+            rest = row.source is not None and row.source.is_head
+            self._assign(row, decoder, Role.LOCAL if rest else Role.DECODE, seats.first)
             self._assign(row, seats.first, Role.PREFILL, decoder)
         else:
             self._assign(row, decoder, Role.LOCAL, None)
 
     def _assign(self, row: Row, worker: Worker, role: Role, peer: Worker | None) -> None:
-        assert row.ref is not None
         row.holds[worker.id] = role
         worker.assigned[row.key] = row
-        table, num_hit = row.table, row.num_hit
-        if row.source is not None and role is Role.PREFILL:
-            table, num_hit = row.source.table, row.source.num_hit
-        generations = self._members.pools[worker.pool].ledger.generations
-        message = Assign(
-            scheduler_epoch=self._outbox.epoch,
-            worker_epoch=worker.epoch,
-            ref=row.ref,
-            request=row.entry.request,
-            role=role,
-            emitted=row.wanted.emitted,
-            hashes=row.wanted.hashes,
-            block_table=list(table),
-            generations=[generations[block] for block in table],
-            num_computed=num_hit * self._cache.block_size,
-            api=row.entry.api,
-            api_epoch=row.entry.api_epoch,
-            peer=None if peer is None else (peer.id, peer.epoch),
-            want_prompt_logprobs=row.wanted.want_prompt_logprobs,
-            handoff=self._handoff(row, role),
-            prefix=self._prefix(row, role),
+        message = assignment(
+            self._outbox.epoch, self._cache, self._members, row, worker, role, peer
         )
         self._outbox.to_worker(worker, message)
-
-    def _handoff(self, row: Row, role: Role) -> Handoff | None:
-        """What has to move: the blocks of the prompt that the decode side's pool lacks."""
-        source = row.source
-        if source is None:
-            return None
-        if role is Role.PREFILL:
-            return Handoff(row.pool, row.num_hit, [], [])
-        blocks = source.table[row.num_hit :]
-        generations = self._members.pools[source.pool].ledger.generations
-        return Handoff(source.pool, row.num_hit, blocks, [generations[b] for b in blocks])
-
-    def _prefix(self, row: Row, role: Role) -> Handoff | None:
-        """What moves the other way before the prefill: blocks that only the decode side knows."""
-        source = row.source
-        if source is None or source.num_start == source.num_hit:
-            return None
-        if role is Role.DECODE:
-            return Handoff(source.pool, source.num_hit, [], [])
-        blocks = row.table[source.num_hit : source.num_start]
-        generations = self._members.pools[row.pool].ledger.generations
-        return Handoff(row.pool, source.num_hit, blocks, [generations[b] for b in blocks])
 
     def _announce(self, row: Row) -> None:
         """Lets others wait for the prompt blocks that this row is about to compute."""
@@ -169,7 +125,8 @@ class Runs:
             self.counts.prefix_queries += row.num_tokens
             self.counts.prefix_hits += num_hit * self._cache.block_size
         computing = self._members.pools[row.prefill_pool].computing
-        for name in row.wanted.hashes[num_hit : self._num_full(row)]:
+        end = self._num_full(row) if row.source is None else len(row.source.table)
+        for name in row.wanted.hashes[num_hit : min(end, self._num_full(row))]:
             if name not in computing:
                 computing[name] = row
                 row.computing.append(name)
@@ -217,6 +174,8 @@ class Runs:
             return
         self._members.pair_cost(source.pool, row.pool).observe(landed.num_blocks, landed.read_s)
         source.landed = True
+        if source.is_head:
+            self.confirm_seal(row)
         self._free_source(row, source)
 
     def _free_source(self, row: Row, source: Source) -> None:
@@ -278,6 +237,12 @@ class Runs:
         self._rows.move(victim, RowEvent.PREEMPT)
         self.take_back(victim)
 
+    def displace(self, row: Row) -> None:
+        """Takes a running row back because its worker leaves: no preemption of its own."""
+        row.cause = LossCause.MOVED
+        self._rows.move(row, RowEvent.PREEMPT)
+        self.take_back(row)
+
     # ---- back from workers ---------------------------------------------------------------------
 
     def finish(self, row: Row, worker: Worker) -> None:
@@ -290,7 +255,7 @@ class Runs:
             row.finished_on = worker.id
             worker.finished[row.key] = row
         row.faults = 0
-        if was_running and row.holds[worker.id] is Role.PREFILL:
+        if was_running and row.holds[worker.id] is not Role.DECODE:
             self.take_back(row, but=worker)
         elif was_running:
             self._stop(row)
@@ -311,8 +276,9 @@ class Runs:
     def seal(self, row: Row, worker: Worker) -> None:
         """The prefill side is done. Its seal takes another way than its report, and may be lost
         with it: until the decode side reports, the row depends on both."""
+        is_here = row.source is not None and row.source.is_head and row.source.landed
         self.let_go(row, worker)
-        if row.state is RowState.RUNNING:
+        if row.state is RowState.RUNNING and not is_here:
             row.sealed_on = worker.id
             worker.sealed[row.key] = row
 

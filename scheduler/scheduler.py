@@ -21,10 +21,8 @@ from diptych.engine.core.messages import (
     PoolUp,
     Progress,
     Send,
-    Stats,
     Submit,
     WorkerDown,
-    WorkerStats,
     WorkerUp,
 )
 from diptych.engine.core.types import DownCause, Epoch, LossCause, Role
@@ -39,6 +37,8 @@ from diptych.scheduler.queue import WaitingRoom
 from diptych.scheduler.rows import Row, RowTable
 from diptych.scheduler.runs import Runs
 from diptych.scheduler.seating import Seating
+from diptych.scheduler.steering import Steering
+from diptych.scheduler.sums import take_stats
 
 STATS_PERIOD_S: Final = 0.25
 
@@ -74,6 +74,10 @@ class Scheduler:
             self._placer,
             self._outbox,
         )
+        self._steering = Steering(
+            options, self._members, self._room, self._runs, self._placer, self._outbox
+        )
+        self._now = 0.0  # of this step
         self._ready = False
         self._membership_changed = False
         self._stats_due_at: float | None = None
@@ -94,9 +98,11 @@ class Scheduler:
 
     def step(self, inputs: Sequence[SchedulerInput], now: float) -> list[SchedulerCommand]:
         """Handles the inputs in order, then places what can be placed. No inputs: the tick."""
+        self._now = now
         for message in inputs:
             self._handlers[type(message)](message)
         self._members.sweep()
+        self._steering.tick(now)
         self._seating.place_waiting()
         self._room.rate.tick(now, self._room.num_rows)
         self._publish_stats(now)
@@ -155,7 +161,15 @@ class Scheduler:
         if message.steps:
             worker.steps += message.steps
             worker.step_s = message.compute_s / message.steps
-            worker.cost.observe(message.steps, message.compute_s, message.prefill_tokens)
+            worker.decoded_tokens += message.decode_tokens
+            worker.decode_tokens += message.decode_tokens
+            worker.prefill_tokens += message.prefill_tokens
+            known = worker.cost.known
+            worker.cost.observe(
+                message.steps, message.compute_s, message.prefill_tokens, message.decode_tokens
+            )
+            if worker.cost.known != known:
+                self._members.learn(worker)
             worker.backlog_tokens = max(0, worker.backlog_tokens - message.prefill_tokens)
             self._runs.counts.prefill_tokens += message.prefill_tokens
         find, commit, me = self._rows.find, self._runs.commit, worker.id
@@ -210,7 +224,8 @@ class Scheduler:
             if worker is not None:
                 down = WorkerDown(worker.id, worker.epoch, DownCause.KILLED)
                 self._on_worker_down(down)
-            worker = self._members.worker_up(message)
+            worker = self._members.worker_up(message, self._steering.dial_of(message))
+            self._steering.came(worker, self._now)
             self._membership_changed = True
         elif worker is None or worker.epoch != message.worker_epoch or worker.joined:
             return
@@ -221,6 +236,7 @@ class Scheduler:
         if worker is None or worker.joined:
             return
         worker.joined = True
+        self._steering.joined(worker, self._now)
         self._membership_changed = True
         self._runs.room_version += 1
         self._read_when_quiet(self._members.pools.get(worker.pool))
@@ -241,6 +257,7 @@ class Scheduler:
         for row in list(worker.finished.values()):
             self._intake.doubt(row)
         self._members.worker_down(worker)
+        self._steering.gone(worker)
         if self._placer.ward is worker:
             self._placer.ward = None
         self._membership_changed = True
@@ -290,40 +307,24 @@ class Scheduler:
     def _publish_stats(self, now: float) -> None:
         if self._membership_changed:
             self._membership_changed = False
-            ready = self._members.is_ready()
+            ready = self._members.is_ready() or self._steering.can_serve()
             if ready != self._ready:
                 self._ready, self._stats_due_at = ready, None
         if self._stats_due_at is not None and now < self._stats_due_at:
             return
         self._stats_due_at = now + STATS_PERIOD_S
-        stats = self._stats()
+        stats = take_stats(
+            self.epoch,
+            self._members,
+            self._rows,
+            self._room,
+            self._runs.counts,
+            self._intake,
+            self._steering,
+            self._ready,
+        )
         for address in self._members.apis.values():
             self._outbox.add(Send(address, stats))
-
-    def _stats(self) -> Stats:
-        ledgers = [pool.ledger for pool in self._members.living_pools()]
-        counts = self._runs.counts
-        workers = [
-            WorkerStats(w.id, w.epoch, w.dial, len(w.assigned), w.steps, w.step_s)
-            for w in sorted(self._members.workers.values(), key=lambda w: w.id)
-        ]
-        return Stats(
-            scheduler_epoch=self.epoch,
-            running=sum(self._rows.counts[state] for state in HOLDING),
-            waiting=self._room.num_rows,
-            blocks_total=sum(ledger.num_blocks for ledger in ledgers),
-            blocks_used=sum(ledger.num_used for ledger in ledgers),
-            blocks_cached=sum(ledger.num_cached for ledger in ledgers),
-            prefix_queries=counts.prefix_queries,
-            prefix_hits=counts.prefix_hits,
-            preemptions=counts.preemptions,
-            rejections=self._intake.rejections,
-            losses=self._intake.losses,
-            prefill_tokens=counts.prefill_tokens,
-            workers=workers,
-            ready=self._ready,
-            blocks_pulled=counts.blocks_pulled,
-        )
 
     def _check_tables(self) -> None:
         uses: dict[tuple[int, int], int] = {}  # (pool, block) -> rows

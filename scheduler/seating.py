@@ -84,12 +84,11 @@ class Seating:
 
     def _is_hopeless(self, row: Row) -> bool:
         """Ends a row that fits no pool of all those there will be."""
-        pools = self._members.living_pools()
-        if not pools or any(pool.phase is not PoolPhase.USABLE for pool in pools):
+        most, need = self._members.largest_pool(), row.blocks_max_wanted(self._cache.block_size)
+        if most is None or need <= most:
             return False
         self._room.leave(row)
         self._rows.move(row, RowEvent.FAIL)
-        need = row.blocks_max_wanted(self._cache.block_size)
         reason = f"the request needs {need} KV blocks, more than any pool has"
         ref = SeqRef(row.key[0], row.key[1], row.wanted.attempt)
         self._outbox.to_owner(row.entry, Failed(self._outbox.epoch, ref, reason))
@@ -110,6 +109,7 @@ class Seating:
             need = blocks_for(row.tokens_wanted(), self._cache.block_size)
             pairs = self._pairs(row, homes, need)
             options += pairs
+            options += self._heads(row, homes)
             alone = row.failed_pulls or self._placer.stand_in or not self._may_prefill(need)
             if pairs or alone:
                 options += [self._inside(row, pool, self._placer.local) for pool in homes]
@@ -128,6 +128,44 @@ class Seating:
         sides = [self._side(row, pool, need) for pool in self._usable_pools()]
         pairs = [self._across(row, home, side) for home in homes for side in sides if side]
         return [pair for pair in pairs if pair is not None]
+
+    def _heads(self, row: Row, homes: list[Pool]) -> list[Placement]:
+        """The first part of the prompt from another pool, the rest where it decodes."""
+        if row.failed_pulls or row.wanted.want_prompt_logprobs:
+            return []
+        size = self._cache.block_size
+        tail = (row.tokens_wanted() - self._placer.local_prefill_tokens) // size
+        heads: list[Placement | None] = []
+        for home in homes:
+            for pool in self._usable_pools():
+                if pool is not home:
+                    cached = len(self._found(row, pool))
+                    ends = {end for end in (cached, tail) if end * size < row.tokens_wanted()}
+                    heads += [self._head(row, home, pool, end) for end in sorted(ends)]
+        return [head for head in heads if head is not None]
+
+    def _head(self, row: Row, home: Pool, pool: Pool, end: int) -> Placement | None:
+        """Blocks [0, end) of the table come from `pool`, cached there or computed there."""
+        size = self._cache.block_size
+        side = self._side(row, pool, end)
+        need = self._runs.blocks_at_start(row)
+        found = self._room_in(row, home, need)
+        if side is None or found is None or end <= len(found) or len(side.found) > end:
+            return None
+        worker = self._placer.prefiller(pool) if side.num_new else self._placer.reader(pool)
+        decoder = self._placer.decoder(home)
+        if worker is None or decoder is None:
+            return None
+        compute_s, uncached = 0.0, side.num_new * size
+        if uncached:
+            compute_s = (worker.backlog_tokens + uncached) * worker.cost.prefill_s
+            compute_s *= 100.0 / worker.dial
+        moved = self._members.pair_cost(pool.id, home.id).exposed_s(end - len(found), compute_s)
+        tail = row.tokens_wanted() - end * size
+        local = self._placer.local_at(decoder, tail, compute_s + moved)
+        seats = Seats(worker, decoder, local.ttft_s, local.score_s)
+        side = replace(side, tail_tokens=tail)
+        return Placement(home, seats, found, need - len(found), uncached, side)
 
     def _may_prefill(self, need: int) -> bool:
         """Whether a worker lives that prefills, in a pool that can hold the prompt."""
@@ -197,6 +235,8 @@ class Seating:
             return None
         hashes, size = row.wanted.hashes, self._cache.block_size
         side = placement.prefill
+        if side is not None and side.tail_tokens is not None:
+            return None
         start = end = len(placement.found) if side is None else side.num_start
         limit = min(len(hashes), (row.tokens_wanted() - 1) // size)
         computing = (placement.pool if side is None else side.pool).computing
@@ -251,7 +291,7 @@ class Seating:
         ward = self._placer.ward
         if ward is not None and any(row.alone for row in ward.assigned.values()):
             return ward
-        workers = [worker for pool in pools for worker in pool.workers.values() if worker.joined]
+        workers = [worker for pool in pools for worker in pool.workers.values() if worker.serves]
         best = min(workers, key=lambda w: (len(w.assigned), w is not ward, w.id), default=None)
         usable = ward is not None and ward in workers
         if best is not ward and (not usable or (best is not None and not best.assigned)):

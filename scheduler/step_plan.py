@@ -8,6 +8,7 @@ from diptych.engine.core.config import BatchOptions
 from diptych.engine.core.plan import StepPlan, StepRow
 from diptych.engine.core.request import SeqRef
 from diptych.scheduler.lineup import Lineup
+from diptych.scheduler.pace import Pace
 from diptych.scheduler.running import Running
 
 
@@ -16,11 +17,13 @@ class StepPlanner:
         self._lineup = lineup
         self._options = options
         self._block_size = block_size
+        self._pace = Pace(options.itl_slo_s)
         self._odd = 0  # parity of the steps that ran
 
-    def stepped(self) -> None:
+    def stepped(self, plan: StepPlan, compute_s: float) -> None:
         """A planned step is over."""
         self._odd = 1 - self._odd
+        self._pace.observe(compute_s, plan.num_tokens - plan.num_decodes, plan.num_decodes)
 
     def plan(self, dial: int, starved: list[SeqRef]) -> tuple[StepPlan, list[Running]]:
         """The step and its rows' sequences; adds to `starved` those that lack a block."""
@@ -39,9 +42,14 @@ class StepPlanner:
         if lineup.prefills:
             left = budget - num_decodes
             if num_decodes:
-                left = min(left, max(reserve, left * dial // 100))
+                left = min(left, max(reserve, self._share(left, dial)))
             num_tokens += self._plan_prefills(rows, runs, left, starved)
         return StepPlan(rows, num_tokens, num_decodes), runs
+
+    def _share(self, tokens: int, dial: int) -> int:
+        """What prefill may have of the budget beside decodes."""
+        share, most = tokens * dial // 100, self._pace.prefill_tokens_max()
+        return share if most is None else min(share, most)
 
     def _plan_prefills(
         self, rows: list[StepRow], runs: list[Running], budget: int, starved: list[SeqRef]
@@ -51,7 +59,7 @@ class StepPlanner:
         for run in self._lineup.prefills.copy():
             if left <= 0 or len(rows) >= options.max_num_seqs:
                 break
-            start, end = run.seq.num_computed, len(run.tokens)
+            start, end = run.seq.num_computed, run.prefill_end
             room = run.room(block_size)
             if room <= 0:
                 self._lineup.starve(run)
@@ -62,7 +70,7 @@ class StepPlanner:
                 # A chunk that does not finish its prompt ends with a block where it can: the
                 # block is committed at once.
                 length = max(length - (start + length) % block_size, 0) or length
-            rows.append(StepRow(run.seq, start, length, start + length == end))
+            rows.append(StepRow(run.seq, start, length, start + length == len(run.tokens)))
             runs.append(run)
             run.plan_chunk(start + length, block_size)
             left -= length

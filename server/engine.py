@@ -55,6 +55,9 @@ class Engine:
     tensor_parallel_size: processes over which each worker's model is spread; `prefill_tp` and
         `decode_tp` say it for one kind of worker. Inline, the same shards are computed one after
         another, and give the same bits.
+    ttft_slo_s, itl_slo_s: targets to the first token and between tokens, in seconds; with either,
+        workers move between prefill and decode as the load asks.
+    autoscale: fewest and most workers; one leaves after `scale_down_delay_s` of fewer being enough.
     Raises ConfigError and ModelLoadError.
     """
 
@@ -80,28 +83,25 @@ class Engine:
         tensor_parallel_size: int = 1,
         prefill_tp: int | None = None,
         decode_tp: int | None = None,
+        ttft_slo_s: float | None = None,
+        itl_slo_s: float | None = None,
+        autoscale: tuple[int, int] | None = None,
+        scale_down_delay_s: float = 60.0,
         threads: int | None = None,
         load_format: str = "auto",
         quantization: Quantization | None = None,
         chat_template: str | Path | None = None,
     ) -> None:
         folder = resolve_model(str(model or BUILTIN_MODEL))
+        scale = None if inline else autoscale
+        slo_s = (ttft_slo_s, itl_slo_s)
+        scheduler = _scheduler_options(max_num_seqs, slo_s, scale, scale_down_delay_s)
+        cache = _cache_options(block_size, num_blocks, kv_cache_memory_bytes, enable_prefix_caching)
         options = EngineOptions(
-            model=ModelOptions(
-                path=folder,
-                dtype=dtype,
-                max_model_len=max_model_len,
-                load_format=_load_format(load_format),
-                quantization=quantization,
-            ),
-            cache=CacheOptions(
-                block_size=block_size,
-                num_blocks=num_blocks,
-                memory_bytes=kv_cache_memory_bytes,
-                enable_prefix_caching=enable_prefix_caching,
-            ),
-            scheduler=SchedulerOptions(max_num_seqs=max_num_seqs, max_waiting=1 << 20),
-            batch=_batch_options(max_num_seqs, max_num_batched_tokens, max_chunk_tokens),
+            model=_model_options(folder, dtype, max_model_len, load_format, quantization),
+            cache=cache,
+            scheduler=scheduler,
+            batch=_batch_options(scheduler, max_num_batched_tokens, max_chunk_tokens),
             prefill=0 if inline else prefill,
             decode=0 if inline else decode,
             mixed=1 if inline else mixed,
@@ -283,11 +283,57 @@ class Engine:
         )
 
 
-def _batch_options(seqs_max: int, tokens_max: int, chunk_tokens_max: int | None) -> BatchOptions:
+def _scheduler_options(
+    max_num_seqs: int,
+    slo_s: tuple[float | None, float | None],
+    autoscale: tuple[int, int] | None,
+    idle_s: float,
+) -> SchedulerOptions:
+    return SchedulerOptions(
+        max_num_seqs=max_num_seqs,
+        max_waiting=1 << 20,
+        ttft_slo_s=slo_s[0],
+        itl_slo_s=slo_s[1],
+        autoscale=autoscale,
+        idle_s=idle_s,
+    )
+
+
+def _model_options(
+    folder: str,
+    dtype: Dtype,
+    max_model_len: int | None,
+    load_format: str,
+    quantization: Quantization | None,
+) -> ModelOptions:
+    return ModelOptions(
+        path=folder,
+        dtype=dtype,
+        max_model_len=max_model_len,
+        load_format=_load_format(load_format),
+        quantization=quantization,
+    )
+
+
+def _cache_options(
+    block_size: int, num_blocks: int | None, memory_bytes: int, enable_prefix_caching: bool
+) -> CacheOptions:
+    return CacheOptions(
+        block_size=block_size,
+        num_blocks=num_blocks,
+        memory_bytes=memory_bytes,
+        enable_prefix_caching=enable_prefix_caching,
+    )
+
+
+def _batch_options(
+    scheduler: SchedulerOptions, tokens_max: int, chunk_tokens_max: int | None
+) -> BatchOptions:
     return BatchOptions(
         max_num_batched_tokens=tokens_max,
         max_chunk_tokens=chunk_tokens_max,
-        max_num_seqs=seqs_max,
+        max_num_seqs=scheduler.max_num_seqs,
+        itl_slo_s=scheduler.pace_s,
     )
 
 

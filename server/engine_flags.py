@@ -9,6 +9,8 @@ import re
 from typing import Final, get_args
 
 from diptych.engine.core.config import (
+    ITL_SLO_S,
+    TTFT_SLO_S,
     BatchOptions,
     CacheOptions,
     EngineOptions,
@@ -30,6 +32,26 @@ def parse_bytes(text: str) -> int:
     return int(float(match[1]) * _UNITS[match[2].upper()])
 
 
+def parse_seconds(text: str) -> float:
+    """ "200", "200ms", "0.2s": seconds; a bare number is milliseconds, as in vLLM's goodput."""
+    match = re.fullmatch(r"([0-9.]+)\s*(ms|s)?", text.strip())
+    try:
+        value = float(match[1]) if match is not None else -1.0
+    except ValueError:
+        value = -1.0
+    if match is None or value <= 0.0:
+        raise argparse.ArgumentTypeError(f"not a time: {text!r} (say 200, 200ms or 0.2s)")
+    return value if match[2] == "s" else value / 1e3
+
+
+def parse_range(text: str) -> tuple[int, int]:
+    """ "0:4": fewest and most. Raises argparse.ArgumentTypeError."""
+    match = re.fullmatch(r"(\d+):(\d+)", text.strip())
+    if match is None or not int(match[1]) <= int(match[2]) >= 1:
+        raise argparse.ArgumentTypeError(f"not a range: {text!r} (say 0:4, with 4 at least 1)")
+    return int(match[1]), int(match[2])
+
+
 def add_engine_arguments(parser: argparse.ArgumentParser) -> None:
     model = parser.add_argument_group("model").add_argument
     model("--dtype", choices=["auto", "float32", "bfloat16", "float16"], default="auto")
@@ -49,24 +71,6 @@ def add_engine_arguments(parser: argparse.ArgumentParser) -> None:
     )
     _add_worker_arguments(parser)
     _add_memory_arguments(parser)
-
-
-def _add_worker_arguments(parser: argparse.ArgumentParser) -> None:
-    workers = parser.add_argument_group("workers").add_argument
-    workers("--prefill", type=int, metavar="N", help="prefill workers (default: 1)")
-    workers("--decode", type=int, metavar="N", help="decode workers (default: 1)")
-    workers("--mixed", type=int, metavar="N", help="workers that do both, instead or beside")
-    workers("--threads", type=int, help="threads of one process at most")
-    workers("--cpu-cores", metavar="CORES", help="of all workers: a count, or a list as 0-3,8")
-    workers(
-        "--prefill-core-share",
-        type=int,
-        default=50,
-        metavar="PERCENT",
-        help="cores for prefill while decode is busy too (default: %(default)s)",
-    )
-    workers("--kernels", choices=["auto", "cpp", "reference"], default="auto")
-    workers("--kernel-level", help="plain, avx2, avx512, avx512_bf16 or amx (default: the best)")
     _add_rank_arguments(parser)
 
 
@@ -122,11 +126,66 @@ def _add_rank_arguments(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def _add_worker_arguments(parser: argparse.ArgumentParser) -> None:
+    workers = parser.add_argument_group("workers").add_argument
+    workers("--prefill", type=int, metavar="N", help="prefill workers (default: 1)")
+    workers("--decode", type=int, metavar="N", help="decode workers (default: 1)")
+    workers("--mixed", type=int, metavar="N", help="workers that do both, instead or beside")
+    workers(
+        "--ttft-slo",
+        type=parse_seconds,
+        metavar="TIME",
+        help="target to the first token, 500 or 500ms or 0.5s: with a target, workers move between"
+        f" prefill and decode as load asks (default: roles are fixed; {TTFT_SLO_S:g}s beside"
+        " --itl-slo)",
+    )
+    workers(
+        "--itl-slo",
+        type=parse_seconds,
+        metavar="TIME",
+        help=f"target between tokens (default: none; {ITL_SLO_S:g}s beside --ttft-slo)",
+    )
+    workers(
+        "--autoscale",
+        type=parse_range,
+        metavar="MIN:MAX",
+        help="run MIN to MAX workers as load asks; with MIN 0 the last one goes too, weights and"
+        " all, and comes back with the next request",
+    )
+    workers(
+        "--scale-down-delay",
+        type=float,
+        default=60.0,
+        metavar="S",
+        help="seconds for which fewer workers must have been enough (default: %(default)s)",
+    )
+    workers("--threads", type=int, help="threads of one process at most")
+    workers("--cpu-cores", metavar="CORES", help="of all workers: a count, or a list as 0-3,8")
+    workers(
+        "--prefill-core-share",
+        type=int,
+        default=50,
+        metavar="PERCENT",
+        help="cores for prefill while decode is busy too (default: %(default)s)",
+    )
+    workers("--kernels", choices=["auto", "cpp", "reference"], default="auto")
+    workers("--kernel-level", help="plain, avx2, avx512, avx512_bf16 or amx (default: the best)")
+
+
 def engine_options(args: argparse.Namespace, model_path: str) -> EngineOptions:
     """Raises ConfigError for combinations that cannot work."""
     split = args.prefill is None and args.decode is None and not args.mixed
+    single = args.autoscale is not None and args.autoscale[1] == 1  # then one does both
     if min(args.max_num_seqs, args.max_num_batched_tokens, args.max_num_queued_reqs) < 1:
         raise ConfigError("limits of sequences, tokens and queued requests must be at least 1")
+    scheduler = SchedulerOptions(
+        max_num_seqs=args.max_num_seqs,
+        max_waiting=args.max_num_queued_reqs,
+        ttft_slo_s=args.ttft_slo,
+        itl_slo_s=args.itl_slo,
+        autoscale=args.autoscale,
+        idle_s=args.scale_down_delay,
+    )
     options = EngineOptions(
         model=ModelOptions(
             path=model_path,
@@ -144,17 +203,16 @@ def engine_options(args: argparse.Namespace, model_path: str) -> EngineOptions:
             memory_bytes=args.kv_cache_memory_bytes,
             enable_prefix_caching=args.enable_prefix_caching,
         ),
-        scheduler=SchedulerOptions(
-            max_num_seqs=args.max_num_seqs, max_waiting=args.max_num_queued_reqs
-        ),
+        scheduler=scheduler,
         batch=BatchOptions(
             max_num_batched_tokens=args.max_num_batched_tokens,
             max_chunk_tokens=args.long_prefill_token_threshold,
             max_num_seqs=args.max_num_seqs,
+            itl_slo_s=scheduler.pace_s,
         ),
-        prefill=1 if split else args.prefill or 0,
-        decode=1 if split else args.decode or 0,
-        mixed=args.mixed or 0,
+        prefill=int(not single) if split else args.prefill or 0,
+        decode=int(not single) if split else args.decode or 0,
+        mixed=int(single) if split else args.mixed or 0,
         separate_pools=args.separate_pools,
         transfer=args.transfer,
         threads=args.threads,

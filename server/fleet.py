@@ -18,12 +18,14 @@ from diptych.engine.core.messages import (
     Address,
     ApiDown,
     ApiUp,
+    Drain,
     Message,
     PoolDown,
     PoolUp,
     SchedulerDown,
     SchedulerUp,
     Send,
+    StartTimes,
     WorkerDown,
     WorkerUp,
 )
@@ -42,12 +44,15 @@ CUT_S: Final = 1.0
 is killed, since what was lost on the way will never come."""
 HOME: Final = 0
 """The supervisor's own host."""
+LEAVE_S_MAX: Final = 5.0
+"""A retired worker that has not exited after so long is killed."""
 
 
 class State(StrEnum):
     DOWN = "down"  # starts at `start_at`
     STARTING = "starting"  # started, has not announced itself
     UP = "up"
+    LEAVING = "leaving"  # retired, its own exit is awaited
     FENCING = "fencing"  # killed, its exit is awaited
 
 
@@ -70,7 +75,15 @@ class GiveUp(msgspec.Struct, frozen=True):
     reason: str
 
 
-FleetCommand = Start | Kill | Send | GiveUp
+class Rest(msgspec.Struct, frozen=True):
+    """No worker is wanted: give back what only the next start needs (the loaded weights)."""
+
+
+class Wake(msgspec.Struct, frozen=True):
+    """A worker is wanted again: make ready to start one; answered by `model_ready`."""
+
+
+FleetCommand = Start | Kill | Send | GiveUp | Rest | Wake
 
 
 @dataclass(slots=True)
@@ -80,6 +93,7 @@ class Member:
     address: Address
     host: int = HOME
     external: bool = False  # not ours to start: the caller of start_engine
+    wanted: bool = True  # False: a place for one more worker
     state: State = State.DOWN
     since_s: float = 0.0
     start_at_s: float = 0.0
@@ -89,6 +103,9 @@ class Member:
     hung: bool = False  # killed because it stood still
     beat: int | None = None  # last reading of its progress counter
     beat_at_s: float = 0.0
+    ordered_s: float = 0.0  # when this incarnation was ordered
+    forked_s: float = 0.0  # when it began to run
+    start: StartTimes | None = None
 
 
 class Fleet:
@@ -106,13 +123,19 @@ class Fleet:
         pools: list[PoolUp],
         hang_s: float,
         num_workers: int | None = None,
+        num_started: int | None = None,
     ) -> None:
+        """num_started: so many workers run from the start, the others when they are asked for."""
         self._specs = {spec.worker: spec for spec in workers}
         self._pools = [(HOME, pool) for pool in pools]
         self._hang_s = hang_s
         self._num_awaited = len(workers) if num_workers is None else num_workers
         self._scheduler = Member(Address("scheduler", 0, 1))
         self._workers = [Member(Address("worker", spec.worker, 1)) for spec in workers]
+        for member in self._workers[num_started:] if num_started is not None else []:
+            member.wanted = False
+        self._resting = False
+        self._load_s = (0.0, 0.0)  # of a model that no worker was started from yet
         self._apis = [
             Member(Address("api", number, 1), external=external_api) for number in range(num_apis)
         ]
@@ -126,10 +149,11 @@ class Fleet:
 
     # ---- events
 
-    def model_ready(self, host: int = HOME) -> None:
+    def model_ready(self, host: int = HOME, import_s: float = 0.0, weights_s: float = 0.0) -> None:
         """Workers can be started there, and the facts that API servers need are known."""
         self._can_fork.add(host)
         self._model_known = True
+        self._load_s = (import_s, weights_s)
 
     def model_lost(self, host: int = HOME) -> None:
         """The warm parent is gone; living workers stay, new ones wait."""
@@ -162,6 +186,32 @@ class Fleet:
         member = self._find(address)
         return HOME if member is None else member.host
 
+    def grow(self, scheduler_epoch: int, count: int) -> None:
+        """So many workers are wanted, as far as there are places; a leaving one comes again."""
+        if scheduler_epoch != self._scheduler.address.epoch:
+            return
+        missing = count - sum(member.wanted for member in self._workers)
+        for member in self._workers:
+            if missing > 0 and not member.wanted:
+                member.wanted = True
+                missing -= 1
+
+    def retire(self, scheduler_epoch: int, address: Address, now: float) -> None:
+        """It holds nothing, is given nothing, and is not to be started again."""
+        member = self._find(address)
+        if scheduler_epoch != self._scheduler.address.epoch or member is None:
+            return
+        if member.state is State.UP and address.kind == "worker":
+            member.wanted = False
+            self._enter(member, State.LEAVING, now)
+            self._commands.append(Send(address, Drain(0.0)))
+
+    def started(self, address: Address, now: float) -> None:
+        """Its process runs."""
+        member = self._find(address)
+        if member is not None:
+            member.forked_s = now
+
     def drain(self) -> None:
         """API servers that end are not started again."""
         self._draining = True
@@ -177,6 +227,12 @@ class Fleet:
         self._enter(member, State.UP, now)
         member.announced = member.ever_up = True
         member.beat_at_s = now
+        if address.kind == "worker":
+            import_s, weights_s = self._load_s
+            self._load_s = (0.0, 0.0)
+            fork_s, ready_s = member.forked_s - member.ordered_s, now - member.forked_s
+            member.start = StartTimes(import_s, weights_s, max(0.0, fork_s), ready_s)
+        self.engine_up()
         if member is self._scheduler:
             self._tell_scheduler_everything()
         elif self._scheduler.state is State.UP:
@@ -197,8 +253,9 @@ class Fleet:
         failed = not member.announced or cause is not DownCause.KILLED
         fast = failed and (not member.announced or now - member.since_s < FAST_FAULT_S)
         member.fast_faults = member.fast_faults + 1 if fast else 0
-        at_start = not member.ever_up and (member.host == HOME or not self._was_up)
-        if at_start and (cause is DownCause.FAULT or address.kind == "api"):
+        is_api = address.kind == "api"
+        at_start = not member.ever_up and (is_api or not self._was_up)
+        if at_start and (is_api or cause is DownCause.FAULT):
             self._commands.append(GiveUp(f"{address.kind} {address.number} ended while starting"))
         member.address = Address(address.kind, address.number, address.epoch + 1)
         self._enter(member, State.DOWN, now)
@@ -240,9 +297,13 @@ class Fleet:
         for member in self._all():
             if member.state is State.DOWN and now >= member.start_at_s and self._may_start(member):
                 self._enter(member, State.STARTING, now)
+                member.ordered_s = member.forked_s = now
                 self._commands.append(Start(member.address))
             elif self._is_late(member, now):
                 self._kill(member, f"not up after {START_S_MAX:g} s", now)
+            elif member.state is State.LEAVING and now - member.since_s > LEAVE_S_MAX:
+                self._kill(member, f"did not leave within {LEAVE_S_MAX:g} s", now)
+        self._rest_or_wake()
 
     def take(self) -> list[FleetCommand]:
         commands, self._commands = self._commands, []
@@ -251,8 +312,8 @@ class Fleet:
     # ---- questions
 
     def engine_up(self) -> bool:
-        """Scheduler and all workers are up, as many as are awaited."""
-        members = [self._scheduler, *self._workers]
+        """Scheduler and all workers that are wanted are up, as many as are awaited."""
+        members = [self._scheduler, *(member for member in self._workers if member.wanted)]
         if len(self._workers) < self._num_awaited:
             return False
         self._was_up = self._was_up or all(member.state is State.UP for member in members)
@@ -273,6 +334,11 @@ class Fleet:
         """Of all hosts."""
         return list(self._specs.values())
 
+    def leaves(self, address: Address) -> bool:
+        """It was retired, and goes of its own."""
+        member = self._find(address)
+        return member is not None and member.state is State.LEAVING
+
     def states(self) -> list[tuple[Address, State]]:
         return [(member.address, member.state) for member in self._all()]
 
@@ -290,7 +356,7 @@ class Fleet:
     def _may_start(self, member: Member) -> bool:
         match member.address.kind:
             case "worker":
-                return member.host in self._can_fork
+                return member.host in self._can_fork and member.wanted
             case "api":
                 return self._model_known and not member.external and not self._draining
             case _:
@@ -299,6 +365,18 @@ class Fleet:
     def _is_late(self, member: Member, now: float) -> bool:
         starting = member.state is State.STARTING and not member.external
         return starting and now - member.since_s > START_S_MAX
+
+    def _rest_or_wake(self) -> None:
+        """Without any worker, and none wanted, the loaded weights are not kept either."""
+        wanted = any(member.wanted for member in self._workers)
+        if self._resting and wanted:
+            self._resting = False
+            self._commands.append(Wake())
+        elif not wanted and HOME in self._can_fork:
+            if all(member.state is State.DOWN for member in self._workers):
+                self._resting = True
+                self._can_fork.discard(HOME)
+                self._commands.append(Rest())
 
     def _enter(self, member: Member, state: State, now: float) -> None:
         member.state = state
@@ -352,7 +430,7 @@ class Fleet:
 
     def _worker_up(self, member: Member) -> WorkerUp:
         spec = self._specs[member.address.number]
-        return WorkerUp(spec.worker, member.address.epoch, spec.pool, spec.dial)
+        return WorkerUp(spec.worker, member.address.epoch, spec.pool, spec.dial, member.start)
 
 
 def _backoff_s(fast_faults: int) -> float:

@@ -52,6 +52,8 @@ class InlineClient:
         options.verify()
         if options.separate_pools:
             raise ConfigError("an inline engine has one memory: separate pools need processes")
+        if options.scheduler.autoscale is not None:
+            raise ConfigError("an inline engine has no processes: autoscaling needs them")
         self._options = options
         threads = options.threads or 1
         model = load_model(options.model, options.num_shards, threads=threads)

@@ -18,6 +18,8 @@ class ModelReady(msgspec.Struct, frozen=True):
     """Weights are loaded; workers can be started."""
 
     info: EngineInfo
+    import_s: float = 0.0  # an interpreter and its imports
+    weights_s: float = 0.0  # loading and packing
 
 
 class ModelLost(msgspec.Struct, frozen=True):
@@ -57,6 +59,14 @@ class Launcher(Protocol):
 
     def start(self, address: Address) -> None:
         """Starts this incarnation of a worker. It announces itself when it can serve."""
+        ...
+
+    def rest(self) -> None:
+        """No worker runs or is wanted: give back what only the next start needs."""
+        ...
+
+    def wake(self) -> None:
+        """Ends the rest: `ModelReady` follows, then `start`."""
         ...
 
     def kill(self, address: Address) -> None:

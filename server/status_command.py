@@ -1,6 +1,6 @@
 """`diptych status`: a running server in the terminal, once or live, or as JSON.
 
-Owns nothing. Rates are differences between two readings.
+Owns nothing; status_view.py draws. Rates are differences between two readings.
 """
 
 import argparse
@@ -8,23 +8,24 @@ import json
 import time
 import urllib.error
 import urllib.request
-from typing import Any
+from contextlib import ExitStack, suppress
+from typing import Any, Final
 
-from rich.console import Console, Group
+from rich.console import Console
 from rich.live import Live
-from rich.table import Table
-from rich.text import Text
 
 from diptych.engine.core.errors import ConfigError, DiptychError
+from diptych.server.status_view import Reading, render
 
-_WATCH_S = 1.0
+_WATCH_S: Final = 1.0
+_ONCE_S: Final = 0.5  # between two readings, for the rates
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("--url", default="http://127.0.0.1:8000", help="server to ask (default: %(default)s)")
     add("--api-key", help="key for the server")
-    add("--json", action="store_true", help="print JSON once and end")
+    add("--json", action="store_true", help="print JSON (with --watch: a line every second)")
     add("--watch", action="store_true", help="show it live until Ctrl-C")
 
 
@@ -43,73 +44,55 @@ def read(url: str, api_key: str | None) -> dict[str, Any]:
         raise ConfigError(f"no server answers at {url}: {error}") from error
 
 
-def render(info: dict[str, Any], before: dict[str, Any] | None, seconds: float) -> Group:
-    """`before` is an earlier reading, `seconds` old, for the rates; None shows none."""
-    model, health, engine = info["model"], info["health"], info["engine"]
-    state = "healthy" if health["ok"] else f"NOT healthy: {health['reason']}"
-    lines = [
-        f"{', '.join(info['models'])}  ({model['dtype']}, context {model['max_model_len']}), "
-        f"diptych {info['version']}: {state}"
-    ]
-    if engine is None:
-        return Group(Text(lines[0]))
-    used, cached, total = (engine[f"blocks_{name}"] for name in ("used", "cached", "total"))
-    lines.append(
-        f"requests: {engine['running']} running, {engine['waiting']} waiting, "
-        f"{info['in_flight']} HTTP in flight, {engine['rejections']} rejected"
-    )
-    lines.append(
-        f"KV: {used} of {total} blocks in use ({used / max(1, total):.1%}), {cached} cached; "
-        f"prefix hits {engine['prefix_hits'] / max(1, engine['prefix_queries']):.1%}; "
-        f"{engine['preemptions']} preemptions, {engine['losses']} losses"
-    )
-    rate = None
-    if before is not None and before["engine"] is not None and seconds > 0:
-        rate = (info["generated_tokens"] - before["generated_tokens"]) / seconds
-    lines.append(
-        f"tokens: {info['generated_tokens']} generated"
-        + ("" if rate is None else f", {rate:.1f}/s now")
-    )
-    return Group(*(Text(line) for line in lines), _workers(engine))
-
-
-def _workers(engine: dict[str, Any]) -> Table:
-    table = Table()
-    for name in ("worker", "incarnation", "dial", "role", "sequences", "steps", "step ms"):
-        table.add_column(name, justify="left" if name == "role" else "right")
-    for row in engine["workers"]:
-        role = {100: "prefill", 0: "decode"}.get(row["dial"], "mixed")
-        numbers = (row["worker"], row["worker_epoch"], row["dial"])
-        table.add_row(
-            *map(str, numbers),
-            role,
-            str(row["running"]),
-            str(row["steps"]),
-            f"{row['step_s'] * 1e3:.2f}",
-        )
-    return table
-
-
 def main(args: argparse.Namespace) -> int:
     """The exit status is 0 for a healthy server, 1 for another."""
     info = read(args.url, args.api_key)
+    if args.watch:
+        return _watch(args, info)
     if args.json:
         print(json.dumps(info, indent=1))
-    elif args.watch:
-        _watch(args, info)
     else:
-        Console().print(render(info, None, 0.0), highlight=False)
+        read_at, before = time.monotonic(), info
+        time.sleep(_ONCE_S)
+        info = read(args.url, args.api_key)
+        console = Console()
+        console.print(render(info, before, time.monotonic() - read_at), highlight=False)
     return 0 if info["health"]["ok"] else 1
 
 
-def _watch(args: argparse.Namespace, info: dict[str, Any]) -> None:
-    read_at = time.monotonic()
-    with Live(render(info, None, 0.0), auto_refresh=False) as live:
-        try:
+def _watch(args: argparse.Namespace, info: Reading) -> int:
+    """Once a second until Ctrl-C; a server that goes away may come back."""
+    show = _print_line if args.json else None
+    with ExitStack() as stack:
+        if show is None:
+            live = stack.enter_context(Live(render(info, None, 0.0), auto_refresh=False))
+            show = _Screen(live).show
+        before: Reading | None = None
+        read_at = time.monotonic()
+        with suppress(KeyboardInterrupt):
             while True:
+                show(info, before, time.monotonic() - read_at)
+                before, read_at = info, time.monotonic()
                 time.sleep(_WATCH_S)
-                before, before_at = info, read_at
-                info, read_at = read(args.url, args.api_key), time.monotonic()
-                live.update(render(info, before, read_at - before_at), refresh=True)
-        except KeyboardInterrupt:
-            return
+                try:
+                    info = read(args.url, args.api_key)
+                except ConfigError as error:
+                    info = _away(before, error.message)
+    return 0 if info["health"]["ok"] else 1
+
+
+def _away(last: Reading, reason: str) -> Reading:
+    """What was known last, with the news that nobody answers."""
+    return {**last, "health": {"ok": False, "reason": reason}}
+
+
+def _print_line(info: Reading, before: Reading | None, seconds: float) -> None:
+    print(json.dumps(info), flush=True)
+
+
+class _Screen:
+    def __init__(self, live: Live) -> None:
+        self._live = live
+
+    def show(self, info: Reading, before: Reading | None, seconds: float) -> None:
+        self._live.update(render(info, before, seconds), refresh=True)

@@ -22,16 +22,18 @@ from diptych.engine.core.messages import (
     AskPage,
     Cut,
     Drain,
+    Grow,
     PageRows,
     Peers,
     PoolUp,
     Ready,
+    Retire,
     Send,
     Stuck,
 )
 from diptych.server.boot import ApiBoot, ApiProcessBoot, SupervisorBoot
 from diptych.server.client import EngineInfo
-from diptych.server.fleet import HOME, Fleet, GiveUp, Kill, Start
+from diptych.server.fleet import HOME, Fleet, GiveUp, Kill, Rest, Start, Wake
 from diptych.server.host import TICK_S, Host
 from diptych.server.launcher import (
     LauncherEvent,
@@ -95,6 +97,7 @@ class Supervisor:
             pools=[PoolUp(p.pool, layout.num_blocks, layout.block_size) for p in layout.pools],
             hang_s=options.hang_s,
             num_workers=len(options.workers()),
+            num_started=None if options.scheduler.autoscale is None else options.num_started,
         )
         self._salt_key = secrets.token_hex(32)
         self._endpoints: set[Address] = set()  # in the directory
@@ -165,6 +168,10 @@ class Supervisor:
                 self._fleet.stuck(peer, now)
             case Cut(sender, peer):
                 self._fleet.cut(sender, peer, now)
+            case Grow(scheduler_epoch, count):
+                self._fleet.grow(scheduler_epoch, count)
+            case Retire(scheduler_epoch, worker, epoch):
+                self._fleet.retire(scheduler_epoch, Address("worker", worker, epoch), now)
             case AskPage(scheduler_epoch, pool) if self._hosts is not None:
                 self._hosts.read_page(scheduler_epoch, pool)
 
@@ -216,7 +223,7 @@ class Supervisor:
 
     def _take_event(self, host: int, event: LauncherEvent, now: float) -> None:
         match event:
-            case ModelReady(info):
+            case ModelReady(info, import_s, weights_s):
                 if self._info is None:
                     self._info = msgspec.structs.replace(
                         info, model_path=self._boot.options.model.path
@@ -224,7 +231,7 @@ class Supervisor:
                 if self._hosts is not None and host == HOME:
                     self._hosts.agree(info)
                 self._bar.clear()
-                self._fleet.model_ready(host)
+                self._fleet.model_ready(host, import_s, weights_s)
                 self._progress(f"model loaded: {info.dtype}, {info.num_blocks} blocks of KV")
             case ModelLoading(done_bytes, total_bytes) if host == HOME:
                 self._bar.show(done_bytes, total_bytes, now)
@@ -234,9 +241,12 @@ class Supervisor:
                 if self._info is None:
                     raise _ERRORS.get(kind, EngineDeadError)(message)
                 _log.error("the model cannot be loaded again: %s", message)
+            case ProcessStarted(address):
+                self._fleet.started(address, now)
             case ProcessExited(address, cause, how):
                 if not self._ending:
-                    level = logging.INFO if self._drain_until_s is not None else logging.WARNING
+                    quiet = self._drain_until_s is not None or self._fleet.leaves(address)
+                    level = logging.INFO if quiet else logging.WARNING
                     _log.log(level, "%s.%d ended: %s", process_name(address), address.epoch, how)
                 self._forget([address])
                 self._fleet.exited(address, cause, now)
@@ -283,6 +293,12 @@ class Supervisor:
                     raise EngineDeadError(f"The engine cannot start: {reason}; see the log above.")
                 case Send():
                     self._host.channels.send(command)
+                case Rest() if self._host.launcher is not None:
+                    _log.info("no worker is wanted: the weights are let go")
+                    self._host.launcher.rest()
+                case Wake() if self._host.launcher is not None:
+                    _log.info("a worker is wanted: loading the model")
+                    self._host.launcher.wake()
 
     def _start(self, address: Address) -> None:
         match address.kind:
@@ -330,10 +346,12 @@ class Supervisor:
     def _announce_start(self) -> None:
         if self._started or not self._fleet.engine_up():
             return
+        running = {address.number for address in self._fleet.up("worker")}
         workers = ", ".join(
             f"{spec.worker} (dial {spec.dial}"
             + (f", {spec.num_ranks} ranks)" if spec.num_ranks > 1 else ")")
             for spec in self._fleet.specs()
+            if spec.worker in running
         )
         self._progress(f"engine up: workers {workers}")
         if self._boot.api_target is None:

@@ -8,6 +8,7 @@ import logging
 import os
 import socket
 import subprocess
+import time
 from contextlib import suppress
 from typing import Final
 
@@ -58,6 +59,7 @@ class WarmLauncher:
         self._failed_loads = 0  # in a row
         self._open_at_s = 0.0
         self._closed = False
+        self._resting = False
         self._wire: socket.socket | None = None
         self._process: subprocess.Popen[bytes] | None = None
         self._open()
@@ -72,6 +74,19 @@ class WarmLauncher:
         order = ForkWorker(address.number, address.epoch)
         with suppress(OSError):  # it is dying: the end of the wire, seen next, answers the order
             self._wire.send(msgspec.msgpack.encode(order))
+
+    def rest(self) -> None:
+        assert not self._fences, "nobody rests while workers run"
+        self._resting = True
+        if self._process is not None:
+            self._process.kill()
+        if self._wire is not None:
+            self._wire.close()
+            self._wire = None
+
+    def wake(self) -> None:
+        self._resting = False
+        self._open_at_s = 0.0
 
     def kill(self, address: Address) -> None:
         fence = self._fences.get(address)
@@ -90,7 +105,7 @@ class WarmLauncher:
     def events(self, now: float) -> list[LauncherEvent]:
         events: list[LauncherEvent] = []
         idle = self._wire is None and self._process is None
-        if idle and not self._closed and now >= self._open_at_s:
+        if idle and not self._closed and not self._resting and now >= self._open_at_s:
             self._open()
         while self._wire is not None and self._read_packet(self._wire, events, now):
             pass
@@ -103,7 +118,8 @@ class WarmLauncher:
         if self._process is not None and pid == self._process.pid:
             self._process.returncode = wait_status
             self._process = None
-            _log.warning("warm parent ended: %s", describe_exit(wait_status))
+            level = logging.INFO if self._resting else logging.WARNING
+            _log.log(level, "warm parent ended: %s", describe_exit(wait_status))
         for fence in self._fences.values():
             if fence.pid == pid:
                 fence.wait_status = wait_status
@@ -126,7 +142,8 @@ class WarmLauncher:
         self._wire.setblocking(False)
         boot, layout = self._boot, self._boot.layout
         fds = [theirs.fileno(), *layout.fds, boot.lifeline_fd]
-        warm_boot = WarmBoot(host=boot, socket_fd=theirs.fileno())
+        spawned_ns = time.monotonic_ns()
+        warm_boot = WarmBoot(host=boot, socket_fd=theirs.fileno(), spawned_ns=spawned_ns)
         self._process = spawn("diptych.server.warm_parent", warm_boot, fds)
         theirs.close()
 
@@ -141,9 +158,9 @@ class WarmLauncher:
         if not data:
             self._lose(events, now)
             return False
-        match msgspec.msgpack.decode(data, type=FromWarm):
-            case Loaded(info):
-                self._loaded(info, events)
+        match packet := msgspec.msgpack.decode(data, type=FromWarm):
+            case Loaded():
+                self._loaded(packet, events)
             case Loading(done_bytes, total_bytes):
                 events.append(ModelLoading(done_bytes, total_bytes))
             case LoadFailed(kind, message):
@@ -158,7 +175,8 @@ class WarmLauncher:
                 self.reaped(pid, wait_status)
         return True
 
-    def _loaded(self, info: EngineInfo, events: list[LauncherEvent]) -> None:
+    def _loaded(self, loaded: Loaded, events: list[LauncherEvent]) -> None:
+        info = loaded.info
         if self._info is not None and info != self._info:
             events.append(
                 ModelFailed("ConfigError", "the model's files changed while it is served")
@@ -168,7 +186,7 @@ class WarmLauncher:
             return
         self._info = info
         self._failed_loads = 0
-        events.append(ModelReady(info))
+        events.append(ModelReady(info, loaded.import_s, loaded.weights_s))
 
     def _lose(self, events: list[LauncherEvent], now: float) -> None:
         assert self._wire is not None

@@ -53,13 +53,15 @@ _log = logging.getLogger("diptych")
 class WarmParent:
     """Serves fork orders until its socket or its supervisor ends."""
 
-    def __init__(self, boot: HostBoot, wire: socket.socket) -> None:
+    def __init__(self, boot: HostBoot, wire: socket.socket, import_s: float) -> None:
         self._boot = boot
+        self._import_s = import_s  # that starting this process took
         self._wire = wire
         self._signal_read, self._signal_write = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
         self._next_progress_s = 0.0
 
     def serve(self) -> int:
+        started_s = time.monotonic()
         try:
             model = load_model(
                 self._boot.options.model,
@@ -67,7 +69,8 @@ class WarmParent:
                 threads=len(self._boot.layout.cores),
                 on_progress=self._tell_progress,
             )
-            self._send(Loaded(engine_info(self._boot, model)))
+            weights_s = time.monotonic() - started_s
+            self._send(Loaded(engine_info(self._boot, model), self._import_s, weights_s))
         except DiptychError as error:
             self._send(LoadFailed(type(error).__name__, error.message))
             return 1
@@ -190,7 +193,8 @@ def main() -> None:
     torch.set_num_threads(1)  # no thread may exist at a fork; workers compute with the kernels'
     wire = socket.socket(fileno=boot.socket_fd)
     try:
-        status = WarmParent(boot.host, wire).serve()
+        import_s = (time.monotonic_ns() - boot.spawned_ns) / 1e9
+        status = WarmParent(boot.host, wire, import_s).serve()
     except BaseException:
         _log.exception("the warm parent ends by an uncaught exception")
         status = EXIT_FAULT

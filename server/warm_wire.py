@@ -12,6 +12,7 @@ PACKET_BYTES_MAX = 1 << 18
 class WarmBoot(msgspec.Struct, frozen=True, kw_only=True):
     host: HostBoot
     socket_fd: int
+    spawned_ns: int  # on the host's monotonic clock
 
 
 class Packet(msgspec.Struct, frozen=True, array_like=True, tag=True):
@@ -27,6 +28,8 @@ class ForkWorker(Packet, frozen=True):
 
 class Loaded(Packet, frozen=True):
     info: EngineInfo
+    import_s: float  # from the start of the process
+    weights_s: float
 
 
 class Loading(Packet, frozen=True):

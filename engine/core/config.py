@@ -19,6 +19,10 @@ Quantization = Literal[
 Transfer = Literal["auto", "shm", "tcp", "nixl"]
 RankLink = Literal["auto", "shm", "gloo"]
 
+TTFT_SLO_S: Final = 2.0
+ITL_SLO_S: Final = 0.2
+"""What the other target is taken for when only one is given."""
+
 
 class ModelOptions(msgspec.Struct, frozen=True, kw_only=True):
     """Which weights to serve and how to hold them."""
@@ -61,6 +65,34 @@ class SchedulerOptions(msgspec.Struct, frozen=True, kw_only=True):
     preemptions_max: int = 3  # per choice; afterwards it is never preempted again
     local_prefill_tokens: int = 32  # uncached prompts up to this are prefilled where they decode
     retry_after_max_s: float = 60.0
+    ttft_slo_s: float | None = None  # with either target, workers move between the roles
+    itl_slo_s: float | None = None
+    steer_s: float = 1.0  # between two looks at what could move
+    autoscale: tuple[int, int] | None = None  # fewest and most workers
+    idle_s: float = 60.0  # so long fewer workers must have been enough before one leaves
+    leave_s: float = 10.0  # so long a leaving worker may finish what it runs
+
+    @property
+    def steers(self) -> bool:
+        """Whether workers move between prefill and decode."""
+        return self.ttft_slo_s is not None or self.itl_slo_s is not None
+
+    @property
+    def slo_s(self) -> tuple[float, float]:
+        """(time to first token, between tokens): what a missing target is taken for."""
+        return self.ttft_slo_s or TTFT_SLO_S, self.itl_slo_s or ITL_SLO_S
+
+    @property
+    def pace_s(self) -> float | None:
+        """For `BatchOptions.itl_slo_s`."""
+        return self.slo_s[1] if self.steers else None
+
+    def verify(self) -> None:
+        for slo_s in (self.ttft_slo_s, self.itl_slo_s):
+            if slo_s is not None and not 1e-4 <= slo_s <= 3600.0:
+                raise ConfigError(f"a target must be between 0.1 ms and an hour, got {slo_s:g} s")
+        if self.autoscale is not None and not 0 <= self.autoscale[0] <= self.autoscale[1] >= 1:
+            raise ConfigError("autoscaling needs 0 <= min <= max and max >= 1")
 
 
 class BatchOptions(msgspec.Struct, frozen=True, kw_only=True):
@@ -69,6 +101,7 @@ class BatchOptions(msgspec.Struct, frozen=True, kw_only=True):
     max_num_batched_tokens: int = 512
     max_chunk_tokens: int | None = None  # cap of one prefill chunk; None: the whole budget
     max_num_seqs: int = 256
+    itl_slo_s: float | None = None  # a step with decodes takes no more prefill than this leaves
 
 
 class WorkerSpec(msgspec.Struct, frozen=True, array_like=True):
@@ -102,18 +135,22 @@ class EngineOptions(msgspec.Struct, frozen=True, kw_only=True):
     hang_s: float = 3.0  # a progress counter still for this long, with work, is a hang
 
     def workers(self) -> list[WorkerSpec]:
-        """Prefill workers first, then decode, then mixed; pools are numbered from 0."""
+        """Prefill workers first, then decode, then mixed; pools are numbered from 0. Then those
+        that autoscaling may add, in turn of the kinds that there are."""
         tp = self.tensor_parallel_size
         kinds = (
             (self.prefill, 100, self.prefill_tp or tp),
             (self.decode, 0, self.decode_tp or tp),
             (self.mixed, 50, tp),
         )
-        places = [
-            (pool if self.separate_pools else 0, dial, num_ranks)
+        present = [
+            (count, (pool if self.separate_pools else 0, dial, num_ranks))
             for pool, (count, dial, num_ranks) in enumerate(kind for kind in kinds if kind[0])
-            for _ in range(count)
         ]
+        places = [place for count, place in present for _ in range(count)]
+        most = len(places) if self.scheduler.autoscale is None else self.scheduler.autoscale[1]
+        turn = present[-1:] + present[:-1]  # those that decode first
+        places += [turn[extra % len(turn)][1] for extra in range(most - len(places))]
         return [WorkerSpec(worker, *place) for worker, place in enumerate(places)]
 
     @property
@@ -123,12 +160,26 @@ class EngineOptions(msgspec.Struct, frozen=True, kw_only=True):
         tp = self.tensor_parallel_size
         return lcm(tp, self.prefill_tp or tp, self.decode_tp or tp)
 
+    @property
+    def num_started(self) -> int:
+        """Workers that run from the start."""
+        return self.prefill + self.decode + self.mixed
+
     def verify(self) -> None:
         self.cache.verify()
+        self.scheduler.verify()
         if min(self.prefill, self.decode, self.mixed) < 0:
             raise ConfigError("worker counts cannot be negative")
         if not self.mixed and not (self.prefill and self.decode):
             raise ConfigError("need --prefill N and --decode N of at least 1 each, or --mixed N")
+        scale = self.scheduler.autoscale
+        if scale is not None and not scale[0] <= self.num_started <= scale[1]:
+            raise ConfigError(
+                f"--autoscale {scale[0]}:{scale[1]} does not hold the {self.num_started} workers"
+                " to start with (--prefill, --decode, --mixed)"
+            )
+        if scale is not None and self.several_hosts:
+            raise ConfigError("--autoscale is for one host: in a cluster, hosts join and leave")
         if self.transfer != "auto" and not (self.separate_pools or self.several_hosts):
             raise ConfigError(f"--transfer {self.transfer} needs --separate-pools")
         sizes = [self.tensor_parallel_size, self.prefill_tp, self.decode_tp]

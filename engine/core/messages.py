@@ -138,6 +138,39 @@ class WorkerStats(msgspec.Struct, frozen=True, array_like=True):
     running: int  # sequences assigned to it
     steps: int  # steps since it started
     step_s: float  # mean duration of the steps in its last report
+    pool: PoolId = 0
+    leaving: bool = False  # is given nothing new
+    decode_tokens: int = 0  # since it started
+    prefill_tokens: int = 0  # since it started
+
+
+class PoolStats(msgspec.Struct, frozen=True, array_like=True):
+    pool: PoolId
+    blocks_total: int
+    blocks_used: int
+    blocks_cached: int
+
+
+class PairStats(msgspec.Struct, frozen=True, array_like=True):
+    """Blocks that moved from one pool to another, since start."""
+
+    source: PoolId
+    pool: PoolId
+    blocks: int
+    block_s: float  # estimate: seconds per block
+
+
+class ColdStart(msgspec.Struct, frozen=True, array_like=True):
+    """The last worker that was started because the scheduler asked for it."""
+
+    worker: WorkerId
+    asked_s: float  # from the wish to the order, and waiting that no stage explains
+    import_s: float
+    weights_s: float
+    fork_s: float
+    ready_s: float
+    join_s: float  # from its first word to its first row
+    total_s: float
 
 
 class Stats(Message, frozen=True):
@@ -158,6 +191,12 @@ class Stats(Message, frozen=True):
     workers: list[WorkerStats]
     ready: bool  # every pool is read and at least one prefill and one decode place exist
     blocks_pulled: int = 0  # moved between pools, since start
+    pools: list[PoolStats] = []  # msgspec copies the default
+    pairs: list[PairStats] = []
+    dial_moves: int = 0  # since start
+    pressure: tuple[float, float] | None = None  # prefill, decode: 1 is on target
+    workers_wanted: int | None = None  # with autoscaling
+    cold_start: ColdStart | None = None
 
 
 # ---- scheduler -> worker -----------------------------------------------------------------------
@@ -192,7 +231,10 @@ class Assign(Message, frozen=True):
     DECODE: nothing may be touched before the seal of the same `ref` came from the peer. With a
     `handoff` the blocks after num_computed are this worker's from the start, to pull into.
     `prefix`: the decode side's pool knows more of the prompt. To the PREFILL side, the blocks to
-    pull before it computes the rest; to the DECODE side, publish from `first` to num_computed.
+    pull before it computes the rest; to the DECODE side, publish from `first` to num_computed; to
+    a LOCAL side, the blocks to pull from a peer that computes the head of the prompt for it.
+    `head`: to the PREFILL side, compute only so many tokens, publish them and let go: no seal; to
+    the LOCAL side, so many tokens of the prefix were cached there.
     `api` is where tokens go, `peer` the other side of a handoff (worker, epoch).
     """
 
@@ -212,6 +254,7 @@ class Assign(Message, frozen=True):
     want_prompt_logprobs: bool
     handoff: Handoff | None = None
     prefix: Handoff | None = None
+    head: int | None = None
 
 
 class Grant(msgspec.Struct, frozen=True, array_like=True, gc=False):
@@ -369,6 +412,21 @@ class AskPage(Message, frozen=True):
     pool: PoolId
 
 
+class Grow(Message, frozen=True):
+    """Run at least so many workers, if the limits allow. Said again until they are there."""
+
+    scheduler_epoch: Epoch
+    workers: int
+
+
+class Retire(Message, frozen=True):
+    """This worker holds nothing and is given nothing: one worker less, and it is to exit."""
+
+    scheduler_epoch: Epoch
+    worker: WorkerId
+    worker_epoch: Epoch
+
+
 # ---- supervisor -> scheduler -------------------------------------------------------------------
 
 
@@ -413,6 +471,16 @@ class TokenBatch(Message, frozen=True):
 # ---- supervisor -> scheduler, API servers ------------------------------------------------------
 
 
+class StartTimes(msgspec.Struct, frozen=True, array_like=True):
+    """How long a worker took to start, by stage, in seconds; the first two are 0 where the weights
+    were loaded already."""
+
+    import_s: float  # a new interpreter and its imports
+    weights_s: float  # loading and packing
+    fork_s: float  # from the order to the process
+    ready_s: float  # from the process to its first word
+
+
 class WorkerUp(Message, frozen=True):
     """A worker answers at its address. Sent to the scheduler."""
 
@@ -420,6 +488,7 @@ class WorkerUp(Message, frozen=True):
     worker_epoch: Epoch
     pool: PoolId
     dial: int
+    start: StartTimes | None = None
 
 
 class WorkerDown(Message, frozen=True):
@@ -537,6 +606,8 @@ AnyMessage = (
     | Progress
     | AskPage
     | PageRows
+    | Grow
+    | Retire
     | TokenBatch
     | WorkerUp
     | WorkerDown

@@ -46,6 +46,7 @@ class LossCause(StrEnum):
     WORKER = "worker"  # a worker was fenced
     FAULT = "fault"  # a worker crashed by its own fault while it held this sequence
     PREEMPTED = "preempted"
+    MOVED = "moved"  # its worker leaves, the next attempt runs elsewhere
 
 
 class DownCause(StrEnum):

@@ -37,12 +37,13 @@ def server_info(front: Front) -> dict[str, object]:
         engine=client.stats(),
     )
     named: dict[str, object] = msgspec.to_builtins(info)
-    if info.engine is not None:  # structs of the wire are arrays; here they get their names
-        fields = _named(info.engine)
-        fields["workers"] = [_named(worker) for worker in info.engine.workers]
-        named["engine"] = fields
+    named["engine"] = _named(info.engine)  # structs of the wire are arrays; here they get names
     return named
 
 
-def _named(struct: msgspec.Struct) -> dict[str, object]:
-    return {name: getattr(struct, name) for name in struct.__struct_fields__}
+def _named(value: object) -> object:
+    if isinstance(value, msgspec.Struct):
+        return {name: _named(getattr(value, name)) for name in value.__struct_fields__}
+    if isinstance(value, list):
+        return [_named(item) for item in value]
+    return value

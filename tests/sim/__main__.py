@@ -3,7 +3,9 @@
 import argparse
 import sys
 import time
+from pathlib import Path
 
+from bench.record import write
 from tests.sim.mutants.registry import all_mutants, mutated
 from tests.sim.scenario import FEATURES, Scenario, generate
 from tests.sim.shrink import shrink
@@ -29,6 +31,7 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--faults", help="places of the faults to keep, or none")
     parser.add_argument("--trace", type=int, default=60, help="events to print of a failure")
     parser.add_argument("--go-on", action="store_true", help="do not stop at the first failure")
+    parser.add_argument("--out", type=Path, help="write the sums as JSON")
     return parser.parse_args()
 
 
@@ -83,6 +86,18 @@ def _many(args: argparse.Namespace) -> int:
         seed += 1
     elapsed = time.perf_counter() - started
     print(f"seeds {args.seed}..{seed - 1}: {events} events, {events / elapsed:.0f} events/s")
+    if args.out is not None:
+        result: dict[str, object] = {
+            "events": events,
+            "seconds": round(elapsed, 1),
+            "events_per_s": round(events / elapsed),
+            "scenarios": seed - args.seed,
+            "violations": failures,
+            "ends_of_requests": ends,
+            "disturbances": list(FEATURES),
+            "mutants": len(all_mutants()),
+        }
+        write(args.out, result)
     print(f"ends: {ends}")
     for kind, seeds in sorted(kinds.items(), key=lambda item: -len(item[1])):
         print(f"{len(seeds):6d}  {kind}  seeds {seeds[:8]}")

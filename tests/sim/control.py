@@ -29,11 +29,15 @@ from diptych.scheduler.journal import Journal
 from diptych.scheduler.scheduler import Scheduler
 from tests.sim.clients import Client, Clients
 from tests.sim.model import RequestSpec
+from tests.sim.roles import Roles
 from tests.sim.watch import Watch
 from tests.sim.world import Process, World, check
 
 IDLE_S: Final = 2.0
 """Virtual seconds for which rows may wait while nothing runs."""
+
+COLD_S: Final = 4.0
+"""Virtual seconds that the first worker may take to come."""
 
 RELEASE_S: Final = 1.0
 """Virtual seconds until the blocks of a closed request are free, if nobody dies or stands still."""
@@ -51,6 +55,9 @@ class SchedulerProcess(Process):
             block_size=scenario.block_size, enable_prefix_caching=scenario.prefix_caching
         )
         self.machine = Scheduler(address.epoch, scenario.scheduler, cache)
+        options = scenario.scheduler
+        self.roles = Roles(address.epoch, options.steers or options.autoscale is not None)
+        self.idle_s = IDLE_S if options.autoscale is None else IDLE_S + COLD_S
         self.watch = watch
         self.quiet = quiet  # (pool, epoch) -> does no worker hold anything of an older epoch
         self.inbox: list[Message] = []
@@ -58,6 +65,7 @@ class SchedulerProcess(Process):
         features = frozenset(scenario.features)
         self.clogged = "clog" in features
         self.undisturbed = not scenario.faults and features.isdisjoint(("clog", "poison"))
+        self.warded = "poison" in features
         self.apis_die = any(fault.slot[0] == "a" for fault in scenario.faults)
         self.closed: dict[tuple[RequestId, int | None], float] = {}  # when their end was heard
         self.idle_since: float | None = None  # rows wait, and nothing runs
@@ -103,12 +111,14 @@ class SchedulerProcess(Process):
             elif isinstance(message, Abort):
                 self.closed.setdefault((message.request, message.choice), self.world.now)
             self.watch.scheduler_hears(epoch, message)
+            self.roles.hears(message)
         self.op("stepped")
         self._check_answers(inputs, commands)
         self.machine.check_integrity()
         for command in commands:
             if isinstance(command, Send):
                 self.watch.scheduler_sends(command.to, command.message)
+                self.roles.says(command.to, command.message, self.world.now)
                 self._check_send(command.message)
                 self.send(command.to, command.message)
             else:
@@ -120,6 +130,11 @@ class SchedulerProcess(Process):
                 self.watch.pool_read(command.pool)
                 self.inbox.append(self.watch.memories[command.pool].read())  # type: ignore[arg-type]
                 self._wake_up()
+        audit = self.machine.audit()
+        busy = audit.waiting + sum(bool(row.holds) for row in audit.rows)
+        if not self.warded:  # a worker that is emptied for a suspect does nothing else
+            workers = self.machine._members.workers.values()
+            self.roles.check_cover(busy, {worker.id for worker in workers if worker.serves})
 
     def _check_send(self, message: Message) -> None:
         if isinstance(message, Lost) and message.cause is LossCause.PREEMPTED:
@@ -166,7 +181,7 @@ class SchedulerProcess(Process):
         elif self.idle_since is None:
             self.idle_since = now
         since = now if self.idle_since is None else self.idle_since
-        check(now - since < IDLE_S, "{} rows wait and nothing runs", stats.waiting)
+        check(now - since < self.idle_s, "{} rows wait and nothing runs", stats.waiting)
 
 
 class ApiProcess(Process):

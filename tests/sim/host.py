@@ -33,6 +33,8 @@ class Host:
         self.workers: dict[WorkerId, WorkerProcess] = {}  # ready and not fenced
         self.apis: dict[ApiId, ApiProcess] = {}  # ready and not known to be dead
         self.scheduler: SchedulerProcess | None = None  # ready and not known to be dead
+        self.changed_at = 0.0  # when a worker came or went last
+        self.num_wanted: Callable[[], int] = lambda: len(self.setups)  # workers
 
     @property
     def whole(self) -> bool:
@@ -42,7 +44,7 @@ class Host:
             self.scheduler is not None
             and self.scheduler.alive
             and len(self.apis) == scenario.apis
-            and len(self.workers) == len(scenario.workers)
+            and len(self.workers) == self.num_wanted()
             and all(p.alive for p in self.apis.values())
             and all(p.alive and not p.stuck for p in self.workers.values())
         )
@@ -57,6 +59,7 @@ class Host:
                 self.world, address, setup, self.memories, self.watch, self.clients
             )
             self.workers[number] = process
+            self.changed_at = self.world.now
         elif address.kind == "api":
             process = ApiProcess(self.world, address, self.clients)
             self.apis[number] = process
@@ -71,7 +74,9 @@ class Host:
         number = process.address.number
         if isinstance(process, WorkerProcess):
             del self.workers[number]
+            self.changed_at = self.world.now
             self.watch.fenced(number, process.address.epoch)
+            self.world.haunt(process.address)
         elif isinstance(process, ApiProcess):
             del self.apis[number]
         else:

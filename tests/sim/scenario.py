@@ -8,6 +8,8 @@ from dataclasses import dataclass, replace
 from random import Random
 from typing import Final
 
+import msgspec
+
 from diptych.engine.core.config import BatchOptions, SchedulerOptions, WorkerSpec
 from tests.sim.model import STOP, Oracle, RequestSpec
 
@@ -39,6 +41,11 @@ FEATURES: Final = (
     "far",
     "transfer_loss",
     "transfer_faults",
+    "dials",
+    "autoscale",
+    "partition",
+    "slow_peer",
+    "zombie",
 )
 RARE: Final = ("minimal_pool", "crowd", "crash_loop")
 
@@ -82,6 +89,16 @@ class Fault:
 
 
 @dataclass(slots=True, frozen=True)
+class Partition:
+    """For a while nothing about blocks gets from one worker to another; the way back is open."""
+
+    source: int
+    to: int
+    at: float
+    until: float
+
+
+@dataclass(slots=True, frozen=True)
 class Scenario:
     seed: int
     features: tuple[str, ...]
@@ -90,9 +107,13 @@ class Scenario:
     pools: int
     apis: int
     workers: tuple[WorkerSpec, ...]
+    num_started: int  # of these, from the start; the others when they are asked for
     token_loss: float  # chance that a batch of tokens is dropped on its way
     transfer_loss: float  # chance that a message about blocks is dropped, or comes twice
     transfer_faults: float  # chance that a read fails, is stale, or brings a wrong bit
+    partitions: tuple[Partition, ...]
+    slow_peers: tuple[int, ...]  # workers from which reads take very long
+    zombies: bool  # what a worker had sent turns up once more after it was fenced
     reads_outlive_source: bool  # as through memory; else a read ends with the source's process
     scheduler: SchedulerOptions
     batch: BatchOptions
@@ -114,8 +135,9 @@ class Scenario:
 def generate(seed: int, features: frozenset[str] | None = None) -> Scenario:
     """The scenario of a seed; `features` given: exactly these, instead of a random subset."""
     rng = Random(f"scenario-{seed}")
-    chance = rng.choice((0.15, 0.3, 0.5))
-    drawn = tuple(f for f in FEATURES if rng.random() < chance * (f not in RARE or 0.3))
+    draw = Random(f"features-{seed}")  # its own: a new feature leaves the others' scenarios alone
+    chance = draw.choice((0.15, 0.3, 0.5))
+    drawn = tuple(f for f in FEATURES if draw.random() < chance * (f not in RARE or 0.3))
     chosen = drawn if features is None else tuple(f for f in FEATURES if f in features)
     has = frozenset(chosen)
     block_size = 32 if rng.random() < 0.1 else 16
@@ -128,6 +150,18 @@ def generate(seed: int, features: frozenset[str] | None = None) -> Scenario:
     apis = rng.choice((1, 1, 2))
     max_model_len = min(160, (num_blocks - 1) * block_size)
     scheduler, batch = _options(rng, has)
+    workers = _workers(rng, pools, has)
+    num_started = len(workers)
+    if "autoscale" in has:
+        num_started = rng.randint(1, len(workers))
+        limits = (rng.choice((0, 0, 1)), len(workers))
+        scheduler = msgspec.structs.replace(
+            scheduler,
+            autoscale=limits,
+            idle_s=rng.choice((0.05, 0.2, 1.0)),
+            leave_s=rng.choice((0.0, 0.05, 0.5)),
+            steer_s=rng.choice((0.02, 0.1, 0.25)),
+        )
     scenario = Scenario(
         seed=seed,
         features=chosen,
@@ -135,10 +169,14 @@ def generate(seed: int, features: frozenset[str] | None = None) -> Scenario:
         block_size=block_size,
         pools=pools,
         apis=apis,
-        workers=_workers(rng, pools, has),
+        workers=workers,
+        num_started=num_started,
         token_loss=0.03 if "token_loss" in has else 0.0,
         transfer_loss=0.2 if "transfer_loss" in has else 0.0,
-        transfer_faults=rng.choice((0.02, 0.1)) if "transfer_faults" in has else 0.0,
+        transfer_faults=rng.choice((0.02, 0.1, 0.3)) if "transfer_faults" in has else 0.0,
+        partitions=_partitions(rng, len(workers)) if "partition" in has else (),
+        slow_peers=(rng.randrange(len(workers)),) if "slow_peer" in has else (),
+        zombies="zombie" in has,
         reads_outlive_source=rng.random() < 0.5,
         scheduler=scheduler,
         batch=batch,
@@ -194,7 +232,15 @@ def _options(rng: Random, has: frozenset[str]) -> tuple[SchedulerOptions, BatchO
         preemptions_max=rng.randint(0, 3),
         local_prefill_tokens=rng.choice((0, 0, 8) if "far" in has else (0, 8, 32, 64)),
     )
+    if "dials" in has:
+        scheduler = msgspec.structs.replace(
+            scheduler,
+            ttft_slo_s=rng.choice((None, 0.02, 0.1, 0.5)),
+            itl_slo_s=rng.choice((0.005, 0.02, 0.1)),
+            steer_s=rng.choice((0.02, 0.1, 0.25)),
+        )
     batch = BatchOptions(
+        itl_slo_s=scheduler.pace_s,
         max_num_batched_tokens=rng.choice((8, 16, 24, 64, 256)),
         max_chunk_tokens=rng.choice((None, None, 7, 16, 32)),
         max_num_seqs=scheduler.max_num_seqs,
@@ -238,6 +284,15 @@ def _faults(rng: Random, has: frozenset[str], apis: int) -> tuple[Fault, ...]:
         for _ in range(rng.randint(1, 2)):
             faults.append(Fault("hang", f"w{rng.randint(0, 2)}", "stepping", rng.randint(1, 40)))
     return tuple(faults)
+
+
+def _partitions(rng: Random, num_workers: int) -> tuple[Partition, ...]:
+    found: list[Partition] = []
+    for _ in range(rng.randint(1, 4)):
+        at = rng.random() * 2.0
+        source, to = rng.randrange(num_workers), rng.randrange(num_workers)
+        found.append(Partition(source, to, at, at + rng.choice((0.1, 0.5, 2.0))))
+    return tuple(found)
 
 
 def _requests(rng: Random, has: frozenset[str], s: Scenario) -> tuple[RequestSpec, ...]:

@@ -25,6 +25,8 @@ REST_S: Final = 60.0
 those that the requests take one after the other and token by token."""
 SETTLE_S: Final = 3.0
 """Virtual seconds after the last end within which everything must be given back."""
+ON_ITS_WAY_S: Final = 1.5
+"""Virtual seconds that a message may need."""
 EVENTS_MAX: Final = 60_000
 
 
@@ -123,12 +125,22 @@ class Simulation:
             world.run_one()
         if world.last_fault + SETTLE_S > world.now or not self.host.whole:
             return self._again()
+        assert self.host.scheduler is not None
+        known = self.host.scheduler.machine._members.workers.keys()
+        settled = world.now - self.host.changed_at > ON_ITS_WAY_S
+        check(
+            not settled or known == self.host.workers.keys(),
+            "the scheduler knows workers {}",
+            sorted(known),
+        )
         for key, hold in self.watch.holds.items():
             check(False, "{} still holds {} at rest", key, hold.table)
         for process in self.host.workers.values():
             check(process.batcher.num_sequences == 0, "{} has sequences at rest", process.slot)
-            check(not process.batcher._seals._early, "{} has seals at rest", process.slot)
+            late = self.scenario.zombies  # a seal that came for a second time waits, in its cap
+            check(late or not process.batcher._seals._early, "{} has seals at rest", process.slot)
             check(process.plan is None, "{} is in a step at rest", process.slot)
+            self._settled_dial(process)
             self._settled_transfers(process)
         stats = self._stats()
         check(stats is not None, "no statistics at rest")
@@ -146,6 +158,17 @@ class Simulation:
             check(used == 0, "pool is not at rest: {}", pool)
         for api in self.host.apis.values():
             check(api.machine.num_open == 0, "{} has open requests at rest", api.slot)
+
+    def _settled_dial(self, process: WorkerProcess) -> None:
+        assert self.host.scheduler is not None
+        roles, number = self.host.scheduler.roles, process.address.number
+        if self.world.now - roles.moved_at.get(number, 0.0) < ON_ITS_WAY_S:
+            return
+        told = roles.told.get(number)
+        mine = (process.address.epoch, process.batcher.dial)
+        worker = self.host.scheduler.machine._members.workers[number]
+        check(told == (worker.epoch, worker.dial), "{} was told {}, not", process.slot, told)
+        check(told == mine, "{} has the dial {}, the scheduler says {}", process.slot, mine, told)
 
     def _settled_transfers(self, process: WorkerProcess) -> None:
         mover, exchange = process.mover, process.batcher._exchange

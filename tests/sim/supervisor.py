@@ -5,15 +5,27 @@ scheduler hears of every worker that is not gone before it hears of a pool, so t
 of them.
 """
 
+from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Final
 
-from diptych.engine.core.messages import Address, PoolUp, Send
+from diptych.engine.core.messages import Address, Grow, Message, PoolUp, Retire, Send
 from diptych.engine.core.types import DownCause
-from diptych.server.fleet import Fleet, Kill, Start
-from tests.sim.host import Host
+from diptych.server.fleet import Fleet, Kill, Rest, Start, Wake
+from tests.sim.host import SUPERVISOR, Host
 from tests.sim.world import Process, check
 
 TICK_S: Final = 0.05
+
+
+@dataclass(slots=True)
+class Inbox(Process):
+    """What is sent to the supervisor."""
+
+    hear: Callable[[Message], None] = lambda message: None
+
+    def receive(self, message: Message) -> None:
+        self.hear(message)
 
 
 class Supervisor:
@@ -31,7 +43,11 @@ class Supervisor:
                 for pool, memory in host.memories.items()
             ],
             hang_s=host.world.timing.hang_s,
+            num_started=scenario.num_started,
         )
+        self.limits = scenario.scheduler.autoscale
+        host.num_wanted = self._num_wanted
+        host.world.processes[SUPERVISOR] = Inbox(host.world, SUPERVISOR, "v", hear=self._hear)
         host.world.on_death = self._on_death
 
     def start(self) -> None:
@@ -64,8 +80,34 @@ class Supervisor:
                     self.host.world.timing.detect_s,
                     lambda process=process: self.host.world.kill(process),  # type: ignore[misc]
                 )
+            elif isinstance(command, Wake):
+                self.host.later(self.host.world.timing.restart_s, self._awake)
+            elif isinstance(command, Rest):
+                check(not self.host.workers, "the weights go while workers run")
             else:
                 check(False, "the fleet gives up: {}", command.reason)
+
+    def _awake(self) -> None:
+        self.fleet.model_ready()
+
+    def _num_wanted(self) -> int:
+        return sum(member.wanted for member in self.fleet._workers)
+
+    def _hear(self, message: Message) -> None:
+        """From the scheduler: more workers, or one less."""
+        now = self.host.world.now
+        if isinstance(message, Grow):
+            self.fleet.grow(message.scheduler_epoch, message.workers)
+        else:
+            assert isinstance(message, Retire), message
+            address = Address("worker", message.worker, message.worker_epoch)
+            self.fleet.retire(message.scheduler_epoch, address, now)
+        check(self.limits is not None, "{} without autoscaling", message)
+        if self.limits is not None:
+            wanted = self._num_wanted()
+            least = min(self.limits[0], self.host.world.scenario.num_started)
+            check(least <= wanted <= self.limits[1], "{} workers are wanted", wanted)
+        self._carry_out()
 
     def _ready(self, address: Address) -> None:
         self.host.create(address)

@@ -9,6 +9,7 @@ holds what it should, and its source had the assigned generation after the read.
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
+from typing import Final
 
 from diptych.engine.core.handoff import (
     CancelPull,
@@ -27,6 +28,9 @@ from diptych.transfer.pull import Puller
 from diptych.transfer.spans import CancelRead, Read, ReadDone, ReadFailed
 from tests.sim.memory import Memory
 from tests.sim.world import Process, check
+
+SLOW: Final = 50.0
+"""So much longer a read from a slow peer takes."""
 
 
 @dataclass(slots=True)
@@ -131,6 +135,8 @@ class Mover:
         step = timing.delay_s * rng.random() * 2.0
         if rng.random() < timing.spike_chance:
             step += timing.spike_s * rng.random() / len(pairs)
+        if read.peer[0] in self.world.scenario.slow_peers:
+            step = (step + timing.delay_s) * SLOW
         order = list(range(len(pairs)))
         rng.shuffle(order)
         for k, i in enumerate(order):
@@ -145,9 +151,11 @@ class Mover:
         address = self.process.address
         self.watch.pull_write(address.number, address.epoch, under_way.ref, own)
         cells = list(self.memories[under_way.read.pool].cells[source])
+        chance = self.world.scenario.transfer_faults
+        if chance and not torn and self.world.rng.random() < chance:
+            return  # only the first half ever comes
         size = len(cells) // 2 if torn else len(cells)
         self.memory.cells[own][:size] = cells[:size]
-        chance = self.world.scenario.transfer_faults
         if chance and self.world.rng.random() < chance:
             self.memory.cells[own][self.world.rng.randrange(size)] ^= 1 << 7
 
@@ -157,6 +165,12 @@ class Mover:
         read, now = under_way.read, self.world.now
         peer = self.world.processes.get(Address("worker", *read.peer))
         gone = peer is None or not peer.alive
+        by_wire = not self.world.scenario.reads_outlive_source
+        if by_wire and self.world.is_cut(Address("worker", *read.peer), self.process.address):
+            if not under_way.cancelled and self.world.rng.random() < 0.8:
+                self.world.at(0.05, lambda: self._complete(under_way), self.process)
+                return
+            gone = True
         if not self.world.scenario.reads_outlive_source and not gone and peer and peer.stuck:
             if not under_way.cancelled:  # its server answers no more: until its process is gone
                 self.world.at(0.05, lambda: self._complete(under_way), self.process)

@@ -87,6 +87,7 @@ class Watch:
         self.names = {pool: Names() for pool in memories}
         self.holds: dict[HoldKey, Hold] = {}
         self.just_dropped: dict[HoldKey, Hold] = {}  # in the scheduler's present step
+        self.lingering: dict[SeqRef, list[tuple[PoolId, BlockId]]] = {}  # see `_linger`
         self.epoch: Epoch = 0  # of the scheduler that runs
         self.readable: set[PoolId] = set()
         self.gone: set[tuple[WorkerId, Epoch]] = set()  # fenced
@@ -96,6 +97,7 @@ class Watch:
     def new_scheduler(self, epoch: Epoch) -> None:
         self.epoch = epoch
         self.readable = set()
+        self.lingering.clear()
         for key in [key for key in self.holds if key[:2] in self.gone]:
             self._drop(key)  # it will never hear of this worker
 
@@ -126,6 +128,11 @@ class Watch:
         computed = message.num_computed
         check(computed % size == 0, "{}: hit of {} tokens is no whole block", ref, computed)
         check(computed < len(tokens), "{}: hit covers the last token", ref)
+        all_tokens = tokens
+        if message.role is Role.PREFILL and message.head is not None:
+            tokens = tokens[: message.head]
+            whole = message.head % size == 0 and message.head > 0
+            check(whole and message.handoff is not None, "{}: head of {}", ref, message.head)
         check(len(message.block_table) * size >= len(tokens), "{}: table too short", ref)
         check(len(set(message.block_table)) == len(message.block_table), "{}: block twice", ref)
         check(not (message.want_prompt_logprobs and computed), "{}: hit hides logprobs", ref)
@@ -149,7 +156,10 @@ class Watch:
         if message.handoff is not None and message.role is Role.DECODE:
             self._reads(key, hold, message)
         elif message.prefix is not None:
-            self._reads_prefix(key, hold, message.prefix, message.hashes)
+            is_head = message.role is Role.LOCAL
+            self._reads_prefix(key, hold, message.prefix, message.hashes, is_head)
+            end = message.prefix.first + len(message.prefix.blocks)
+            check(end * size < len(all_tokens), "{}: the last token is not computed", ref)
 
     def _reads(self, key: HoldKey, hold: Hold, message: Assign) -> None:
         """The decode side of a handoff between pools reads blocks of the other one."""
@@ -166,14 +176,23 @@ class Watch:
             self.blocks[handoff.pool][block].readers.add(key)
 
     def _reads_prefix(
-        self, key: HoldKey, hold: Hold, prefix: Handoff, hashes: list[BlockHash]
+        self,
+        key: HoldKey,
+        hold: Hold,
+        prefix: Handoff,
+        hashes: list[BlockHash],
+        is_head: bool,
     ) -> None:
-        """The prefill side begins with cached blocks of the other pool."""
+        """It begins with blocks of the other pool: cached there, or computed there for it."""
         check(prefix.first == hold.num_shared, "{}: pulls what is here", key)
         hold.source, hold.reads = prefix.pool, list(prefix.blocks)
         generations = zip(prefix.blocks, prefix.generations, strict=True)
         for i, (block, generation) in enumerate(generations, prefix.first):
-            self._share(key[2], prefix.pool, block, generation, hashes[i])
+            state = self.blocks[prefix.pool][block]
+            if state.committed or not is_head:
+                own = is_head and generation > state.generation  # given anew in this very step
+                if not own:
+                    self._share(key[2], prefix.pool, block, generation, hashes[i])
             self.blocks[prefix.pool][block].readers.add(key)
 
     def _share(
@@ -218,6 +237,8 @@ class Watch:
         blocks = enumerate(self.blocks[pool])
         unused = {i for i, block in blocks if not block.holders and not block.readers}
         dropped = self.just_dropped.values()
+        for blocks in self.lingering.values():
+            unused.difference_update(block for place, block in blocks if place == pool)
         return unused.difference(
             *(hold.table for hold in dropped), *(hold.reads for hold in dropped)
         )
@@ -292,8 +313,16 @@ class Watch:
         hold = self.holds.pop(key, None)
         if hold is not None:
             self.just_dropped[key] = hold
+            self._linger(key[2], hold)
             for block in hold.table:
                 self.blocks[hold.pool][block].holders.discard(key)
+
+    def _linger(self, ref: SeqRef, hold: Hold) -> None:
+        """The attempt's blocks come back together, when its last worker has let go."""
+        if any(other[2] == ref for other in self.holds):
+            self.lingering.setdefault(ref, []).extend((hold.pool, block) for block in hold.table)
+        else:
+            self.lingering.pop(ref, None)
 
     def _drop_all(self, worker: WorkerId, worker_epoch: Epoch, before: Epoch | None) -> None:
         for key in list(self.holds):

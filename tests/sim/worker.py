@@ -10,6 +10,7 @@ from diptych.engine.core.messages import (
     Address,
     AskPublish,
     Assign,
+    Drain,
     Grants,
     Join,
     Joined,
@@ -75,6 +76,9 @@ class WorkerProcess(Process):
     # ---- the loop ------------------------------------------------------------------------------
 
     def receive(self, message: Message) -> None:
+        if isinstance(message, Drain):
+            self._leave()
+            return
         if isinstance(message, Publish | AskPublish | PullOver):
             self.mover.hear(message)
             return
@@ -89,6 +93,12 @@ class WorkerProcess(Process):
         if not self.wakes:
             self.wakes = True
             self.world.at(self.world.rng.random() * 0.0002, self._wake, self)
+
+    def _leave(self) -> None:
+        """It was retired: nothing of it may be missed."""
+        busy = self.batcher.num_sequences or self.plan is not None or self.mover.reads
+        check(not busy, "{} is retired and holds {}", self.slot, self.batcher.num_sequences)
+        self.world.leave(self)
 
     def _wake(self) -> None:
         self.wakes = False

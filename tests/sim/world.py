@@ -31,6 +31,8 @@ from tests.sim.scenario import Scenario
 _ENCODER: Final = msgspec.msgpack.Encoder()
 _DECODER: Final = msgspec.msgpack.Decoder(AnyMessage)
 _ABOUT_BLOCKS: Final = (Publish, AskPublish, PullOver)
+HAUNTS: Final = 8
+"""Messages of a fenced worker that turn up again."""
 TRACE_KEPT: Final = 400
 
 
@@ -102,6 +104,7 @@ class World:
         self.on_death: Callable[[Process], None] = lambda process: None
         self.on_hang: Callable[[Process], None] = lambda process: None
         self.last_fault = 0.0
+        self.sent: dict[Address, deque[tuple[Address, bytes]]] = {}  # by workers, the last few
         self.fault_slots = {fault.slot for fault in scenario.faults}
         self._faults: dict[tuple[str, str], set[int]] = {}
         for fault in scenario.faults:
@@ -149,6 +152,13 @@ class World:
         process.died()
         self.on_death(process)
 
+    def leave(self, process: Process) -> None:
+        """It exits by itself: what it sent arrives."""
+        self.note(f"{process.slot}.{process.address.epoch} leaves")
+        process.alive = False
+        process.died()
+        self.on_death(process)
+
     def count(self, slot: str, label: str) -> None:
         """Counts one operation; raises where the scenario wants a death."""
         crash = False
@@ -186,6 +196,11 @@ class World:
             delay += link.rng.random() * timing.spike_s
         if self._drops(link, message):
             return
+        if self.scenario.zombies and source.kind == "worker":
+            sent = self.sent.setdefault(source, deque(maxlen=HAUNTS))
+            sent.append((to, _ENCODER.encode(message)))
+        if isinstance(message, _ABOUT_BLOCKS) and self.is_cut(source, to):
+            return
         if isinstance(message, _ABOUT_BLOCKS) and self.scenario.transfer_loss:
             fate = link.rng.random() / self.scenario.transfer_loss
             if fate < 1.0:
@@ -199,6 +214,19 @@ class World:
         link.last = max(link.last, self.now + delay)
         link.queue.append(_ENCODER.encode(message))
         self.at(link.last - self.now, lambda: self._deliver(link, to))
+
+    def is_cut(self, source: Address, to: Address) -> bool:
+        """Whether nothing about blocks gets from one worker to the other now."""
+        return any(
+            (cut.source, cut.to) == (source.number, to.number) and cut.at <= self.now < cut.until
+            for cut in self.scenario.partitions
+        )
+
+    def haunt(self, gone: Address) -> None:
+        """It was fenced, and its last messages turn up once more."""
+        for to, data in self.sent.pop(gone, ()):
+            frame = Link(self.rng, queue=deque((data,)))
+            self.at(self.rng.random() * 2.0, lambda frame=frame, to=to: self._deliver(frame, to))  # type: ignore[misc]
 
     def _past_the_queue(self, link: Link, to: Address, message: Message, delay: float) -> None:
         frame = Link(link.rng, queue=deque((_ENCODER.encode(message),)))

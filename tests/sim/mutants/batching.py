@@ -62,7 +62,7 @@ def released_during_step(stack: ExitStack) -> None:
     edit(stack, Batcher, "handle", "if self._in_flight is not None:", "if False:")
 
 
-@mutant("scheduler_crash", "clog", "burst")
+@mutant("scheduler_crash", "clog", "crash_loop")
 def batcher_takes_old_epoch(stack: ExitStack) -> None:
     """A message of an older scheduler changes a worker."""
 

@@ -37,7 +37,7 @@ def loss_not_told(stack: ExitStack) -> None:
     replace(stack, Intake, "_tell_lost", lambda self, row: None)
 
 
-@mutant("tiny_pool")
+@mutant("tiny_pool", "burst", "priority")
 def preempted_for_ever(stack: ExitStack) -> None:
     """A row that was preempted often enough is preempted again."""
     edit(stack, Runs, "_preempt", "victim.preemptions += 1", "pass")

@@ -30,7 +30,7 @@ _MUTANTS: dict[str, Mutant] = {}
 
 def all_mutants() -> dict[str, Mutant]:
     """Every mutant by name."""
-    for module in ("ledger", "placing", "batching", "journal", "fleet", "transfers"):
+    for module in ("ledger", "placing", "batching", "journal", "fleet", "transfers", "steering"):
         import_module(f"tests.sim.mutants.{module}")
     return _MUTANTS
 

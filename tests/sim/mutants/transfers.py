@@ -4,10 +4,13 @@ from contextlib import ExitStack
 
 from diptych.engine.core.handoff import CancelPull
 from diptych.engine.core.request import SeqRef
+from diptych.scheduler import assigning, runs
 from diptych.scheduler.batcher import Batcher
 from diptych.scheduler.exchange import Exchange
+from diptych.scheduler.members import Members
 from diptych.scheduler.runs import Runs
 from diptych.scheduler.seating import Seating
+from diptych.scheduler.step_plan import StepPlanner
 from diptych.transfer import spans
 from diptych.transfer.pull import Puller
 from tests.sim.mutants.registry import edit, mutant, replace
@@ -47,13 +50,13 @@ def cancel_leaks(stack: ExitStack) -> None:
     replace(stack, Exchange, "revoke", revoke)
 
 
-@mutant("far", "scheduler_crash", "clog")
+@mutant("far", "scheduler_crash", "clog", "burst", "crash_loop")
 def joined_before_drained(stack: ExitStack) -> None:
     """A worker joins a new scheduler while a read of the old one still writes."""
     edit(stack, Batcher, "_say_joined", " or self._exchange.stale", "")
 
 
-@mutant("far", "scheduler_crash", "clog")
+@mutant("far", "scheduler_crash", "clog", "burst", "crash_loop")
 def join_does_not_cancel(stack: ExitStack) -> None:
     """Pulls of an older scheduler go on."""
     edit(stack, Exchange, "drop_all", "self.stale |= self.pulling", "pass")
@@ -110,7 +113,9 @@ def source_leaks(stack: ExitStack) -> None:
 @mutant("far", "prefix")
 def pulls_what_is_here(stack: ExitStack) -> None:
     """The hit of the prefill side is taken for that of the decode side."""
-    edit(stack, Runs, "_handoff", "source.table[row.num_hit :]", "source.table[source.num_hit :]")
+    edit(
+        stack, assigning, "handoff", "source.table[row.num_hit :]", "source.table[source.num_hit :]"
+    )
 
 
 @mutant("far")
@@ -142,8 +147,8 @@ def prefix_taken_for_a_hit(stack: ExitStack) -> None:
     """What only the decode side's pool knows counts as known on the prefill side."""
     edit(
         stack,
-        Runs,
-        "_assign",
+        runs,
+        "assignment",
         "row.source.table, row.source.num_hit",
         "row.source.table, row.source.num_start",
     )
@@ -162,3 +167,51 @@ def unread_prefix_believed(stack: ExitStack) -> None:
         "        run.seq.num_committed = run.handoff.first\n"
         "        run.seq.num_computed = run.handoff.first * self._block_size",
     )
+
+
+@mutant("far", "prefix", "worker_crash", "crash_loop", "transfer_loss", "crowd")
+def head_without_its_source(stack: ExitStack) -> None:
+    """Who waits for the head of a prompt is not told that its source is gone."""
+    edit(stack, Runs, "seal", "not is_here", "not (row.source is not None and row.source.is_head)")
+
+
+@mutant("far", "prefix", "burst")
+def cached_head_not_published(stack: ExitStack) -> None:
+    """Blocks that need no computing are not shown to the side that waits for them."""
+    edit(stack, Batcher, "_assign", "self._publish(run, num_here)  # what was cached", "pass")
+
+
+@mutant("far", "prefix", "burst")
+def head_samples(stack: ExitStack) -> None:
+    """A token is drawn at the end of the head, as if it were the whole prompt."""
+    edit(
+        stack,
+        StepPlanner,
+        "_plan_prefills",
+        "start + length == len(run.tokens)",
+        "start + length == end",
+    )
+
+
+@mutant("far", "zombie", "worker_crash", "crash_loop", "burst")
+def zombie_believed(stack: ExitStack) -> None:
+    """What a fenced worker had said is taken for the word of the one that came after it."""
+    edit(
+        stack,
+        Members,
+        "worker",
+        "return found if found is not None and found.epoch == epoch else None",
+        "return found",
+    )
+
+
+@mutant("far", "slow_peer", "disconnect", "burst", "tiny_pool")
+def slow_read_forgotten(stack: ExitStack) -> None:
+    """A pull that was cancelled ends before its reads are drained."""
+    edit(stack, Puller, "_finish_end", "if not pull.reads:", "if True:")
+
+
+@mutant("far", "partition", "transfer_loss")
+def asks_once(stack: ExitStack) -> None:
+    """After one question the puller waits for ever."""
+    edit(stack, Puller, "tick", "pull.ask_at = now + pull.ask_s", "pull.ask_at = now + 1e9")

@@ -13,9 +13,9 @@ def test_finds_both_costs_of_a_noisy_worker() -> None:
     for _ in range(200):
         noise = rng.uniform(0.9, 1.1)
         if rng.random() < 0.5:
-            cost.observe(4, 4 * 0.002 * noise, 0)
+            cost.observe(4, 4 * 0.002 * noise, 0, 8)
         else:
-            cost.observe(1, (0.002 + 300 * 5e-5) * noise, 300)
+            cost.observe(1, (0.002 + 300 * 5e-5) * noise, 300, 2)
     assert cost.step_s == pytest.approx(0.002, rel=0.1)
     assert cost.prefill_s == pytest.approx(5e-5, rel=0.1)
 
@@ -23,28 +23,54 @@ def test_finds_both_costs_of_a_noisy_worker() -> None:
 def test_follows_a_change() -> None:
     cost = WorkerCost()
     for seconds in [0.001] * 50 + [0.004] * 50:
-        cost.observe(1, seconds, 0)
+        cost.observe(1, seconds, 0, 1)
     assert cost.step_s == pytest.approx(0.004, rel=0.02)
+
+
+def test_follows_a_change_that_only_shows_in_mixed_steps() -> None:
+    cost = WorkerCost()
+    cost.observe(1, 0.002, 0, 4)
+    cost.observe(1, 100 * 5e-5, 100, 0)
+    for _ in range(60):
+        cost.observe(1, 2 * (0.002 + 100 * 5e-5), 100, 4)
+    assert cost.step_s == pytest.approx(0.004, rel=0.02)
+    assert cost.prefill_s == pytest.approx(1e-4, rel=0.02)
+
+
+def test_an_untried_worker_is_guessed_to_be_like_a_tried_one() -> None:
+    tried, untried, half = WorkerCost(), WorkerCost(), WorkerCost()
+    tried.observe(1, 0.002, 0, 4)
+    tried.observe(1, 0.01, 1000, 0)
+    half.observe(1, 0.5, 0, 4)
+    for cost in (untried, half):
+        cost.guess_like(tried)
+    assert (untried.prefill_s, untried.step_s) == pytest.approx((1e-5, 0.002))
+    assert (half.prefill_s, half.step_s) == pytest.approx((1e-5, 0.5))
+    assert untried.known == (False, False)
+    untried.observe(1, 0.02, 1000, 0)
+    assert untried.prefill_s == pytest.approx(2e-5), "its own first report replaces the guess"
 
 
 @pytest.mark.parametrize("compute_s", [0.0, -1.0, float("inf"), float("nan"), 1e300])
 def test_absurd_reports_change_nothing(compute_s: float) -> None:
     cost = WorkerCost()
     before = (cost.prefill_s, cost.step_s)
-    cost.observe(1, compute_s, 10)
-    cost.observe(1, compute_s, 0)
-    cost.observe(0, 1.0, 10)
+    cost.observe(1, compute_s, 10, 0)
+    cost.observe(1, compute_s, 10, 3)
+    cost.observe(1, compute_s, 0, 3)
+    cost.observe(0, 1.0, 10, 3)
     assert (cost.prefill_s, cost.step_s) == before
 
 
 def test_is_bounded() -> None:
     cost = WorkerCost()
-    cost.observe(1, 1e5, 1)
-    cost.observe(1, 1e5, 0)
+    cost.observe(1, 1e5, 1, 0)
+    cost.observe(1, 1e5, 0, 1)
     assert cost.prefill_s <= 0.1
     assert cost.step_s <= 5.0
     for _ in range(200):
-        cost.observe(1, 1e-12, 10**9)
-        cost.observe(1, 1e-12, 0)
+        cost.observe(1, 1e-12, 10**9, 0)
+        cost.observe(1, 1e-12, 10**9, 1)
+        cost.observe(1, 1e-12, 0, 1)
     assert cost.prefill_s >= 1e-8
     assert cost.step_s >= 1e-5

@@ -1,5 +1,6 @@
 """Two pools: blocks on both sides before a prefill, given back when neither side needs them."""
 
+import random
 from collections.abc import Sequence
 
 from diptych.engine.core.config import CacheOptions, SchedulerOptions
@@ -287,3 +288,85 @@ def test_a_pool_that_is_lost_while_it_is_read_stays_lost() -> None:
     audit = far.scheduler.audit()
     assert sorted(audit.pools) == [0, 1]
     assert audit.ready
+
+
+def test_a_head_cached_elsewhere_comes_from_there_and_the_rest_is_computed_here() -> None:
+    far = Far(num_blocks=80)
+    ref = run_to_seal(far)  # 3 blocks of it are cached in pool 0 only
+    far.progress(D, landed=[Landed(ref, 4, 0.0001)], finished=[ref])
+    far.submit("long", [7] * 900)  # the prefill worker has a queue now, the decode worker has not
+    second = far.submit("b", [*PROMPT[:48], *range(200, 240)])
+    there, here = far.assigned[P, second], far.assigned[D, second]
+    assert (there.role, there.head, there.num_computed) == (Role.PREFILL, 48, 48)
+    assert (here.role, here.head, here.num_computed) == (Role.LOCAL, 48, 0)
+    assert here.prefix is not None
+    assert (here.prefix.pool, here.prefix.first) == (0, 0)
+    assert here.prefix.blocks == there.block_table
+    assert here.prefix.generations == there.generations
+    before = far.used(0)
+    far.progress(P, sealed=[second])
+    assert far.used(0) == before, "still being read"
+    far.progress(D, landed=[Landed(second, 3, 0.0001)])
+    assert far.used(0) == before - 3
+    far.step(WorkerDown(P, 1, DownCause.KILLED))
+    assert not far.sent_to(D, Revoke) or second not in [
+        revoke.ref for revoke in far.sent_to(D, Revoke) if isinstance(revoke, Revoke)
+    ], "it needs the other side no more"
+
+
+def test_whoever_waits_for_a_head_hears_of_its_end() -> None:
+    far = Far(num_blocks=80)
+    ref = run_to_seal(far)
+    far.progress(D, landed=[Landed(ref, 4, 0.0001)], finished=[ref])
+    far.submit("long", [7] * 900)
+    second = far.submit("b", [*PROMPT[:48], *range(200, 240)])
+    far.progress(P, sealed=[second])
+    far.step(WorkerDown(P, 1, DownCause.KILLED))
+    revoked = [r.ref for r in far.sent_to(D, Revoke) if isinstance(r, Revoke)]
+    assert second in revoked
+    far.progress(D, released=[second])
+    assert far.used(0) <= 57
+
+
+def test_every_choice_is_the_cheapest_of_all() -> None:
+    """Against a sum over all possibilities that is written out once more."""
+    rng = random.Random(11)
+    seen = set()
+    for _ in range(200):
+        far = Far(num_blocks=160)
+        ref = run_to_seal(far)
+        far.progress(D, landed=[Landed(ref, 4, 10.0 ** rng.uniform(-5, 0))], finished=[ref])
+        prefiller, decoder = far.scheduler._members.workers[P], far.scheduler._members.workers[D]
+        for worker in (prefiller, decoder):
+            worker.cost.prefill_s = 10.0 ** rng.uniform(-5, -3)
+            worker.cost.step_s = 10.0 ** rng.uniform(-4, -2)
+        prefiller.backlog_tokens = rng.choice((0, 100, 5000))
+        hit, tail = rng.choice((0, 1, 2, 3)), rng.choice((9, 40, 200))
+        prompt = [*PROMPT[: hit * SIZE], *range(1000, 1000 + tail)]
+        block_s = far.scheduler._members.pair_cost(0, 1).block_s
+        p_s, d_s, step_s = prefiller.cost.prefill_s, decoder.cost.prefill_s, decoder.cost.step_s
+        blocks, queue_s = -(-len(prompt) // SIZE), prefiller.backlog_tokens * p_s
+        compute_s = (len(prompt) - hit * SIZE) * p_s
+        head = (len(prompt) - 8) // SIZE
+        costs = {
+            ("pair", None): queue_s
+            + compute_s
+            + max(blocks * block_s - compute_s, block_s)
+            + step_s,
+            ("local", None): 2 * len(prompt) * d_s + step_s,
+        }
+        if hit:
+            rest_s = (len(prompt) - hit * SIZE) * d_s
+            costs["head", hit * SIZE] = max(hit * block_s, block_s) + 2 * rest_s + step_s
+        if head > hit:
+            own_s = queue_s + (head - hit) * SIZE * p_s
+            moved_s = max(head * block_s - own_s, block_s)
+            rest_s = (len(prompt) - head * SIZE) * d_s
+            costs["head", head * SIZE] = own_s + moved_s + 2 * rest_s + step_s
+        second = far.submit("b", prompt)
+        there, here = far.assigned.get((P, second)), far.assigned[D, second]
+        kind = "local" if there is None else "pair" if here.role is Role.DECODE else "head"
+        chosen = kind, None if there is None or kind == "pair" else there.head
+        assert costs[chosen] <= min(costs.values()) * (1 + 1e-9), (chosen, costs)
+        seen.add((kind, there is not None and there.num_computed == there.head))
+    assert seen >= {("pair", False), ("local", False), ("head", True)}, seen

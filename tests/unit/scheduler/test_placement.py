@@ -78,3 +78,11 @@ def test_a_mixed_worker_completes_a_pair() -> None:
     pool = make_pool([0, 50])
     occupy(pool, 1, 4)
     assert seats(pool, 500) == (1, 0)
+
+
+def test_a_long_queue_makes_a_prompt_stay_where_it_decodes() -> None:
+    pool = make_pool([100, 0])
+    pool.workers[0].backlog_tokens = 10_000
+    assert seats(pool, 500) == (1, None)
+    occupy(pool, 1, 30)  # but not if it would stall so many
+    assert seats(pool, 500, cap=64) == (0, 1)

@@ -3,6 +3,7 @@
 import random
 from collections.abc import Callable
 
+import msgspec
 import pytest
 
 from diptych.engine.core.config import WorkerSpec
@@ -10,23 +11,28 @@ from diptych.engine.core.messages import (
     Address,
     ApiDown,
     ApiUp,
+    Drain,
     Message,
     PoolUp,
     SchedulerDown,
     SchedulerUp,
     Send,
+    StartTimes,
     WorkerDown,
     WorkerUp,
 )
 from diptych.engine.core.types import DownCause
 from diptych.server.fleet import (
     FAST_FAULT_S,
+    LEAVE_S_MAX,
     START_S_MAX,
     Fleet,
     GiveUp,
     Kill,
+    Rest,
     Start,
     State,
+    Wake,
 )
 
 HANG_S = 3.0
@@ -61,6 +67,18 @@ def serving() -> Fleet:
     return fleet
 
 
+def told(fleet: Fleet) -> list[object]:
+    """Its commands, without how long a worker took to start."""
+    rows: list[object] = []
+    for command in fleet.take():
+        if isinstance(command, Send) and isinstance(command.message, WorkerUp):
+            assert command.message.start is not None
+            message = msgspec.structs.replace(command.message, start=None)
+            command = Send(command.to, message)
+        rows.append(command)
+    return rows
+
+
 def to_scheduler(epoch: int, *messages: Message) -> list[Send]:
     return [Send(scheduler(epoch), message) for message in messages]
 
@@ -83,12 +101,12 @@ def test_who_comes_up_is_told_of_all_that_are_up() -> None:
     fleet.ready(api(), 1.0)
     assert fleet.take() == []
     fleet.ready(scheduler(), 1.0)
-    assert fleet.take() == [
+    assert told(fleet) == [
         *to_scheduler(1, WorkerUp(1, 1, 0, 0), POOL, ApiUp(0, 1)),
         Send(api(), SchedulerUp(1)),
     ]
     fleet.ready(worker(0), 1.0)
-    assert fleet.take() == to_scheduler(1, WorkerUp(0, 1, 0, 100))
+    assert told(fleet) == to_scheduler(1, WorkerUp(0, 1, 0, 100))
 
 
 def test_a_dead_worker_is_announced_then_started_again_at_once() -> None:
@@ -102,7 +120,7 @@ def test_a_dead_worker_is_announced_then_started_again_at_once() -> None:
     fleet.ready(worker(0, 1), 51.0)  # a late word of the dead
     assert fleet.take() == []
     fleet.ready(worker(0, 2), 51.0)
-    assert fleet.take() == to_scheduler(1, WorkerUp(0, 2, 0, 100))
+    assert told(fleet) == to_scheduler(1, WorkerUp(0, 2, 0, 100))
 
 
 def test_a_dead_scheduler_is_told_everything_again() -> None:
@@ -116,7 +134,7 @@ def test_a_dead_scheduler_is_told_everything_again() -> None:
         Start(worker(1, 2)),
     ]
     fleet.ready(scheduler(2), 50.1)
-    assert fleet.take() == [
+    assert told(fleet) == [
         *to_scheduler(2, WorkerUp(0, 1, 0, 100), POOL, ApiUp(0, 1)),
         Send(api(), SchedulerUp(2)),
     ]
@@ -132,10 +150,94 @@ def test_a_worker_that_is_being_fenced_still_counts_for_a_new_scheduler() -> Non
     fleet.tick(60.0)
     fleet.take()
     fleet.ready(scheduler(2), 60.1)
-    told = [c.message for c in fleet.take() if isinstance(c, Send) and c.to == scheduler(2)]
-    assert told == [WorkerUp(0, 1, 0, 100), WorkerUp(1, 1, 0, 0), POOL, ApiUp(0, 1)]
+    sends = [c for c in told(fleet) if isinstance(c, Send) and c.to == scheduler(2)]
+    assert [send.message for send in sends] == [
+        WorkerUp(0, 1, 0, 100),
+        WorkerUp(1, 1, 0, 0),
+        POOL,
+        ApiUp(0, 1),
+    ]
     fleet.exited(worker(0), DownCause.KILLED, 60.2)
     assert fleet.take() == to_scheduler(2, WorkerDown(0, 1, DownCause.HUNG))
+
+
+def scaled() -> Fleet:
+    """One of two workers runs."""
+    fleet = Fleet(SPECS, num_apis=1, external_api=False, pools=[POOL], hang_s=HANG_S, num_started=1)
+    fleet.model_ready()
+    fleet.tick(0.0)
+    for address in (scheduler(), worker(0), api()):
+        fleet.ready(address, 1.0)
+    assert fleet.engine_up()
+    assert Start(worker(1)) not in fleet.take()
+    return fleet
+
+
+def test_a_worker_more_when_it_is_asked_for_and_no_more_than_there_are_places() -> None:
+    fleet = scaled()
+    fleet.grow(7, 2)  # of another scheduler
+    fleet.tick(2.0)
+    assert not fleet.take()
+    for _ in range(2):
+        fleet.grow(1, 5)
+        fleet.tick(2.0)
+    assert fleet.take() == [Start(worker(1))]
+    fleet.started(worker(1), 2.5)
+    fleet.ready(worker(1), 3.0)
+    (send,) = fleet.take()
+    assert isinstance(send, Send)
+    assert isinstance(send.message, WorkerUp)
+    assert send.message.start == StartTimes(0.0, 0.0, 0.5, 0.5)
+
+
+def test_a_retired_worker_leaves_by_itself_and_stays_away() -> None:
+    fleet = scaled()
+    fleet.retire(1, worker(0, 2), 5.0)  # of another incarnation
+    assert not fleet.take()
+    fleet.retire(1, worker(0), 5.0)
+    fleet.retire(1, worker(0), 5.1)
+    assert fleet.take() == [Send(worker(0), Drain(0.0))]
+    fleet.beats({worker(0): 1}, 6.0)
+    fleet.tick(9.0)
+    assert not fleet.take(), "nobody kills it for standing still"
+    fleet.exited(worker(0), DownCause.KILLED, 9.5)
+    assert fleet.take() == to_scheduler(1, WorkerDown(0, 1, DownCause.KILLED))
+    for now in (10.0, 20.0, 30.0):
+        fleet.tick(now)
+    assert fleet.take() == [Rest()], "and with the last one the weights go"
+    fleet.grow(1, 1)
+    fleet.tick(31.0)
+    assert fleet.take() == [Wake()]
+    fleet.tick(32.0)
+    assert not fleet.take()
+    fleet.model_ready(import_s=1.5, weights_s=2.5)
+    fleet.tick(35.0)
+    assert fleet.take() == [Start(worker(0, 2))]
+    fleet.started(worker(0, 2), 35.25)
+    fleet.ready(worker(0, 2), 36.0)
+    (send,) = fleet.take()
+    assert isinstance(send, Send)
+    assert send.message == WorkerUp(0, 2, 0, 100, StartTimes(1.5, 2.5, 0.25, 0.75))
+
+
+def test_who_does_not_leave_is_killed() -> None:
+    fleet = scaled()
+    fleet.retire(1, worker(0), 5.0)
+    fleet.take()
+    fleet.tick(5.0 + LEAVE_S_MAX + 0.1)
+    (kill,) = fleet.take()
+    assert isinstance(kill, Kill)
+
+
+def test_a_fault_of_an_added_worker_is_not_the_end() -> None:
+    fleet = scaled()
+    fleet.grow(1, 2)
+    fleet.tick(2.0)
+    fleet.take()
+    fleet.exited(worker(1), DownCause.FAULT, 2.5)
+    assert not fleet.take()
+    fleet.tick(3.0)
+    assert fleet.take() == [Start(worker(1, 2))]
 
 
 def test_a_dead_api_server() -> None:
