@@ -22,6 +22,7 @@ from diptych.engine.core.params import SamplingParams
 from diptych.engine.core.plan import StepPlan, StepRow
 from diptych.engine.runner import LoadedModel, Runner, load_model, make_runner
 from diptych.kernels.cpp import CppKernels
+from diptych.server.builtin import BUILTIN_MODEL
 
 CONTEXT = 128  # tokens of each sequence before the first step
 
@@ -83,7 +84,7 @@ def prefill_rate(model: LoadedModel, length: int, threads: int) -> float:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--size", choices=SIZES, default="bench-360m")
+    parser.add_argument("--size", choices=[*SIZES, "builtin"], default="bench-360m")
     parser.add_argument("--quantization", nargs="*", default=["none", "int8", "int4"])
     parser.add_argument("--level")
     parser.add_argument("--batches", type=int, nargs="*", default=[1, 32])
@@ -100,11 +101,13 @@ def main() -> None:
     )
     models: dict[str, LoadedModel] = {}
     with tempfile.TemporaryDirectory() as folder:
-        write_model(Path(folder), args.size)
+        path, how = str(BUILTIN_MODEL), "auto"
+        if args.size != "builtin":
+            path, how = str(write_model(Path(folder), args.size)), "dummy"
         for name in args.quantization:
             scheme = None if name == "none" else name
             options = ModelOptions(
-                path=folder, load_format="dummy", kernel_level=args.level, quantization=scheme
+                path=path, load_format=how, kernel_level=args.level, quantization=scheme
             )
             models[name] = load_model(options)
     results: list[dict[str, object]] = []
