@@ -41,7 +41,7 @@ inline int64_t row_head(const AttentionArgs& a, const RowBlock& block, int64_t r
 Workspace make_workspace(int64_t rows, int64_t dim) {
   auto padded = [](int64_t n) { return (n + 15) / 16 * 16; };
   const int64_t acc = padded(rows * dim), each = padded(rows);
-  const int64_t floats = 3 * acc + rows * kTile + rows * kTile / 2 + 5 * each;
+  const int64_t floats = 3 * acc + Vec::kRows * kTile * 3 / 2 + 4 * each;
   auto* p = static_cast<float*>(
       scratch(kScratchItem, static_cast<size_t>(floats) * 4 + static_cast<size_t>(each) * 16));
   auto take = [&p](int64_t n) {
@@ -54,9 +54,8 @@ Workspace make_workspace(int64_t rows, int64_t dim) {
   w.q_stride = dim;
   w.split.acc = take(acc);
   w.total.acc = take(acc);
-  w.scores = take(rows * kTile);
-  w.weights = reinterpret_cast<uint32_t*>(take(rows * kTile / 2));
-  w.alpha = take(each);
+  w.scores = take(Vec::kRows * kTile);
+  w.weights = reinterpret_cast<uint32_t*>(take(Vec::kRows * kTile / 2));
   w.split.largest = take(each);
   w.split.sum = take(each);
   w.total.largest = take(each);
@@ -91,7 +90,7 @@ void merge_row(const Softmax& total, int64_t r, const float* acc, float largest,
     return;
   }
   const float top = largest > total.largest[r] ? largest : total.largest[r];
-  const float a = exp_one(total.largest[r] - top), b = exp_one(largest - top);
+  const float a = exp2_one(total.largest[r] - top), b = exp2_one(largest - top);
   const F va = Vec::set1(a), vb = Vec::set1(b);
   each_vec(dim, [&](int64_t i, int n) {
     Vec::store_n(out + i, Vec::fma(Vec::load_n(acc + i, n), vb, Vec::load_n(out + i, n) * va), n);
@@ -151,8 +150,10 @@ void fetch_ahead(const AttentionArgs& a, const RowBlock& block, int64_t head, in
 
 // What a row does not see of the tile counts -inf; its running maximum follows.
 inline void mask_row(float* s, Range range, const Softmax& state, int64_t r, float* before) {
-  for (int64_t j = 0; j < range.low; ++j) s[j] = -INFINITY;
-  for (int64_t j = range.high; j < kTile; ++j) s[j] = -INFINITY;
+  if (range.low > 0 || range.high < kTile) {
+    for (int64_t j = 0; j < range.low; ++j) s[j] = -INFINITY;
+    for (int64_t j = range.high; j < kTile; ++j) s[j] = -INFINITY;
+  }
   F top = Vec::load(s);
   for (int j = Vec::W; j < kTile; j += Vec::W) top = Vec::max(Vec::load(s + j), top);
   const float tile_top = Vec::largest(top);
@@ -160,42 +161,43 @@ inline void mask_row(float* s, Range range, const Softmax& state, int64_t r, flo
   state.largest[r] = tile_top > *before ? tile_top : *before;
 }
 
-// Scores become weights, in place; maxima, sums and accumulators follow.
+// Scores become weights, in place; maxima, sums and accumulators follow. At most kRows rows.
+// full: every row sees the whole tile.
 template <class E>
-void softmax_rows(const Workspace& w, int64_t rows, int64_t base, int64_t dim) {
+void softmax_rows(const Workspace& w, int64_t rows, bool full, int64_t base, int64_t dim) {
+  alignas(64) float alpha[16] = {}, after[16] = {};
+  static_assert(Vec::kRows <= 16 && 16 % Vec::W == 0);
   for (int64_t r = 0; r < rows; ++r) {
-    w.alpha[r] = 0.0f;
-    const Range range = row_range(w, r, base);
-    if (range.low < range.high)
-      mask_row(w.scores + r * kTile, range, w.split, r, &w.alpha[r]);
+    const Range range = full ? Range{0, kTile} : row_range(w, r, base);
+    if (range.low < range.high) mask_row(w.scores + r * kTile, range, w.split, r, &alpha[r]);
+    after[r] = w.split.largest[r];
   }
-  each_vec(rows, [&](int64_t r, int n) {
-    const F before = Vec::load_n(w.alpha + r, n), after = Vec::load_n(w.split.largest + r, n);
-    Vec::store_n(w.alpha + r, exp_vec(before - after), n);
-  });
+  for (int64_t r = 0; r < rows; r += Vec::W)
+    Vec::store(alpha + r, exp2_vec(Vec::load(alpha + r) - Vec::load(after + r)));
   for (int64_t r = 0; r < rows; ++r) {
-    const Range range = row_range(w, r, base);
-    if (range.low >= range.high) continue;
+    if (!full && !sees_any(w, r, base)) continue;
     float* s = w.scores + r * kTile;
-    const F shift = Vec::set1(w.split.largest[r]);
+    const F shift = Vec::set1(after[r]);
     F sum = Vec::set1(0.0f);
 #pragma GCC unroll 4
     for (int j = 0; j < kTile; j += Vec::W) {
-      const F weight = exp_vec(Vec::load(s + j) - shift);
+      const F below = Vec::load(s + j) - shift;
+      F weight;
       if constexpr (Format<E>::kDot) {
+        weight = Vec::exp2_short(below);
         Vec::store_bf16(reinterpret_cast<uint16_t*>(w.weights + r * (kTile / 2)) + j, weight);
       } else {
+        weight = exp2_vec(below);
         Vec::store(s + j, weight);
       }
       sum = sum + weight;
     }
-    const float alpha = w.alpha[r];
-    w.split.sum[r] = w.split.sum[r] * alpha + Vec::sum(sum);
-    if (alpha != 1.0f) scale_row(w.split.acc + r * dim, alpha, dim);
+    w.split.sum[r] = w.split.sum[r] * alpha[r] + Vec::sum(sum);
+    if (alpha[r] != 1.0f) scale_row(w.split.acc + r * dim, alpha[r], dim);
   }
 }
 
-// The part of a workspace that belongs to the rows from `row` on; scores are shared.
+// The part of a workspace that belongs to the rows from `row` on; scores and weights are shared.
 template <class E>
 Workspace rows_from(const Workspace& all, int64_t row, int64_t dim) {
   Workspace w = all;
@@ -224,10 +226,19 @@ void add_tile(const AttentionArgs& a, const RowBlock& block, int64_t base, const
     locate<E>(a, block, head, base, begin, end, w);
     bool complete = true;
     for (const char* panel : w.panels) complete &= panel != nullptr;
-    for (int64_t r = 0; r < rows; r += Vec::kRows)
-      score_rows<E>(w, r, rows - r < Vec::kRows ? rows - r : Vec::kRows, complete, dim);
-    softmax_rows<E>(w, rows, base, dim);
-    weigh_values<E>(w, rows, base, dim);
+    for (int64_t r = 0; r < rows; r += Vec::kRows) {
+      const int64_t some = rows - r < Vec::kRows ? rows - r : Vec::kRows;
+      const Workspace few = rows_from<E>(w, r, dim);
+      score_rows<E>(few, some, complete, dim);
+      // Both ends of a row's range grow with the row.
+      const bool full = few.low[some - 1] <= base && few.high[0] >= base + kTile;
+      softmax_rows<E>(few, some, full, base, dim);
+      if (full) {
+        weigh_shared<E>(few, some, {0, kTile}, dim);
+      } else {
+        weigh_values<E>(few, some, base, dim);
+      }
+    }
   }
 }
 
@@ -237,7 +248,7 @@ Workspace open_block(const AttentionArgs& a, const RowBlock& block, int64_t rows
   Workspace w = make_workspace(rows, dim);
   const int64_t num_tokens = a.qo_indptr[block.seq + 1] - a.qo_indptr[block.seq];
   const int64_t first_position = a.kv_len[block.seq] - num_tokens + block.first_token;
-  const F scale = Vec::set1(a.scale);
+  const F scale = Vec::set1(a.scale * 1.44269504088896341f);  // powers of two from here on
   if (Format<E>::kDot) w.q_stride = dim / 2;
   for (int64_t r = 0; r < rows; ++r) {
     const int64_t token = row_token(a, block, r), position = first_position + token;

@@ -39,8 +39,8 @@ struct Softmax {
 struct Workspace {
   void* q;                  // [rows, q_stride] scaled: floats or pairs of bf16
   int64_t q_stride;
-  float *scores, *alpha;    // [rows, kTile], [rows]
-  uint32_t* weights;        // [rows, kTile / 2] pairs of bf16, where values are multiplied so
+  float* scores;            // [kRows, kTile]
+  uint32_t* weights;        // [kRows, kTile / 2] pairs of bf16, where values are multiplied so
   Softmax split, total;
   int64_t *low, *high;      // [rows]: the keys that a row sees, [low, high)
   const char* panels[kTilePanels];  // null: nobody sees a key of it
@@ -57,12 +57,17 @@ inline Range row_range(const Workspace& w, int64_t r, int64_t base) {  // inside
   return low < high ? Range{low, high} : Range{0, 0};
 }
 
+inline bool sees_any(const Workspace& w, int64_t r, int64_t base) {
+  const Range range = row_range(w, r, base);
+  return range.low < range.high;
+}
+
 // R rows against P panels.
 template <class E, int R, int P>
-void score_tile(const Workspace& w, int64_t row, int64_t first, int64_t dim) {
+void score_tile(const Workspace& w, int64_t first, int64_t dim) {
   using Q = typename Format<E>::Query;
   constexpr int V = P * kVecs;
-  const auto* q = static_cast<const typename Operand<Q>::Act*>(w.q) + row * w.q_stride;
+  const auto* q = static_cast<const typename Operand<Q>::Act*>(w.q);
   const typename E::Raw* panels[P];
   for (int p = 0; p < P; ++p)
     panels[p] = reinterpret_cast<const typename E::Raw*>(w.panels[first + p]);
@@ -76,21 +81,21 @@ void score_tile(const Workspace& w, int64_t row, int64_t first, int64_t dim) {
                        [&](int p) { return panels[p] + s * Operand<Q>::kRawPerStep; });
   }
   for (int r = 0; r < R; ++r) {
-    float* out = w.scores + (row + r) * kTile + first * kPanel;
+    float* out = w.scores + r * kTile + first * kPanel;
     for (int v = 0; v < V; ++v) Vec::store(out + v * Vec::W, acc[r][v]);
   }
 }
 
 template <class E, int R = Vec::kRows>
-void score_rows(const Workspace& w, int64_t row, int64_t count, bool all, int64_t dim) {
+void score_rows(const Workspace& w, int64_t count, bool all, int64_t dim) {
   if constexpr (R > 1) {
-    if (count < R) return score_rows<E, R - 1>(w, row, count, all, dim);
+    if (count < R) return score_rows<E, R - 1>(w, count, all, dim);
   }
   if constexpr (Vec::kPanels >= kTilePanels) {
-    if (all) return score_tile<E, R, kTilePanels>(w, row, 0, dim);
+    if (all) return score_tile<E, R, kTilePanels>(w, 0, dim);
   }
   for (int p = 0; p < kTilePanels; ++p) {
-    if (w.panels[p] != nullptr) score_tile<E, R, 1>(w, row, p, dim);
+    if (w.panels[p] != nullptr) score_tile<E, R, 1>(w, p, dim);
   }
 }
 
@@ -188,38 +193,35 @@ void weigh_rows(const Workspace& w, int64_t row, Range range, int64_t dim) {
 }
 
 template <class E, int R = Vec::kRows>
-void weigh_shared(const Workspace& w, int64_t row, int64_t count, Range range, int64_t dim) {
+void weigh_shared(const Workspace& w, int64_t count, Range range, int64_t dim) {
   if constexpr (R > 1) {
-    if (count < R) return weigh_shared<E, R - 1>(w, row, count, range, dim);
+    if (count < R) return weigh_shared<E, R - 1>(w, count, range, dim);
   }
-  weigh_rows<E, R>(w, row, range, dim);
+  weigh_rows<E, R>(w, 0, range, dim);
 }
 
-// Rows whose ranges differ a little share the pairs that all of them see; each row still adds its
-// keys in order.
+// At most kRows rows. Those whose ranges differ a little share the pairs that all of them see; each
+// row still adds its keys in order.
 template <class E>
 void weigh_values(const Workspace& w, int64_t rows, int64_t base, int64_t dim) {
   constexpr int64_t unit = Format<E>::kUnit;
-  for (int64_t r = 0; r < rows; r += Vec::kRows) {
-    const int64_t end = r + Vec::kRows < rows ? r + Vec::kRows : rows;
-    Range common{0, kTile};
-    for (int64_t i = r; i < end; ++i) {
-      const Range range = row_range(w, i, base);
-      if (range.low > common.low) common.low = range.low;
-      if (range.high < common.high) common.high = range.high;
-    }
-    common.low = (common.low + unit - 1) / unit * unit;
-    common.high = common.high / unit * unit;
-    if (common.low >= common.high) {
-      for (int64_t i = r; i < end; ++i) weigh_rows<E, 1>(w, i, row_range(w, i, base), dim);
-      continue;
-    }
-    for (int64_t i = r; i < end; ++i)
-      weigh_rows<E, 1>(w, i, {row_range(w, i, base).low, common.low}, dim);
-    weigh_shared<E>(w, r, end - r, common, dim);
-    for (int64_t i = r; i < end; ++i)
-      weigh_rows<E, 1>(w, i, {common.high, row_range(w, i, base).high}, dim);
+  Range common{0, kTile};
+  for (int64_t i = 0; i < rows; ++i) {
+    const Range range = row_range(w, i, base);
+    if (range.low > common.low) common.low = range.low;
+    if (range.high < common.high) common.high = range.high;
   }
+  common.low = (common.low + unit - 1) / unit * unit;
+  common.high = common.high / unit * unit;
+  if (common.low >= common.high) {
+    for (int64_t i = 0; i < rows; ++i) weigh_rows<E, 1>(w, i, row_range(w, i, base), dim);
+    return;
+  }
+  for (int64_t i = 0; i < rows; ++i)
+    weigh_rows<E, 1>(w, i, {row_range(w, i, base).low, common.low}, dim);
+  weigh_shared<E>(w, rows, common, dim);
+  for (int64_t i = 0; i < rows; ++i)
+    weigh_rows<E, 1>(w, i, {common.high, row_range(w, i, base).high}, dim);
 }
 
 }  // namespace

@@ -56,6 +56,28 @@ inline F exp_vec(F x) {
   return Vec::zero_below(x, limit, Vec::mul_pow2(p, biased));
 }
 
+// 2^x for each lane of x <= 0; 0 below -125, about 1 ulp otherwise; NaN stays NaN.
+inline F exp2_vec(F x) {
+  const F limit = Vec::set1(-125.0f), magic = Vec::set1(12582912.0f);
+  const F clamped = Vec::max(limit, x);
+  const F biased = clamped + magic;
+  const F r = (clamped - (biased - magic)) * Vec::set1(0.693147180559945f);
+  F p = Vec::set1(1.9875691500e-4f);
+  p = Vec::fma(p, r, Vec::set1(1.3981999507e-3f));
+  p = Vec::fma(p, r, Vec::set1(8.3334519073e-3f));
+  p = Vec::fma(p, r, Vec::set1(4.1665795894e-2f));
+  p = Vec::fma(p, r, Vec::set1(1.6666665459e-1f));
+  p = Vec::fma(p, r, Vec::set1(5.0000001201e-1f));
+  p = Vec::fma(p, r * r, r) + Vec::set1(1.0f);
+  return Vec::zero_below(x, limit, Vec::mul_pow2(p, biased));
+}
+
+inline float exp2_one(float x) {
+  float lanes[Vec::W];
+  Vec::store(lanes, exp2_vec(Vec::set1(x)));
+  return lanes[0];
+}
+
 inline float exp_one(float x) {
   float lanes[Vec::W];
   Vec::store(lanes, exp_vec(Vec::set1(x)));

@@ -86,6 +86,7 @@ struct Vec {
   }
   static F dot_pairs(F sum, uint32_t x, const uint32_t* w);  // not on this level
   static void store_bf16(uint16_t* p, F v);                  // likewise
+  static F exp2_short(F x);                                  // likewise
 
  private:
   static __m256i lane_mask(int n) {

@@ -101,10 +101,20 @@ struct Vec {
 #ifndef __AVX512BF16__
   static F dot_pairs(F sum, uint32_t x, const uint32_t* w);  // not on this level
   static void store_bf16(uint16_t* p, F v);                  // likewise
+  static F exp2_short(F x);                                  // likewise
 #else
   static F dot_pairs(F sum, uint32_t x, const uint32_t* w) {
     return _mm512_dpbf16_ps(sum, (__m512bh)_mm512_set1_epi32(static_cast<int>(x)),
                             (__m512bh)_mm512_loadu_si512(w));
+  }
+  // 2^x for x <= 0 to 16 bits, which is more than bf16 keeps; 1 for 0, 0 below -150
+  static F exp2_short(F x) {
+    const F above = _mm512_max_ps(_mm512_set1_ps(-160.0f), x);  // NaN stays
+    const F whole = _mm512_roundscale_ps(above, 0), r = _mm512_sub_ps(above, whole);
+    F p = _mm512_fmadd_ps(_mm512_set1_ps(9.6181291e-3f), r, _mm512_set1_ps(5.5504109e-2f));
+    p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(2.4022651e-1f));
+    p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(6.9314718e-1f));
+    return _mm512_scalef_ps(_mm512_fmadd_ps(p, r, _mm512_set1_ps(1.0f)), whole);
   }
   static void store_bf16(uint16_t* p, F v) {
     _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), (__m256i)_mm512_cvtneps_pbh(v));

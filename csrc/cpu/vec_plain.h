@@ -87,6 +87,7 @@ struct Vec {
   }
   static F dot_pairs(F sum, uint32_t x, const uint32_t* w);  // not on this level
   static void store_bf16(uint16_t* p, F v);                  // likewise
+  static F exp2_short(F x);                                  // likewise
 
  private:
   static unsigned lanes(U m) { return (m[0] & 1) | (m[1] & 2) | (m[2] & 4) | (m[3] & 8); }
