@@ -73,6 +73,12 @@ class Driver:
         self.seqs.append(seq)
         return seq
 
+    def clear(self) -> None:
+        """Forgets all sequences and takes their blocks back."""
+        for seq in self.seqs:
+            self._free += seq.block_table
+        self.seqs.clear()
+
     def plan(self, chunk: int, budget: int) -> StepPlan:
         """What is left to do: one token of each decode, then chunks within the budget."""
         decodes: list[StepRow] = []

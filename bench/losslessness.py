@@ -1,11 +1,12 @@
 """The losslessness matrix: what a client gets never depends on how it was computed.
 
-{inline, 1P1D, 2P2D, mixed, separate pools over shm, tcp and (where installed) nixl} x {chunk 16,
+{inline, 1P1D, 2P2D, mixed, separate pools over shm, tcp and (where installed) nixl, prefill and
+decode workers of one and two ranks ("tp2:1": two for prefill, one for decode)} x {chunk 16,
 64, whole} x {alone, 16 others} x {cold, prefix hit} x {undisturbed, worker killed, preempted} x
 {greedy, seeded, n=3}.
 Every cell must give token ids and log-probabilities that equal, bit for bit, those of one
-undisturbed request alone in the inline engine. `python -m bench.losslessness` runs the whole
-product, `--pairwise` a cover of all pairs.
+undisturbed request alone in the inline engine (with as many shards of the model).
+`python -m bench.losslessness` runs the whole product, `--pairwise` a cover of all pairs.
 """
 
 import argparse
@@ -48,6 +49,9 @@ _TOPOLOGIES: Final = (
     "2P2D shm",
     "1P1D tcp",
     "2P2D tcp",
+    "1P1D tp2:1",
+    "1P1D tp1:2 shm",
+    "2P2D tp2:2 tcp",
 )
 AXES: Final[dict[str, tuple[str, ...]]] = {
     "topology": (*_TOPOLOGIES, *(("1P1D nixl", "2P2D nixl") if nixl_installed() else ())),
@@ -233,10 +237,24 @@ class MatrixEngine:
         await ask(self.client, f"{serial}-hog{index}", prompt, params, salt="", priority=-1)
 
 
+def ranks_of(topology: str) -> tuple[int, int]:
+    """Of each prefill worker, of each decode worker."""
+    for word in topology.split(" "):
+        if word.startswith("tp"):
+            prefill, decode = word.removeprefix("tp").split(":")
+            return int(prefill), int(decode)
+    return 1, 1
+
+
+def transfer_of(topology: str) -> Transfer | None:
+    return _TRANSFERS.get(topology.split(" ")[-1])
+
+
 def engine_options(folder: Path, key: tuple[str, str, bool]) -> EngineOptions:
     topology, chunk, small = key
-    workers, _, transfer = topology.partition(" ")
-    prefill, decode, mixed = _WORKERS[workers]
+    prefill, decode, mixed = _WORKERS[topology.split(" ")[0]]
+    transfer = transfer_of(topology)
+    sizes = ranks_of(topology)
     return EngineOptions(
         model=ModelOptions(path=str(folder), load_format="dummy"),
         cache=CacheOptions(num_blocks=_BLOCKS_SMALL if small else _BLOCKS_LARGE),
@@ -247,15 +265,19 @@ def engine_options(folder: Path, key: tuple[str, str, bool]) -> EngineOptions:
         prefill=prefill,
         decode=decode,
         mixed=mixed,
-        separate_pools=bool(transfer),
-        transfer=_TRANSFERS.get(transfer, "auto"),
+        separate_pools=transfer is not None,
+        transfer=transfer or "auto",
+        tensor_parallel_size=max(sizes) if mixed else 1,
+        prefill_tp=sizes[0],
+        decode_tp=sizes[1],
         threads=1,
     )
 
 
-async def references(folder: Path) -> dict[str, Answer]:
+async def references(folder: Path, num_shards: int) -> dict[str, Answer]:
     """One request alone in the inline engine, the whole prompt in one chunk."""
-    hosted = await host_engine(engine_options(folder, ("inline", "whole", False)), inline=True)
+    topology = f"inline tp{num_shards}:{num_shards}"
+    hosted = await host_engine(engine_options(folder, (topology, "whole", False)), inline=True)
     try:
         prompt = prompt_of("target", _NUM_PROMPT)
         return {
@@ -272,23 +294,24 @@ Row = tuple[Cell, Outcome, str]
 
 async def run_cells(cells: list[Cell], folder: Path) -> list[Row]:
     """Runs the cells grouped by engine; one row of outcome each."""
-    expected = await references(folder)
+    expected = {shards: await references(folder, shards) for shards in (1, 2)}
     rows: list[Row] = []
     serial = itertools.count()
     ordered = sorted(cells, key=lambda cell: cell.engine_key)
     for key, group in itertools.groupby(ordered, key=lambda cell: cell.engine_key):
         hosted = await host_engine(engine_options(folder, key), inline=key[0] == "inline")
-        engine = MatrixEngine(hosted, sum(_WORKERS[key[0].partition(" ")[0]]))
+        engine = MatrixEngine(hosted, sum(_WORKERS[key[0].split(" ")[0]]))
+        right = expected[max(ranks_of(key[0]))]
         stats: Stats | None = None
         try:
             for cell in group:
-                rows.append((cell, *await _judge(engine, cell, next(serial), expected)))
+                rows.append((cell, *await _judge(engine, cell, next(serial), right)))
             stats = await _fresh_stats(hosted)
         finally:
             await hosted.close()
         if key[2] and not (stats and stats.preemptions):
             rows.append((cell, "error", "nothing was preempted: the cell proves nothing"))
-        if " " in key[0] and not (stats and stats.blocks_pulled):
+        if transfer_of(key[0]) and not (stats and stats.blocks_pulled):
             rows.append((cell, "error", "no block was moved: the cell proves nothing"))
     return rows
 
