@@ -210,12 +210,15 @@ def _stages(found: list[tuple[float, ColdStart]]) -> dict[str, object]:
 
 
 def runs(options: EngineOptions, workers: int, plan: Plan) -> dict[str, EngineOptions]:
-    """Every fixed split, all workers mixed, and the controller from the middle."""
+    """Every fixed split, all workers mixed, the same with steps that keep the ITL target, and the
+    controller (which has that too) from the middle."""
     found = {
         f"{n}P{workers - n}D": msgspec.structs.replace(options, prefill=n, decode=workers - n)
         for n in range(1, workers)
     }
     found[f"{workers}M"] = msgspec.structs.replace(options, prefill=0, decode=0, mixed=workers)
+    pace = msgspec.structs.replace(options.batch, itl_slo_s=plan.itl_slo_s)
+    found[f"{workers}M paced"] = msgspec.structs.replace(found[f"{workers}M"], batch=pace)
     middle = found[f"{workers // 2}P{workers - workers // 2}D"]
     scheduler = msgspec.structs.replace(
         options.scheduler, ttft_slo_s=plan.ttft_slo_s, itl_slo_s=plan.itl_slo_s
