@@ -1,9 +1,9 @@
 """Model folders made on the spot: configurations for dummy weights, with a byte tokenizer.
 
-`tiny` is for tests of the machinery; `bench-360m` and `bench-1b` have the sizes that speed is
-measured on. `python -m bench.models bench-360m FOLDER` writes one; serve it with
-`--load-format dummy`. With `--weights` the folder holds random weights too, and a tokenizer whose
-every id is printable text: what other engines need to serve the same folder.
+`tiny` is for tests of the machinery, `bench-tiny` for the cost of serving itself; `bench-360m` and
+`bench-1b` have the sizes that speed is measured on. `python -m bench.models bench-360m FOLDER`
+writes one; serve it with `--load-format dummy`. With `--weights` the folder holds random weights
+too, and a tokenizer whose every id is printable text: what other engines need to serve it.
 """
 
 import argparse
@@ -21,6 +21,16 @@ _SIZES: Final[dict[str, dict[str, object]]] = {
         "num_key_value_heads": 2,
         "intermediate_size": 128,
         "vocab_size": 384,
+        "max_position_embeddings": 4096,
+    },
+    "bench-tiny": {  # as little work as every engine accepts: some want a head_dim of 64
+        "tie_word_embeddings": False,
+        "hidden_size": 128,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+        "num_key_value_heads": 1,
+        "intermediate_size": 256,
+        "vocab_size": 512,
         "max_position_embeddings": 4096,
     },
     "bench-360m": {

@@ -34,6 +34,7 @@ from bench.record import write
 from diptych.kernels import load as load_kernels
 
 _READ_BYTES: Final = 1 << 30  # far more than the caches hold
+_REPEATS_MAX: Final = 2  # of disturbed rounds
 _FOREIGN_SHARE_MAX: Final = 0.05  # of the cores, by processes that are neither server nor client
 
 
@@ -151,15 +152,24 @@ def run_rows(names: list[str], setting: Setting, args: argparse.Namespace) -> No
                 | {"ready_s_once": ready_s[server.engine.name], "idle_cpu_s": server.idle_cpu_s}
                 for server in servers
             ]
-            _write(args, name, setting, result | {"engines": facts, "left_out": left_out})
+            skipped = [
+                f"{s.engine.name}: --skip" for s in servers if _skipped(name, s.engine.name, args)
+            ]
+            _write(args, name, setting, result | {"engines": facts, "left_out": left_out + skipped})
+
+
+def _skipped(row: str, engine: str, args: argparse.Namespace) -> bool:
+    return any(f"{row}:{engine}".startswith(word) for word in args.skip)
 
 
 def _alternate(
     name: str, servers: list[Server], setting: Setting, args: argparse.Namespace
 ) -> dict[str, object]:
+    taking_part = [s for s in servers if not _skipped(name, s.engine.name, args)]
+
     def one_round(pair: int) -> list[Turn]:
         turns = []
-        for server in _rotated(servers, pair):
+        for server in _rotated(taking_part, pair):
             server.wake()
             metrics = asyncio.run(turn(server, ROWS[name], args, pair))
             server.halt()
@@ -176,10 +186,10 @@ def _rounds(
     setting: Setting,
     args: argparse.Namespace,
 ) -> dict[str, object]:
-    """Until enough rounds were quiet, or twice as many ran: then the quietest count."""
+    """Until enough rounds were quiet or no more may be repeated: then the quietest count."""
     rounds: list[tuple[float, list[Turn]]] = []
     bounds: list[dict[str, float]] = []
-    while len(rounds) < 2 * args.pairs:
+    while len(rounds) < args.pairs + _REPEATS_MAX:
         with held(args.alone):
             if len(rounds) in (0, args.pairs - 1):
                 bounds.append(machine_limits(args.threads))
@@ -235,6 +245,7 @@ def main() -> None:
     add("--modes", nargs="*", choices=["split", "mixed"], help="ours (default: the row's)")
     add("--pairs", type=int, default=5)
     add("--threads", type=int, default=2)
+    add("--skip", nargs="*", default=[], metavar="ROW:ENGINE", help="an engine in one row")
     add("--seed", type=int, default=0)
     add("--alone", metavar="COMMAND", help="holds the machine during each round, e.g. a flock")
     add("--beside", metavar="COMMAND", help="the same, while a server starts and warms up")

@@ -83,7 +83,7 @@ ROWS: Final = {
         ("output_tok_s", "server_cpu_us_per_token"),
         num_seqs=64,
         context=256,
-        model="tiny",
+        model="bench-tiny",
     ),
     "start": Row(
         "from the start of the process to ready, and to the first token",

@@ -21,8 +21,9 @@ FAKE = ROOT / "tests" / "data" / "fake_openvino"
 @pytest.fixture(scope="module")
 def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("models")
-    write_weights(folder / "tiny", "tiny")
-    (folder / "tiny-openvino-fp16").symlink_to(folder / "tiny")
+    for size in ("tiny", "bench-tiny"):
+        write_weights(folder / size, size)
+        (folder / f"{size}-openvino-fp16").symlink_to(folder / size)
     return folder
 
 
@@ -33,7 +34,7 @@ def test_turns_of_two_servers_end_in_one_result(models: Path, tmp_path: Path) ->
     environment = os.environ | {"PYTHONPATH": str(FAKE)}
     subprocess.run(words, cwd=ROOT, env=environment, check=True, stdout=subprocess.DEVNULL)
 
-    http = json.loads((tmp_path / "peers_http_tiny_bf16.json").read_text())
+    http = json.loads((tmp_path / "peers_http_bench-tiny_bf16.json").read_text())
     assert [engine["name"] for engine in http["engines"]] == ["diptych bf16 mixed", "openvino bf16"]
     assert str(models) not in json.dumps(http)
     for measured in http["measured"].values():
