@@ -11,11 +11,10 @@ import asyncio
 import json
 import random
 import shlex
-import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable
+from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
 from typing import Final, TypeVar
@@ -26,6 +25,7 @@ from bench.kernels import limits
 from bench.models import SIZES
 from bench.peers import engines
 from bench.peers.engines import WIDTHS, Engine, Setting
+from bench.peers.hold import Hold
 from bench.peers.process import Cores, Server
 from bench.peers.report import Turn, report
 from bench.peers.rows import ROWS, Row
@@ -34,27 +34,9 @@ from bench.record import write
 from diptych.kernels import load as load_kernels
 
 _READ_BYTES: Final = 1 << 30  # far more than the caches hold
+_START_S: Final = 60.0  # that a start or a first round may take
 _REPEATS_MAX: Final = 2  # of disturbed rounds
 _FOREIGN_SHARE_MAX: Final = 0.05  # of the cores, by processes that are neither server nor client
-
-
-@contextmanager
-def held(command: str | None) -> Iterator[None]:
-    """While `command` runs, to which a command that waits is appended: a lock, in most cases."""
-    if command is None:
-        yield
-        return
-    words = [*shlex.split(command), "sh", "-c", "echo; exec cat"]
-    holder = subprocess.Popen(words, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
-    assert holder.stdin is not None
-    assert holder.stdout is not None
-    try:
-        if not holder.stdout.readline():
-            raise RuntimeError(f"{command} did not run")
-        yield
-    finally:
-        holder.stdin.close()
-        holder.wait()
 
 
 def machine_limits(threads: int) -> dict[str, float]:
@@ -123,8 +105,8 @@ def run_starts(row: Row, setting: Setting, args: argparse.Namespace) -> None:
             turns.append(Turn(engine.name, pair, metrics))
         return turns
 
-    with held(args.alone):
-        one_round(-1)  # brings the files into the page cache
+    args.hold.take(0.0)
+    one_round(-1)  # brings the files into the page cache
     result = _rounds("start", one_round, setting, args)
     facts = [_facts(engine, [*engine.words]) for engine in found]
     _write(args, "start", setting, result | {"engines": facts, "left_out": left_out})
@@ -137,14 +119,14 @@ def run_rows(names: list[str], setting: Setting, args: argparse.Namespace) -> No
         servers: list[Server] = []
         ready_s: dict[str, float] = {}
         for engine in found:
-            with held(args.beside):
-                server = Server(engine, args.logs / f"{engine.name}.log")
-                stack.callback(server.close)
-                ready_s[engine.name] = server.await_ready(engine.start_s_max)
-                print(f"{engine.name}: ready after {ready_s[engine.name]:.1f} s", flush=True)
-                asyncio.run(turn(server, ROWS[names[0]], args, -1))
-                server.halt()
-                servers.append(server)
+            args.hold.take(_START_S)
+            server = Server(engine, args.logs / f"{engine.name}.log")
+            stack.callback(server.close)
+            ready_s[engine.name] = server.await_ready(engine.start_s_max)
+            print(f"{engine.name}: ready after {ready_s[engine.name]:.1f} s", flush=True)
+            asyncio.run(turn(server, ROWS[names[0]], args, -1))
+            server.halt()
+            servers.append(server)
         for name in names:
             result = _alternate(name, servers, setting, args)
             facts = [
@@ -189,11 +171,14 @@ def _rounds(
     """Until enough rounds were quiet or no more may be repeated: then the quietest count."""
     rounds: list[tuple[float, list[Turn]]] = []
     bounds: list[dict[str, float]] = []
+    round_s = _START_S
     while len(rounds) < args.pairs + _REPEATS_MAX:
-        with held(args.alone):
-            if len(rounds) in (0, args.pairs - 1):
-                bounds.append(machine_limits(args.threads))
-            turns = one_round(len(rounds))
+        args.hold.take(round_s)
+        start_s = time.perf_counter()
+        if len(rounds) in (0, args.pairs - 1):
+            bounds.append(machine_limits(args.threads))
+        turns = one_round(len(rounds))
+        round_s = time.perf_counter() - start_s
         rounds.append((max(turn.metrics["foreign_cpu_share"] for turn in turns), turns))
         if sum(foreign <= _FOREIGN_SHARE_MAX for foreign, _ in rounds) == args.pairs:
             break
@@ -247,13 +232,21 @@ def main() -> None:
     add("--threads", type=int, default=2)
     add("--skip", nargs="*", default=[], metavar="ROW:ENGINE", help="an engine in one row")
     add("--seed", type=int, default=0)
-    add("--alone", metavar="COMMAND", help="holds the machine during each round, e.g. a flock")
-    add("--beside", metavar="COMMAND", help="the same, while a server starts and warms up")
+    add("--alone", metavar="COMMAND", help="holds a machine that others use too, e.g. flock FILE")
+    add("--hold-s", type=float, default=240.0, help="most seconds at a time that it is held")
     add("--logs", type=Path, default=Path("/tmp"), help="directory for the servers' output")
     add("--out", type=Path, help="directory for the results")
     engines.add_arguments(parser)
     args = parser.parse_args()
     args.logs = args.logs.absolute()
+    args.hold = Hold(args.alone, args.hold_s)
+    try:
+        _run_all(args)
+    finally:
+        args.hold.release()
+
+
+def _run_all(args: argparse.Namespace) -> None:
     groups: dict[Setting, list[str]] = {}
     for name in args.rows:
         row = ROWS[name]
