@@ -337,8 +337,10 @@ class Runs:
         pool.ledger.release(table)
         pool.num_running -= 1
         pool.num_draining -= 1
-        for name in row.computing:
-            self._computed(self._members.pools[row.prefill_pool], row, name)
+        prefill_pool = self._members.pools.get(row.prefill_pool)
+        if prefill_pool is not None:  # else its host is lost
+            for name in row.computing:
+                self._computed(prefill_pool, row, name)
         row.computing = []
         self._on_drained(row)
         self._feed(pool)

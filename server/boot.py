@@ -11,6 +11,7 @@ import msgspec
 from diptych.engine.core.config import EngineOptions, WorkerSpec
 from diptych.engine.core.types import ApiId, Epoch, PoolId, WorkerId
 from diptych.server.client import EngineInfo
+from diptych.server.ray_plan import RayOptions
 from diptych.transfer.control_page import ControlPage, page_bytes
 from diptych.transfer.network import Network
 from diptych.transfer.shared_memory import SharedMemory
@@ -128,7 +129,8 @@ class ClusterBoot(msgspec.Struct, frozen=True, kw_only=True):
     network: Network
     port: int = 0  # where agents join; 0: any
     local_workers: bool = True  # False: hosts that join bring all of them
-    launcher: dict[str, object] | None = None  # what the Ray launcher is told, if it brings hosts
+    ray: RayOptions | None = None  # Ray brings the hosts
+    model: str = ""  # as the user called it, to be found on each of them; "": where the head has it
 
 
 class SupervisorBoot(msgspec.Struct, frozen=True, kw_only=True):
@@ -157,7 +159,10 @@ class AgentBoot(msgspec.Struct, frozen=True, kw_only=True):
     prefill: int = 0
     decode: int = 0
     mixed: int = 0
+    api_host: str = "127.0.0.1"
+    api_port: int | None = None  # of an API server here; None: there is none
     lifeline_fd: int | None = None  # whoever started it; its end means end
+    orphan_of: str = ""  # "HOST:PORT"; while nobody answers there, it does not
     log_level: str = "INFO"
 
 

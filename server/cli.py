@@ -18,6 +18,8 @@ Diptych serves large language models through separate prefill and decode workers
 
   diptych serve                     serve the built-in model on http://127.0.0.1:8000
   diptych serve ./my-model          serve a Hugging Face checkpoint (safetensors)
+  diptych serve --ray               let a Ray cluster run the workers (docs/RAY.md)
+  diptych join HEAD:PORT            add this host to a server (docs/RAY.md)
   diptych chat                      talk to the server in the terminal
   diptych status                    see what its workers do
   diptych bench                     measure the server under load
@@ -26,6 +28,7 @@ Diptych serves large language models through separate prefill and decode workers
 COMMANDS: Final = {
     "serve": ("diptych.server.serve", "serve a model over an OpenAI-compatible HTTP API"),
     "pack": ("diptych.server.pack_command", "pack a model's weights into a file that is mapped"),
+    "join": ("diptych.server.join", "make this host a part of a server on another host"),
     "chat": ("diptych.server.chat", "talk to a server or a model in the terminal"),
     "status": ("diptych.server.status_command", "show what a running server does"),
     "bench": (

@@ -172,7 +172,9 @@ def _add_worker_arguments(parser: argparse.ArgumentParser) -> None:
     workers("--kernel-level", help="plain, avx2, avx512, avx512_bf16 or amx (default: the best)")
 
 
-def engine_options(args: argparse.Namespace, model_path: str) -> EngineOptions:
+def engine_options(
+    args: argparse.Namespace, model_path: str, *, several_hosts: bool = False
+) -> EngineOptions:
     """Raises ConfigError for combinations that cannot work."""
     split = args.prefill is None and args.decode is None and not args.mixed
     single = args.autoscale is not None and args.autoscale[1] == 1  # then one does both
@@ -215,6 +217,7 @@ def engine_options(args: argparse.Namespace, model_path: str) -> EngineOptions:
         mixed=int(single) if split else args.mixed or 0,
         separate_pools=args.separate_pools,
         transfer=args.transfer,
+        several_hosts=several_hosts,
         threads=args.threads,
         cpu_cores=args.cpu_cores,
         prefill_core_share=args.prefill_core_share,

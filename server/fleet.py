@@ -6,7 +6,7 @@ awaited, or with its whole host, whose memory is then never used again; a proces
 starts only after epoch e is gone; whoever comes up is told of all that are up, and only those.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from enum import StrEnum
 from typing import Final
@@ -159,8 +159,15 @@ class Fleet:
         """The warm parent is gone; living workers stay, new ones wait."""
         self._can_fork.discard(host)
 
-    def join(self, host: int, workers: list[WorkerSpec], pools: list[PoolUp]) -> None:
+    def join(
+        self,
+        host: int,
+        workers: list[WorkerSpec],
+        pools: list[PoolUp],
+        apis: Iterable[int] = (),
+    ) -> None:
         """Another host: its workers start once its model is ready."""
+        self._apis += [Member(Address("api", number, 1), host) for number in apis]
         self._specs |= {spec.worker: spec for spec in workers}
         self._workers += [Member(Address("worker", spec.worker, 1), host) for spec in workers]
         self._pools += [(host, pool) for pool in pools]
@@ -170,12 +177,14 @@ class Fleet:
     def leave(self, host: int) -> list[Address]:
         """The host is lost, or left. What ran there may still run, cut off; its memory is never
         used again, and neither are the numbers of its workers. Returns who was there."""
-        gone = [member for member in self._workers if member.host == host]
+        gone = [m for m in (*self._workers, *self._apis) if m.host == host]
         self._workers = [member for member in self._workers if member.host != host]
+        self._apis = [member for member in self._apis if member.host != host]
         self._can_fork.discard(host)
         for member in gone:
             self._tell_of_exit(member, DownCause.KILLED)
-            del self._specs[member.address.number]
+            if member.address.kind == "worker":
+                del self._specs[member.address.number]
         for owner, pool in self._pools:
             if owner == host:
                 self._tell_scheduler(PoolDown(pool.pool))

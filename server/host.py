@@ -23,6 +23,7 @@ from diptych.engine.core.model_config import load_model_config
 from diptych.engine.core.sharding import cut
 from diptych.server.boot import HostBoot, HostLayout, PoolLayout
 from diptych.server.children import Children
+from diptych.server.companion import Companion
 from diptych.server.cpu_cores import host_cores
 from diptych.server.fleet import State
 from diptych.server.launcher import Launcher, LauncherEvent, ProcessExited, ProcessStarted
@@ -65,6 +66,7 @@ class Host:
             raise
         self.lifeline_fd, self._lifeline_write = os.pipe2(os.O_CLOEXEC)
         self.layout = layout
+        self.model_path = options.model.path
         self._boot = HostBoot(
             run_dir=str(self.run_dir),
             options=options,
@@ -81,6 +83,7 @@ class Host:
             self._cores.introduce(slot, spec.dial)
         self.table = ProcessTable(self.run_dir)
         self.launcher: Launcher | None = None  # None: it has no workers
+        self.companion: Companion | None = None
         self._signal_read, self._signal_write = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
 
     def open(self) -> None:
@@ -114,11 +117,15 @@ class Host:
                 self.children.reaped(*ended)
                 if self.launcher is not None:
                     self.launcher.reaped(*ended)
+                if self.companion is not None:
+                    self.companion.reaped(*ended, time.monotonic())
         return asked
 
     def events(self) -> list[LauncherEvent]:
         """What became of the processes; the table knows it already."""
         now = time.monotonic()
+        if self.companion is not None:
+            self.companion.tick(now)
         events: list[LauncherEvent] = []
         if self.launcher is not None:
             events += self.launcher.events(now)
@@ -167,6 +174,9 @@ class Host:
 
     def close(self) -> None:
         """Ends all processes and waits for it."""
+        if self.companion is not None:
+            self.companion.close()
+            self.companion = None
         if self.launcher is not None:
             self.launcher.close()
         self.children.close()

@@ -23,11 +23,13 @@ from diptych.engine.core.errors import ConfigError, DiptychError
 from diptych.engine.core.messages import Address, AnyMessage, Cut, PageRows, Peers, Ready, Stuck
 from diptych.engine.core.types import DownCause
 from diptych.engine.hub import resolve_model
-from diptych.server.boot import AgentBoot
+from diptych.server.boot import AgentBoot, ApiBoot, ApiProcessBoot
 from diptych.server.builtin import BUILTIN_MODEL, BUILTIN_NAME
 from diptych.server.cluster_link import BEAT_S, AgentLink, LinkLost
 from diptych.server.fleet import State
 from diptych.server.host import TICK_S, Host
+from diptych.server.http.listening import open_socket
+from diptych.server.http.settings import HttpSettings
 from diptych.server.launcher import (
     ModelFailed,
     ModelLoading,
@@ -39,6 +41,7 @@ from diptych.server.launcher import (
 from diptych.server.lifeline import name_process
 from diptych.server.link_wire import (
     Directory,
+    Forward,
     FromHead,
     HeadBeat,
     Hello,
@@ -49,10 +52,11 @@ from diptych.server.link_wire import (
     HostModelFailed,
     HostPage,
     HostStarted,
-    KillWorker,
+    KillProcess,
     Leaving,
     ReadPage,
     Refused,
+    StartApi,
     StartWorker,
     Welcome,
 )
@@ -61,6 +65,8 @@ from diptych.transfer.network import Network, public_of
 
 HEAD_SILENCE_S_MAX: Final = 10.0
 """A head that says nothing for so long is lost, and everything here ends."""
+ORPHAN_CHECK_S: Final = 5.0
+ANSWER_S_MAX: Final = 0.5
 JOIN_S_MAX: Final = 60.0
 """So long a head that does not answer is waited for."""
 
@@ -89,15 +95,18 @@ class HostAgent:
         self._host: Host | None = None
         self._can_fork = False
         self._states: dict[Address, State] = {}
+        self._listener: socket.socket | None = None
         self._directory: dict[Address, str] = {}
         self._heard_at_s = time.monotonic()
         self._beat_at_s = 0.0
+        self._orphan_check_s: float | None = None  # set once whoever started it is gone
         self._end: AgentEnd | None = None
 
     def run(self) -> AgentEnd:
         """Raises ConfigError, ModelLoadError when it cannot serve."""
         boot = self._boot
-        hello = Hello(__version__, self._ip, boot.place, boot.prefill, boot.decode, boot.mixed)
+        counts = (boot.prefill, boot.decode, boot.mixed)
+        hello = Hello(__version__, self._ip, boot.place, *counts, boot.api_port is not None)
         try:
             self._link.send(hello)
             while self._end is None:
@@ -108,18 +117,21 @@ class HostAgent:
         finally:
             if self._host is not None:
                 self._host.close()
+            if self._listener is not None:
+                self._listener.close()
             self._link.close(linger_ms=500)
         return self._end
 
     def _turn(self) -> None:
         others: list[int | zmq.Socket[bytes]] = list(self._link.sockets())
-        if self._boot.lifeline_fd is not None:
+        if self._boot.lifeline_fd is not None and self._orphan_check_s is None:
             others.append(self._boot.lifeline_fd)
         if self._host is None:
             self._wait_to_join(others)
         else:
             ready = self._host.wait(TICK_S, others)
-            if self._host.take_signals() or self._boot.lifeline_fd in ready:
+            ended = self._boot.lifeline_fd in ready and self._must_end()
+            if self._host.take_signals() or ended or self._orphan_is_over():
                 self._leave()
                 return
         for packet in self._link.receive():
@@ -144,6 +156,22 @@ class HostAgent:
             raise ConfigError(f"{self._boot.head} hangs up: the key is not that of the head")
         elif time.monotonic() - self._heard_at_s > JOIN_S_MAX:
             raise ConfigError(f"no head answers at {self._boot.head}")
+
+    def _must_end(self) -> bool:
+        """Whoever started it ended: of its own accord, or because Ray's control process did?"""
+        if not self._boot.orphan_of or answers(self._boot.orphan_of):
+            return True
+        _log.warning("nobody answers at %s: this host goes on by itself", self._boot.orphan_of)
+        self._orphan_check_s = time.monotonic() + ORPHAN_CHECK_S
+        return False
+
+    def _orphan_is_over(self) -> bool:
+        """Somebody answers again: others take over this host's part."""
+        now = time.monotonic()
+        if self._orphan_check_s is None or now < self._orphan_check_s:
+            return False
+        self._orphan_check_s = now + ORPHAN_CHECK_S
+        return answers(self._boot.orphan_of)
 
     def _leave(self) -> None:
         """In order: when the head hears of it, nothing runs here any more."""
@@ -174,10 +202,15 @@ class HostAgent:
         match packet:
             case StartWorker(address):
                 self._start(host, address)
-            case KillWorker(address):
+            case StartApi():
+                self._start_api(host, packet)
+            case KillProcess(address):
                 self._states[address] = State.FENCING
                 if host.launcher is not None:
                     host.launcher.kill(address)
+                host.children.kill(address)
+            case Forward(address, message):
+                host.channels.send_to(address, message)
             case ReadPage(scheduler_epoch, pool):
                 self._read_page(host, scheduler_epoch, pool)
             case Directory(news):
@@ -209,9 +242,41 @@ class HostAgent:
         if host.launcher is None or not self._can_fork:  # the news crossed the order
             self._link.send(HostExited(address, DownCause.KILLED, "never forked"))
             return
-        self._states = {a: s for a, s in self._states.items() if a.number != address.number}
-        self._states[address] = State.STARTING
+        self._enter(address)
         host.launcher.start(address)
+
+    def _enter(self, address: Address) -> None:
+        """In the place of the incarnation before it."""
+        name = (address.kind, address.number)
+        self._states = {a: s for a, s in self._states.items() if (a.kind, a.number) != name}
+        self._states[address] = State.STARTING
+
+    def _start_api(self, host: Host, order: StartApi) -> None:
+        """Raises ConfigError when it cannot listen where it was told to."""
+        port = self._boot.api_port
+        if port is None:
+            raise LinkLost("the head starts an API server that nobody asked for")
+        settings = msgspec.convert(order.settings, HttpSettings)
+        settings = msgspec.structs.replace(
+            settings, host=self._boot.api_host, port=port, num_apis=1
+        )
+        if self._listener is None:
+            self._listener = open_socket(settings)
+        port = self._listener.getsockname()[1]
+        boot = ApiBoot(
+            run_dir=str(host.run_dir),
+            api=order.address.number,
+            api_epoch=order.address.epoch,
+            info=msgspec.structs.replace(order.info, model_path=host.model_path),
+            settings=msgspec.to_builtins(msgspec.structs.replace(settings, port=port)),
+            listen_fd=self._listener.fileno(),
+            salt_key=order.salt_key,
+            network=Network(self._ip, self._boot.secret),
+            log_level=self._boot.log_level,
+        )
+        self._enter(order.address)
+        process = ApiProcessBoot(target=order.target, lifeline_fd=host.lifeline_fd, api=boot)
+        host.table.started(order.address, host.children.start_api(order.address, process))
 
     def _read_page(self, host: Host, scheduler_epoch: int, pool: int) -> None:
         page = host.page(pool)
@@ -274,6 +339,16 @@ class HostAgent:
                     host.channels.send_to(address, Peers(list(self._directory.items()), []))
         if isinstance(message, Ready | Stuck | Cut):
             self._link.send(HostHeard(message))
+
+
+def answers(endpoint: str) -> bool:
+    """Somebody listens at HOST:PORT."""
+    host, _, port = endpoint.rpartition(":")
+    try:
+        with socket.create_connection((host.strip("[]"), int(port)), timeout=ANSWER_S_MAX):
+            return True
+    except (OSError, ValueError):
+        return False
 
 
 def own_ip(head: str) -> str:

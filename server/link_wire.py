@@ -8,7 +8,17 @@ them go over CURVE.
 import msgspec
 
 from diptych.engine.core.config import EngineOptions, WorkerSpec
-from diptych.engine.core.messages import Address, Cut, PageRows, Peers, Ready, Stuck
+from diptych.engine.core.messages import (
+    Address,
+    Cut,
+    Drain,
+    PageRows,
+    Peers,
+    Ready,
+    SchedulerDown,
+    SchedulerUp,
+    Stuck,
+)
 from diptych.engine.core.types import DownCause, Epoch, PoolId
 from diptych.server.client import EngineInfo
 
@@ -36,6 +46,7 @@ class Hello(Packet, frozen=True):
     prefill: int
     decode: int
     mixed: int
+    api: bool  # it wants to run an API server as well
 
 
 class HostBeat(Packet, frozen=True):
@@ -121,8 +132,25 @@ class StartWorker(Packet, frozen=True):
     address: Address
 
 
-class KillWorker(Packet, frozen=True):
+class StartApi(Packet, frozen=True):
+    """`settings`: the head's; where it listens is the host's own affair."""
+
     address: Address
+    target: str
+    info: EngineInfo
+    settings: dict[str, object]
+    salt_key: str
+
+
+class KillProcess(Packet, frozen=True):
+    address: Address
+
+
+class Forward(Packet, frozen=True):
+    """To a process of the host, from the head's supervisor."""
+
+    address: Address
+    message: SchedulerUp | SchedulerDown | Drain
 
 
 class ReadPage(Packet, frozen=True):
@@ -136,4 +164,14 @@ class Directory(Packet, frozen=True):
     news: Peers
 
 
-FromHead = Welcome | Refused | HeadBeat | StartWorker | KillWorker | ReadPage | Directory
+FromHead = (
+    Welcome
+    | Refused
+    | HeadBeat
+    | StartWorker
+    | StartApi
+    | KillProcess
+    | Forward
+    | ReadPage
+    | Directory
+)

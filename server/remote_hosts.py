@@ -30,6 +30,7 @@ from diptych.server.launcher import (
 )
 from diptych.server.link_wire import (
     Directory,
+    Forward,
     FromAgent,
     HeadBeat,
     Hello,
@@ -40,10 +41,11 @@ from diptych.server.link_wire import (
     HostModelFailed,
     HostPage,
     HostStarted,
-    KillWorker,
+    KillProcess,
     Leaving,
     ReadPage,
     Refused,
+    StartApi,
     StartWorker,
     Welcome,
 )
@@ -72,6 +74,7 @@ class RemoteHost:
 class HostJoined(msgspec.Struct, frozen=True):
     host: int
     workers: list[WorkerSpec]
+    apis: list[int]
 
 
 class HostLost(msgspec.Struct, frozen=True):
@@ -90,9 +93,12 @@ HostNews = HostJoined | HostLost | HostEvent | HostHeard | PageRows
 
 
 class RemoteHosts:
-    """`options` are the head's own: other hosts get them with their own counts."""
+    """`options` are the head's own: other hosts get them with their own counts. `num_apis`: API
+    servers of the head, None if no other host may have one."""
 
-    def __init__(self, cluster: ClusterBoot, options: EngineOptions, log_level: str) -> None:
+    def __init__(
+        self, cluster: ClusterBoot, options: EngineOptions, log_level: str, num_apis: int | None
+    ) -> None:
         self._link = HeadLink(cluster.network, cluster.port)
         self.endpoint = self._link.endpoint
         self.transfer_key = secrets.token_hex(32)
@@ -102,6 +108,7 @@ class RemoteHosts:
         self._next_worker = len(own)
         self._next_pool = len({spec.pool for spec in own})
         self._next_host = 1
+        self._next_api = num_apis
         self._hosts: dict[int, RemoteHost] = {}
         self._by_link: dict[bytes, RemoteHost] = {}
         self._endpoints: dict[Address, str] = {}
@@ -159,8 +166,9 @@ class RemoteHosts:
             reason = f"the head is diptych {__version__}, this host {hello.version}"
             self._refuse(link, reason, again=False)
             return
-        if min(counts) < 0 or not 0 < sum(counts) <= WORKERS_OF_HOST_MAX:
-            reason = f"a host brings 1 to {WORKERS_OF_HOST_MAX} workers"
+        has_api = hello.api and self._next_api is not None
+        if min(counts) < 0 or not 0 < sum(counts) + has_api <= WORKERS_OF_HOST_MAX:
+            reason = f"a host brings 1 to {WORKERS_OF_HOST_MAX} workers, or an API server"
             self._refuse(link, reason, again=False)
             return
         if len(self._hosts) >= HOSTS_MAX:
@@ -180,11 +188,15 @@ class RemoteHosts:
         host = RemoteHost(self._next_host, hello.ip, hello.place, link, workers, now)
         self._next_host += 1
         self._next_worker += len(workers)
-        self._next_pool = max(spec.pool for spec in workers) + 1
+        self._next_pool = max((spec.pool + 1 for spec in workers), default=self._next_pool)
+        apis = []
+        if has_api and self._next_api is not None:
+            apis = [self._next_api]
+            self._next_api += 1
         self._hosts[host.number] = self._by_link[link] = host
         self._send(host, Welcome(options, workers, self.transfer_key, self._log_level))
         self._send(host, Directory(self.directory()))
-        self._news.append(HostJoined(host.number, workers))
+        self._news.append(HostJoined(host.number, workers, apis))
 
     def _hear(self, host: RemoteHost, packet: FromAgent) -> None:
         event: LauncherEvent
@@ -241,8 +253,14 @@ class RemoteHosts:
     def start(self, host: int, address: Address) -> None:
         self._tell(host, StartWorker(address))
 
+    def start_api(self, host: int, order: StartApi) -> None:
+        self._tell(host, order)
+
     def kill(self, host: int, address: Address) -> None:
-        self._tell(host, KillWorker(address))
+        self._tell(host, KillProcess(address))
+
+    def forward(self, host: int, packet: Forward) -> None:
+        self._tell(host, packet)
 
     def read_page(self, scheduler_epoch: int, pool: int) -> None:
         """Answered by `PageRows`, unless the host is lost."""
@@ -269,7 +287,7 @@ class RemoteHosts:
             self._link.send(host.link, Refused("the server ended", again=False))
         self._link.close(linger_ms=500)
 
-    def _tell(self, host: int, packet: StartWorker | KillWorker) -> None:
+    def _tell(self, host: int, packet: StartWorker | StartApi | KillProcess | Forward) -> None:
         known = self._hosts.get(host)
         if known is not None:
             self._send(known, packet)

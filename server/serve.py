@@ -15,6 +15,7 @@ from diptych.engine.core.errors import ConfigError
 from diptych.engine.core.model_config import load_model_config
 from diptych.engine.hub import resolve_model
 from diptych.server.builtin import BUILTIN_MODEL, BUILTIN_NAME
+from diptych.server.cluster_flags import add_cluster_arguments, cluster_boot
 from diptych.server.engine_flags import add_engine_arguments, engine_options
 from diptych.server.http.listening import open_socket
 from diptych.server.http.settings import METER_SLOT_BYTES, HttpSettings
@@ -64,13 +65,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     front("--log-level", choices=["debug", "info", "warning", "error"], default="info")
     front("--inline", action="store_true", help="everything in one process, for debugging")
     add_engine_arguments(parser)
+    add_cluster_arguments(parser)
 
 
 def main(args: argparse.Namespace) -> int:
     """Checks everything that can be checked, then serves until a signal. Returns the status."""
     keys = [args.api_key] if args.api_key else []
+    cluster = cluster_boot(args)
     folder = resolve_model(args.model or str(BUILTIN_MODEL))
-    options = engine_options(args, folder)
+    if cluster is not None:
+        folder = str(Path(folder).resolve())  # other hosts have other working directories
+    options = engine_options(args, folder, several_hosts=cluster is not None)
     config = load_model_config(folder, args.dtype, args.max_model_len)
     template = None if args.chat_template is None else str(args.chat_template)
     Tokenizer(folder, template)  # a bad file is an error now, not in each API server
@@ -105,6 +110,7 @@ def main(args: argparse.Namespace) -> int:
             meters_fd=create_memory("meters", args.api_workers * METER_SLOT_BYTES),
             grace_s=args.shutdown_timeout,
             log_level=args.log_level.upper(),
+            cluster=cluster,
         )
 
 

@@ -28,11 +28,14 @@ from diptych.engine.core.messages import (
     PoolUp,
     Ready,
     Retire,
+    SchedulerDown,
+    SchedulerUp,
     Send,
     Stuck,
 )
 from diptych.server.boot import ApiBoot, ApiProcessBoot, SupervisorBoot
 from diptych.server.client import EngineInfo
+from diptych.server.companion import ray_companion
 from diptych.server.fleet import HOME, Fleet, GiveUp, Kill, Rest, Start, Wake
 from diptych.server.host import TICK_S, Host
 from diptych.server.launcher import (
@@ -45,7 +48,7 @@ from diptych.server.launcher import (
     ProcessStarted,
 )
 from diptych.server.lifeline import name_process
-from diptych.server.link_wire import HostHeard
+from diptych.server.link_wire import Forward, HostHeard, StartApi
 from diptych.server.logs import configure_logs
 from diptych.server.progress_bar import ProgressBar
 from diptych.server.remote_hosts import HostEvent, HostJoined, HostLost, HostNews, RemoteHosts
@@ -53,6 +56,7 @@ from diptych.server.status import Listening, Progressed, Started, Status
 from diptych.transfer.channels import process_name
 
 EXIT_S_MAX: Final = 1.0  # for an orderly exit after a drain
+LAUNCHES_MAX: Final = 3  # of a launcher that fails before anything is up
 _ERRORS: Final[dict[str, type[DiptychError]]] = {
     "ConfigError": ConfigError,
     "ModelLoadError": ModelLoadError,
@@ -71,7 +75,10 @@ class Supervisor:
         cluster, options = boot.cluster, boot.options
         local = cluster is None or cluster.local_workers
         workers = options.workers() if local else []
-        self._hosts = None if cluster is None else RemoteHosts(cluster, options, boot.log_level)
+        num_apis = boot.num_apis if boot.api_target is not None else None
+        self._hosts = (
+            RemoteHosts(cluster, options, boot.log_level, num_apis) if cluster is not None else None
+        )
         try:
             self._host = Host(
                 options,
@@ -118,6 +125,8 @@ class Supervisor:
             if self._hosts is not None:
                 _log.info("hosts may join at %s", self._hosts.endpoint)
                 self._tell(Listening(self._hosts.endpoint, str(self._host.run_dir)))
+                fd = self._host.lifeline_fd
+                self._host.companion = ray_companion(self._boot, self._hosts.endpoint, fd)
             workers = len(self._host.layout.workers)
             self._progress(f"starting {workers} workers, loading the model")
             while not self._ending:
@@ -152,6 +161,7 @@ class Supervisor:
         self._carry_out()
         self._host.write_table(self._fleet.states())
         self._announce_start()
+        self._check_launcher()
         self._check_drain(now)
 
     # ---- hearing
@@ -178,11 +188,11 @@ class Supervisor:
     def _take_news(self, news: HostNews, now: float) -> None:
         """Of other hosts."""
         match news:
-            case HostJoined(host, workers):
+            case HostJoined(host, workers, apis):
                 layout = self._host.layout
                 pools = sorted({spec.pool for spec in workers})
                 ups = [PoolUp(pool, layout.num_blocks, layout.block_size) for pool in pools]
-                self._fleet.join(host, workers, ups)
+                self._fleet.join(host, workers, ups, apis)
                 self._progress(f"host {host} joined with {len(workers)} workers")
             case HostLost(host, reason):
                 _log.warning("host %d is gone: %s", host, reason)
@@ -213,7 +223,7 @@ class Supervisor:
         self._drain_until_s = now + grace_s + EXIT_S_MAX
         self._fleet.drain()
         for address in serving:
-            self._host.channels.send_to(address, Drain(grace_s))
+            self._post(Send(address, Drain(grace_s)))
 
     def _check_drain(self, now: float) -> None:
         if self._drain_until_s is None:
@@ -256,6 +266,14 @@ class Supervisor:
         readings = self._host.pulses(running)
         return readings if self._hosts is None else readings | self._hosts.pulses()
 
+    # ---- Ray
+
+    def _check_launcher(self) -> None:
+        """Before it was up once, an engine whose launcher cannot work never will be."""
+        companion = self._host.companion
+        if companion is not None and not self._started and companion.failures >= LAUNCHES_MAX:
+            raise EngineDeadError(f"The {companion.name} ends again and again; see the log above.")
+
     # ---- who listens where
 
     def _introduce(self, address: Address, endpoint: str) -> None:
@@ -292,13 +310,22 @@ class Supervisor:
                 case GiveUp(reason):
                     raise EngineDeadError(f"The engine cannot start: {reason}; see the log above.")
                 case Send():
-                    self._host.channels.send(command)
+                    self._post(command)
                 case Rest() if self._host.launcher is not None:
                     _log.info("no worker is wanted: the weights are let go")
                     self._host.launcher.rest()
                 case Wake() if self._host.launcher is not None:
                     _log.info("a worker is wanted: loading the model")
                     self._host.launcher.wake()
+
+    def _post(self, send: Send) -> None:
+        """To a process of any host."""
+        host, message = self._fleet.host_of(send.to), send.message
+        if host == HOME or self._hosts is None:
+            self._host.channels.send(send)
+        else:
+            assert isinstance(message, SchedulerUp | SchedulerDown | Drain)
+            self._hosts.forward(host, Forward(send.to, message))
 
     def _start(self, address: Address) -> None:
         match address.kind:
@@ -311,6 +338,17 @@ class Supervisor:
             case "scheduler":
                 pid = self._host.children.start_scheduler(address)
                 self._host.table.started(address, pid)
+            case _ if (host := self._fleet.host_of(address)) != HOME and self._hosts is not None:
+                assert self._boot.api_target is not None
+                assert self._info is not None
+                order = StartApi(
+                    address,
+                    self._boot.api_target,
+                    self._info,
+                    self._boot.settings,
+                    self._salt_key,
+                )
+                self._hosts.start_api(host, order)
             case _:
                 target = self._boot.api_target
                 assert target is not None

@@ -9,6 +9,7 @@ from pathlib import Path
 import msgspec
 import pytest
 
+from bench.local_hosts import LocalHosts
 from bench.procs import descendants
 from diptych.server.cluster_link import AgentLink
 from diptych.server.launch import Launched
@@ -18,7 +19,6 @@ from diptych.server.remote_client import RemoteClient
 from diptych.server.spawn import spawn
 from diptych.transfer.network import new_secret
 from tests.e2e.test_separate_pools import PROMPTS, answer, ask_all, expected
-from tests.support.hosts import TwoHosts
 from tests.support.processes import tiny_options, up, wait_for
 
 WAIT_S = 60.0
@@ -50,7 +50,9 @@ async def ask_fresh(client: RemoteClient, tag: str, num: int) -> list[list[int]]
     return await asyncio.gather(*tasks)
 
 
-async def through_a_lost_host(launched: Launched, hosts: TwoHosts, right: list[list[int]]) -> None:
+async def through_a_lost_host(
+    launched: Launched, hosts: LocalHosts, right: list[list[int]]
+) -> None:
     client = RemoteClient(launched.api)
     run_dir = launched.api.path
     try:
@@ -116,7 +118,7 @@ def _lives(pid: int) -> bool:
 @pytest.mark.timeout(180)
 def test_two_hosts_through_kills_losses_and_stops(tmp_path: Path) -> None:
     right = asyncio.run(expected(tmp_path))
-    hosts = TwoHosts([(1, 0), (0, 1)])
+    hosts = LocalHosts([(1, 0), (0, 1)])
     options = msgspec.structs.replace(tiny_options(tmp_path), hang_s=3.0)
     with hosts.engine(options) as launched:
         check_strangers(hosts)
@@ -124,7 +126,7 @@ def test_two_hosts_through_kills_losses_and_stops(tmp_path: Path) -> None:
     assert [agent.returncode for agent in hosts.agents] == [0, -signal.SIGKILL, 0]
 
 
-def check_strangers(hosts: TwoHosts) -> None:
+def check_strangers(hosts: LocalHosts) -> None:
     """Who has not the key joins nothing and is told why."""
     boot = hosts.boot(0, secret=new_secret())
     agent = spawn("diptych.server.host_agent", boot, [])
@@ -132,7 +134,7 @@ def check_strangers(hosts: TwoHosts) -> None:
     name = b"a stranger"
     link = AgentLink(hosts.endpoint, hosts.secret, name)
     try:  # a member that speaks another version is refused with the reason
-        link.send(Hello("0.0.0", "127.0.0.9", "", 1, 0, 0))
+        link.send(Hello("0.0.0", "127.0.0.9", "", 1, 0, 0, False))
         seen: list[object] = []
         wait_for("an answer", lambda: bool(seen.extend(link.receive()) or seen))
         assert "diptych" in str(seen[0])

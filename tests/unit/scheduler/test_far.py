@@ -25,6 +25,7 @@ from diptych.engine.core.messages import (
 from diptych.engine.core.request import SeqRef
 from diptych.engine.core.types import DownCause, Role, pack_ids
 from diptych.scheduler.commands import PoolRead, ReadPool, SchedulerInput
+from diptych.scheduler.lifecycle import RowState
 from diptych.scheduler.scheduler import Scheduler
 from tests.unit.scheduler.world import EPOCH, SIZE, make_request
 
@@ -276,6 +277,8 @@ def test_a_lost_prefill_host_leaves_a_row_that_has_landed_alone() -> None:
     assert sorted(far.scheduler.audit().pools) == [1]
     other = far.submit("other", PROMPT)
     assert far.assigned[D, other].role is Role.LOCAL
+    far.progress(D, finished=[ref])
+    assert far.scheduler.audit().rows_by_state[RowState.DONE] == 1
 
 
 def test_a_pool_that_is_lost_while_it_is_read_stays_lost() -> None:

@@ -13,6 +13,7 @@ from diptych.engine.core.messages import (
     ApiUp,
     Drain,
     Message,
+    PoolDown,
     PoolUp,
     SchedulerDown,
     SchedulerUp,
@@ -23,6 +24,7 @@ from diptych.engine.core.messages import (
 )
 from diptych.engine.core.types import DownCause
 from diptych.server.fleet import (
+    CUT_S,
     FAST_FAULT_S,
     LEAVE_S_MAX,
     START_S_MAX,
@@ -397,3 +399,127 @@ def test_random_events(seed: int) -> None:
         for address, state in fleet.states():
             here = running.get((address.kind, address.number)) == address.epoch
             assert here == (state is not State.DOWN), f"seed {seed}: {address} {state}"
+
+
+# ---- other hosts
+
+FAR_SPECS = [WorkerSpec(2, 1, 0), WorkerSpec(3, 1, 0)]
+FAR_POOL = PoolUp(1, 64, 16)
+
+
+def with_host() -> Fleet:
+    """Host 1 has joined a serving head, and its workers are up."""
+    fleet = serving()
+    fleet.join(1, FAR_SPECS, [FAR_POOL])
+    fleet.model_ready(1)
+    fleet.tick(2.0)
+    for number in (2, 3):
+        fleet.ready(worker(number), 3.0)
+    told(fleet)
+    return fleet
+
+
+def test_workers_of_a_host_wait_for_its_model() -> None:
+    fleet = serving()
+    fleet.join(1, FAR_SPECS, [FAR_POOL])
+    fleet.tick(2.0)
+    assert told(fleet) == to_scheduler(1, FAR_POOL)
+    assert fleet.engine_up() is False
+    fleet.model_ready(1)
+    fleet.tick(2.1)
+    assert told(fleet) == [Start(worker(2)), Start(worker(3))]
+    fleet.ready(worker(3), 3.0)
+    assert told(fleet) == to_scheduler(1, WorkerUp(3, 1, 1, 0))
+    assert [fleet.host_of(worker(n)) for n in (0, 2)] == [0, 1]
+
+
+def test_a_lost_host_takes_its_workers_then_its_pool() -> None:
+    fleet = with_host()
+    assert fleet.leave(1) == [worker(2), worker(3)]
+    downs = [WorkerDown(n, 1, DownCause.KILLED) for n in (2, 3)]
+    assert told(fleet) == to_scheduler(1, *downs, PoolDown(1))
+    assert fleet.engine_up()
+    fleet.ready(worker(2), 4.0)  # what a zombie says
+    fleet.stuck(worker(2), 4.0)
+    fleet.exited(worker(3), DownCause.FAULT, 4.0)
+    fleet.tick(5.0)
+    assert told(fleet) == []
+    fleet.exited(scheduler(), DownCause.KILLED, 6.0)
+    fleet.tick(6.0)
+    told(fleet)
+    fleet.ready(scheduler(2), 7.0)
+    heard = [c.message for c in told(fleet) if isinstance(c, Send) and c.to == scheduler(2)]
+    assert heard == [WorkerUp(0, 1, 0, 100), WorkerUp(1, 1, 0, 0), POOL, ApiUp(0, 1)]
+
+
+def test_the_start_waits_for_as_many_workers_as_were_asked_for() -> None:
+    fleet = Fleet([], num_apis=1, external_api=True, pools=[], hang_s=HANG_S, num_workers=2)
+    fleet.tick(0.0)
+    fleet.ready(scheduler(), 0.5)
+    assert not fleet.engine_up()
+    fleet.join(1, FAR_SPECS, [FAR_POOL])
+    fleet.model_ready(1)
+    fleet.tick(1.0)
+    fleet.ready(worker(2), 2.0)
+    assert not fleet.engine_up()
+    fleet.ready(worker(3), 2.0)
+    assert fleet.engine_up()
+
+
+def test_a_joined_host_whose_workers_crash_at_once_is_not_the_end() -> None:
+    fleet = with_host()
+    fleet.join(2, [WorkerSpec(4, 2, 0)], [PoolUp(2, 64, 16)])
+    fleet.model_ready(2)
+    fleet.tick(3.0)
+    fleet.exited(worker(4), DownCause.FAULT, 3.1)
+    assert [c for c in told(fleet) if isinstance(c, GiveUp)] == []
+
+
+@pytest.mark.parametrize(
+    ("sender", "peer", "victim"),
+    [
+        (worker(2), worker(0), worker(0)),
+        (worker(2), scheduler(), worker(2)),
+        (scheduler(), worker(3), worker(3)),
+        (api(), worker(3), worker(3)),
+        (worker(3), api(), worker(3)),
+        (api(), scheduler(), None),
+    ],
+)
+def test_a_broken_connection_between_two_that_live_costs_a_worker(
+    sender: Address, peer: Address, victim: Address | None
+) -> None:
+    fleet = with_host()
+    fleet.cut(sender, peer, 10.0)
+    fleet.tick(10.5)
+    assert told(fleet) == []
+    fleet.tick(10.0 + CUT_S + 0.1)
+    killed = [] if victim is None else [victim]
+    assert [c.address for c in told(fleet) if isinstance(c, Kill)] == killed
+    fleet.tick(20.0)
+    assert [c for c in told(fleet) if isinstance(c, Kill)] == []
+
+
+def test_a_connection_to_one_that_died_is_no_news() -> None:
+    fleet = with_host()
+    fleet.cut(worker(2), scheduler(), 10.0)
+    fleet.cut(worker(3), scheduler(), 10.0)
+    fleet.exited(scheduler(), DownCause.KILLED, 10.2)
+    fleet.tick(10.3)
+    fleet.ready(scheduler(2), 10.4)
+    fleet.tick(12.0)
+    assert [c for c in told(fleet) if isinstance(c, Kill)] == []
+
+
+def test_an_api_server_of_a_host_is_started_there_and_lost_with_it() -> None:
+    fleet = serving()
+    fleet.join(1, [], [], apis=[1])
+    there = Address("api", 1, 1)
+    fleet.tick(2.0)
+    assert told(fleet) == [Start(there)]
+    assert fleet.host_of(there) == 1
+    fleet.ready(there, 3.0)
+    assert told(fleet) == [*to_scheduler(1, ApiUp(1, 1)), Send(there, SchedulerUp(1))]
+    assert fleet.leave(1) == [there]
+    assert told(fleet) == to_scheduler(1, ApiDown(1, 1))
+    assert not fleet.apis_gone()

@@ -13,7 +13,7 @@ from diptych.transfer.network import Network, new_secret
 HEAD_IP = "127.0.0.1"
 
 
-class TwoHosts:
+class LocalHosts:
     """A head without workers; host i at 127.0.0.(2 + i) with the given (prefill, decode) counts."""
 
     def __init__(self, counts: list[tuple[int, int]], log_level: str = "WARNING") -> None:

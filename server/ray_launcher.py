@@ -1,0 +1,201 @@
+"""The only file that knows Ray: it lets Ray place and restart one agent per host, nothing else.
+
+Owns the placement groups (one per pool, one bundle per worker) and one actor per node, which runs
+the supervisor of that host (host_agent.py). A process of its own beside the head: what becomes of
+it, or of Ray's control process, touches no request. Invariant: no token, request or block ever goes
+through Ray; it carries the boot records, and the news that a process ended.
+"""
+
+import logging
+import os
+import subprocess
+import sys
+import time
+from contextlib import suppress
+from typing import Any, Final
+
+import msgspec
+import ray
+from ray.util.placement_group import PlacementGroup, placement_group, placement_group_table
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+from diptych.server.boot import AgentBoot
+from diptych.server.lifeline import die_by_thread, leave_signals_to_supervisor, name_process
+from diptych.server.logs import configure_logs
+from diptych.server.ray_plan import Part, RayBoot, bundles, parts
+from diptych.server.spawn import spawn
+
+TURN_S: Final = 1.0
+ANSWER_S_MAX: Final = 5.0
+"""An actor that does not answer for so long is asked again in the next turn."""
+RESTART_S: Final = 1.0
+RESTART_S_MAX: Final = 30.0
+PATIENCE_S: Final = 10.0
+"""After so long without a place for every worker, the log says what is missing."""
+
+_log = logging.getLogger("diptych")
+
+
+class HostActor:
+    """Runs the supervisor of its host as a child; both end together."""
+
+    def __init__(self, boot: str) -> None:
+        theirs, self._lifeline = os.pipe2(os.O_CLOEXEC)
+        record = msgspec.json.decode(boot, type=AgentBoot)
+        record = msgspec.structs.replace(
+            record, ip=ray.util.get_node_ip_address(), lifeline_fd=theirs
+        )
+        self._agent: subprocess.Popen[bytes] = spawn("diptych.server.host_agent", record, [theirs])
+        os.close(theirs)
+
+    def ended(self) -> int | None:
+        """The agent's exit status; None while it lives."""
+        return self._agent.poll()
+
+
+class Seat:
+    """One node's actor, and when it may be started again."""
+
+    def __init__(self, part: Part) -> None:
+        self.part = part
+        self.actor: Any = None
+        self.started_s = 0.0
+        self.failures = 0  # in a row
+        self.start_at_s = 0.0
+
+    def failed(self, now: float) -> None:
+        lived_long = now - self.started_s > RESTART_S_MAX
+        self.failures = 1 if lived_long else self.failures + 1
+        self.start_at_s = now + min(RESTART_S_MAX, RESTART_S * 2.0 ** (self.failures - 1))
+
+
+class RayLauncher:
+    """`run` until its supervisor ends."""
+
+    def __init__(self, boot: RayBoot) -> None:
+        self._boot = boot
+        self._seats: dict[str, Seat] = {}  # by node
+        self._groups: dict[str, PlacementGroup] = {}
+        self._started_s = time.monotonic()
+        self._complete = False
+        self._complained = False
+
+    def run(self) -> None:
+        ray.init(
+            address=self._boot.ray.address,
+            namespace="diptych",
+            log_to_driver=True,
+            logging_level=logging.WARNING,
+        )
+        for pool, count in self._boot.counts.items():
+            if count:
+                self._groups[pool] = placement_group(
+                    bundles(self._boot.ray, count),
+                    strategy=self._boot.ray.strategy,
+                    name=f"diptych-{pool}-{os.getpid()}",
+                )
+        while True:
+            self._turn(time.monotonic())
+            time.sleep(TURN_S)
+
+    def _turn(self, now: float) -> None:
+        """Brings the actors in line with where Ray has put the bundles by now."""
+        living = [node["NodeID"] for node in ray.nodes() if node["Alive"]]
+        placed = {pool: self._nodes_of(group) for pool, group in self._groups.items()}
+        wanted = {part.node: part for part in parts(placed, living)}
+        self._complain(placed, now)
+        for node in self._seats.keys() - wanted.keys():
+            self._end(self._seats.pop(node), "its node is gone, or has no part any more")
+        for node, part in wanted.items():
+            seat = self._seats.setdefault(node, Seat(part))
+            if seat.part != part:
+                self._end(seat, "its part changed")
+                seat.part, seat.failures, seat.start_at_s = part, 0, now
+            if seat.actor is not None:
+                self._look_after(seat, now)
+            if seat.actor is None and now >= seat.start_at_s:
+                self._start(seat, now)
+
+    def _nodes_of(self, group: PlacementGroup) -> list[str]:
+        table = placement_group_table(group)
+        found: dict[int, str] = table.get("bundles_to_node_id") or {}
+        return [found.get(i) or "" for i in range(group.bundle_count)]
+
+    def _start(self, seat: Seat, now: float) -> None:
+        part, boot = seat.part, self._boot
+        record = AgentBoot(
+            head=boot.head,
+            secret=boot.secret,
+            place=part.place,
+            model_path=boot.model,
+            prefill=part.prefill,
+            decode=part.decode,
+            mixed=part.mixed,
+            api_host=boot.ray.api_host,
+            api_port=boot.ray.api_port,
+            orphan_of=ray.get_runtime_context().gcs_address,
+            log_level=boot.log_level,
+        )
+        strategy = NodeAffinitySchedulingStrategy(part.node, soft=False)
+        make = ray.remote(num_cpus=0, max_restarts=0)(HostActor)
+        seat.actor = make.options(scheduling_strategy=strategy).remote(
+            msgspec.json.encode(record).decode()
+        )
+        seat.started_s = now
+        _log.info(
+            "node %.8s: %d prefill, %d decode, %d mixed",
+            part.node,
+            part.prefill,
+            part.decode,
+            part.mixed,
+        )
+
+    def _look_after(self, seat: Seat, now: float) -> None:
+        try:
+            status = ray.get(seat.actor.ended.remote(), timeout=ANSWER_S_MAX)
+        except ray.exceptions.GetTimeoutError:
+            return
+        except ray.exceptions.RayActorError as error:
+            _log.warning("the actor on node %.8s ended: %s", seat.part.node, error.error_msg)
+            seat.actor = None
+            seat.failed(now)
+            return
+        if status is not None:
+            self._end(seat, f"its agent ended ({status})")
+            seat.failed(now)
+
+    def _end(self, seat: Seat, reason: str) -> None:
+        if seat.actor is not None:
+            _log.info("ending the actor on node %.8s: %s", seat.part.node, reason)
+            with suppress(ray.exceptions.RayError):
+                ray.kill(seat.actor)
+            seat.actor = None
+
+    def _complain(self, placed: dict[str, list[str]], now: float) -> None:
+        missing = {pool: nodes.count("") for pool, nodes in placed.items() if "" in nodes}
+        if bool(missing) == self._complete:  # it changed
+            self._complete, self._started_s, self._complained = not missing, now, False
+        if missing and not self._complained and now - self._started_s > PATIENCE_S:
+            self._complained = True
+            text = ", ".join(f"{count} {pool}" for pool, count in missing.items())
+            _log.warning("Ray has no room for these workers (yet): %s", text)
+
+
+def main() -> None:
+    """`python -m diptych.server.ray_launcher`, its `RayBoot` on standard input."""
+    boot = msgspec.json.decode(sys.stdin.buffer.read(), type=RayBoot)
+    configure_logs("ray", boot.log_level)
+    name_process("ray")
+    leave_signals_to_supervisor()
+    die_by_thread(boot.lifeline_fd, lambda: None)
+    try:
+        RayLauncher(boot).run()
+    except (ray.exceptions.RayError, ConnectionError, OSError, RuntimeError) as error:
+        _log.error("Ray: %s", error)
+        sys.exit(1)
+
+
+if __name__ == "__main__":
+    from diptych.server import ray_launcher  # Ray finds the actor's class under its real name
+
+    ray_launcher.main()
