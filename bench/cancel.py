@@ -157,7 +157,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--prompt-len", type=int, default=2048)
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--disconnects", type=int, default=1000)
-    parser.add_argument("--transfer", choices=["auto", "shm", "tcp"], help="separate pools")
+    parser.add_argument("--transfer", choices=["auto", "shm", "tcp", "nixl"], help="separate pools")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path)
     return parser.parse_args(argv)

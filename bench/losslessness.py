@@ -1,9 +1,9 @@
 """The losslessness matrix: what a client gets never depends on how it was computed.
 
-{inline, 1P1D, 2P2D, mixed, separate pools over shm, tcp and (where installed) nixl, prefill and
-decode workers of one and two ranks ("tp2:1": two for prefill, one for decode)} x {chunk 16,
-64, whole} x {alone, 16 others} x {cold, prefix hit} x {undisturbed, worker killed, preempted} x
-{greedy, seeded, n=3}.
+{inline, 1P1D, 2P2D, mixed, separate pools over shm, tcp and (where installed) nixl, with blocks of
+one size and of 16 > 32 tokens, prefill and decode workers of one and two ranks ("tp2:1": two for
+prefill, one for decode)} x {chunk 16, 64, whole} x {alone, 16 others} x {cold, prefix hit} x
+{undisturbed, worker killed, preempted} x {greedy, seeded, n=3}.
 Every cell must give token ids and log-probabilities that equal, bit for bit, those of one
 undisturbed request alone in the inline engine (with as many shards of the model).
 `python -m bench.losslessness` runs the whole product, `--pairwise` a cover of all pairs.
@@ -30,6 +30,7 @@ from diptych.engine.core.config import (
     CacheOptions,
     EngineOptions,
     ModelOptions,
+    PoolOptions,
     Transfer,
 )
 from diptych.engine.core.messages import Stats
@@ -46,15 +47,17 @@ _TOPOLOGIES: Final = (
     "2P2D",
     "mixed",
     "1P1D shm",
-    "2P2D shm",
-    "1P1D tcp",
     "2P2D tcp",
     "1P1D tp2:1",
     "1P1D tp1:2 shm",
     "2P2D tp2:2 tcp",
+    "2P2D shm 16>32",
+    "1P1D tcp 16>32",
 )
+"""Workers; how blocks move between separate pools; tokens of a block there, prefill > decode."""
+_WITH_NIXL: Final = ("2P2D nixl", "1P1D nixl 16>32")
 AXES: Final[dict[str, tuple[str, ...]]] = {
-    "topology": (*_TOPOLOGIES, *(("1P1D nixl", "2P2D nixl") if nixl_installed() else ())),
+    "topology": (*_TOPOLOGIES, *(_WITH_NIXL if nixl_installed() else ())),
     "chunk": ("16", "64", "whole"),
     "company": ("alone", "16 others"),
     "cache": ("cold", "prefix hit"),
@@ -247,7 +250,16 @@ def ranks_of(topology: str) -> tuple[int, int]:
 
 
 def transfer_of(topology: str) -> Transfer | None:
-    return _TRANSFERS.get(topology.split(" ")[-1])
+    return next((_TRANSFERS[word] for word in topology.split(" ") if word in _TRANSFERS), None)
+
+
+def block_sizes_of(topology: str) -> tuple[int, int]:
+    """Tokens of a block in the prefill side's pool, in the decode side's."""
+    for word in topology.split(" "):
+        if ">" in word:
+            prefill, decode = word.split(">")
+            return int(prefill), int(decode)
+    return 16, 16
 
 
 def engine_options(folder: Path, key: tuple[str, str, bool]) -> EngineOptions:
@@ -255,9 +267,13 @@ def engine_options(folder: Path, key: tuple[str, str, bool]) -> EngineOptions:
     prefill, decode, mixed = _WORKERS[topology.split(" ")[0]]
     transfer = transfer_of(topology)
     sizes = ranks_of(topology)
+    prefill_size, decode_size = block_sizes_of(topology)
     return EngineOptions(
         model=ModelOptions(path=str(folder), load_format="dummy"),
-        cache=CacheOptions(num_blocks=_BLOCKS_SMALL if small else _BLOCKS_LARGE),
+        cache=CacheOptions(
+            num_blocks=(_BLOCKS_SMALL if small else _BLOCKS_LARGE) * 16 // decode_size,
+            block_size=decode_size,
+        ),
         batch=BatchOptions(
             max_num_batched_tokens=4096 if chunk == "whole" else 256,
             max_chunk_tokens=None if chunk == "whole" else int(chunk),
@@ -270,6 +286,7 @@ def engine_options(folder: Path, key: tuple[str, str, bool]) -> EngineOptions:
         tensor_parallel_size=max(sizes) if mixed else 1,
         prefill_tp=sizes[0],
         decode_tp=sizes[1],
+        prefill_pool=PoolOptions(block_size=prefill_size if transfer else None),
         threads=1,
     )
 

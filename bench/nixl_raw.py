@@ -62,7 +62,7 @@ def read(count: int, size: int, blocks: int, seed: int) -> None:
         rng = random.Random(seed)
         from_, to = rng.sample(range(count), blocks), rng.sample(range(count), blocks)
         rows = [np.array(to, np.int32), np.array(from_, np.int32)]
-        print("ready", flush=True)
+        print("ready", peer.pid, flush=True)
         for _ in sys.stdin:
             start = time.perf_counter()
             request = own.agent.makeXferReq(

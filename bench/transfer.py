@@ -11,6 +11,7 @@ import argparse
 import os
 import random
 import select
+import signal
 import socket
 import statistics
 import subprocess
@@ -31,7 +32,7 @@ from diptych.transfer.control_page import ControlPage, page_bytes
 from diptych.transfer.nixl_backend import NixlBackend
 from diptych.transfer.nixl_wire import nixl_installed
 from diptych.transfer.pool_memory import PoolMemory
-from diptych.transfer.pull import READ_BLOCKS_MAX
+from diptych.transfer.pull import read_blocks
 from diptych.transfer.shared_memory import SharedMemory, create_memory
 from diptych.transfer.shm_backend import ShmBackend
 from diptych.transfer.spans import Read, ReadDone, coalesce
@@ -44,6 +45,7 @@ _POOL_BLOCKS: Final = 2 * BLOCKS
 _KEY: Final = b"k" * 32
 _LAYOUT: Final = b"l" * 32
 _PIECES: Final = 512
+_READ_BLOCKS: Final = read_blocks(BLOCK_BYTES)
 _BOUNDS: Final = (
     ("shm", "copies"),
     ("tcp", "bare tcp"),
@@ -84,8 +86,8 @@ class Job:
     def reads(self, endpoint: str) -> list[Read]:
         return [
             Read(start, (0, 1), 0, endpoint, coalesce(self.source[start:end], self.own[start:end]))
-            for start in range(0, BLOCKS, READ_BLOCKS_MAX)
-            for end in (start + READ_BLOCKS_MAX,)
+            for start in range(0, BLOCKS, _READ_BLOCKS)
+            for end in (start + _READ_BLOCKS,)
         ]
 
 
@@ -93,7 +95,7 @@ def through(backend: Backend, job: Job, endpoint: str) -> None:
     """All reads, as a worker without other work runs them."""
     for read in job.reads(endpoint):
         backend.read(read)
-    left = BLOCKS // READ_BLOCKS_MAX
+    left = BLOCKS // _READ_BLOCKS
     while left:
         fds = backend.fds()
         if fds and not backend.eager:
@@ -155,6 +157,27 @@ class ZmqPair:
         thread.join()
 
 
+class Sleepers:
+    """Processes that stand still but while their way is measured: their threads poll."""
+
+    def __init__(self, pids: list[int]) -> None:
+        self._pids = pids
+
+    def awake(self, way: "Way") -> "Way":
+        def run() -> float:
+            self.send(signal.SIGCONT)
+            try:
+                return way()
+            finally:
+                self.send(signal.SIGSTOP)
+
+        return run
+
+    def send(self, number: int) -> None:
+        for pid in self._pids:
+            os.kill(pid, number)
+
+
 class RawNixl:
     """bench/nixl_raw.py, told what UCX may use; times itself."""
 
@@ -167,7 +190,12 @@ class RawNixl:
             text=True,
             env={**os.environ, **({"UCX_TLS": tls} if tls else {})},
         )
-        assert self._line() == "ready"
+        word, self.source_pid = self._line().split()
+        assert word == "ready"
+
+    @property
+    def pids(self) -> list[int]:
+        return [self._process.pid, int(self.source_pid)]
 
     def run(self) -> float:
         assert self._process.stdin is not None
@@ -185,8 +213,8 @@ class RawNixl:
 
 
 def digests(pool: PoolMemory, job: Job) -> None:
-    for start in range(0, BLOCKS, READ_BLOCKS_MAX):
-        pool.digests(job.own[start : start + READ_BLOCKS_MAX])
+    for start in range(0, BLOCKS, _READ_BLOCKS):
+        pool.digests(job.own[start : start + _READ_BLOCKS])
 
 
 def timed(work: Callable[[], None]) -> Callable[[], float]:
@@ -226,11 +254,17 @@ def make_ways(source: Pool, own: Pool, seed: int, stack: ExitStack) -> dict[str,
         raw, raw_tcp = RawNixl("", seed), RawNixl("tcp", seed)
         for end in (*ends, raw, raw_tcp):
             stack.callback(end.close)
-        ways |= {
-            "raw nixl": raw.run,
-            "nixl": timed(lambda: through(ends[1], job, ends[0].endpoint)),
-            "nixl over tcp": raw_tcp.run,
-        }
+        through_nixl = timed(lambda: through(ends[1], job, ends[0].endpoint))
+        through_nixl()  # up and connected, before it is stopped for the first time
+        pids = [end.pid for end in ends if end.pid is not None]
+        for name, way, processes in (
+            ("raw nixl", raw.run, raw.pids),
+            ("nixl", through_nixl, pids),
+            ("nixl over tcp", raw_tcp.run, raw_tcp.pids),
+        ):
+            sleepers = Sleepers(processes)
+            ways[name] = sleepers.awake(way)
+            stack.callback(sleepers.send, signal.SIGCONT)
     return ways
 
 

@@ -30,8 +30,11 @@ class ModelInput:
     kv_len: Tensor  # [S] tokens in the pool, this step's included
 
 
-def build_input(plan: StepPlan, block_size: int) -> ModelInput:
-    """The plan's blocks must cover its tokens. Cost: O(tokens + blocks of the sequences)."""
+def build_input(plan: StepPlan, block_size: int, num_parts: int = 1) -> ModelInput:
+    """The plan's blocks must cover its tokens. Cost: O(tokens + blocks of the sequences).
+
+    num_parts: blocks of the kernels in one block of the plan.
+    """
     ids, blocks, num_blocks = array("i"), array("i"), array("i", [0])
     for row in plan.rows:
         end = row.start + row.length
@@ -50,6 +53,10 @@ def build_input(plan: StepPlan, block_size: int) -> ModelInput:
     np.cumsum(lengths, out=qo_indptr[1:])
     kv_indptr = np.cumsum(np.frombuffer(num_blocks, dtype=np.int32), dtype=np.int32)
     kv_indices = np.frombuffer(blocks, dtype=np.int32)
+    if num_parts > 1:
+        parts = np.arange(num_parts, dtype=np.int32)
+        kv_indices = (kv_indices[:, None] * np.int32(num_parts) + parts).reshape(-1)
+        kv_indptr, block_size = kv_indptr * np.int32(num_parts), block_size // num_parts
     first = np.repeat(starts - qo_indptr[:-1], lengths)  # [T] position of a row's token 0 - its row
     positions = np.arange(len(ids), dtype=np.int32) + first
     block, offset = np.divmod(positions, np.int32(block_size))
@@ -61,6 +68,6 @@ def build_input(plan: StepPlan, block_size: int) -> ModelInput:
         slot_mapping=torch.from_numpy(slots),
         qo_indptr=torch.from_numpy(qo_indptr),
         kv_indptr=torch.from_numpy(kv_indptr),
-        kv_indices=torch.frombuffer(blocks, dtype=torch.int32),
+        kv_indices=torch.from_numpy(kv_indices),
         kv_len=torch.from_numpy(starts + lengths),
     )

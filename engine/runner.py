@@ -196,7 +196,7 @@ class Runner:
         """ranks: None where this process computes all shards."""
         self.fingerprint: str = model.fingerprint
         self._kernels = model.kernels
-        self._block_size = pool.block_size
+        self._block_size, self._num_parts = pool.block_size, pool.num_parts
         self._ranks = ranks
         self._decoder = Decoder(model.config, model.weights, model.kernels, pool, ranks)
         self._sampler = sampler
@@ -211,7 +211,7 @@ class Runner:
         if plan.empty:
             return StepResult([])
         started = perf_counter()
-        inputs = build_input(plan, self._block_size)
+        inputs = build_input(plan, self._block_size, self._num_parts)
         calls = head_calls(plan.rows, self._portion)
         if self._ranks is not None:
             self._ranks.share(encode_step(inputs, [call.hidden for call in calls]))

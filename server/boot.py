@@ -9,6 +9,7 @@ from pathlib import Path
 import msgspec
 
 from diptych.engine.core.config import EngineOptions, WorkerSpec
+from diptych.engine.core.model_config import StoredDtype
 from diptych.engine.core.types import ApiId, Epoch, PoolId, WorkerId
 from diptych.server.client import EngineInfo
 from diptych.server.ray_plan import RayOptions
@@ -23,23 +24,21 @@ class PoolLayout(msgspec.Struct, frozen=True, kw_only=True):
     pool: PoolId
     pool_fd: int
     page_fd: int
+    num_parts: int = 1  # blocks of the kernels in one block of the scheduler
+    dtype: StoredDtype
+    block_bytes: int
 
 
 class HostLayout(msgspec.Struct, frozen=True, kw_only=True):
-    """The memory of one host, fixed before anything starts. All its pools have one size."""
+    """The memory of one host, fixed before anything starts. All its pools have as many blocks."""
 
     num_blocks: int  # of each pool
     block_size: int  # tokens
-    block_bytes: int
     workers: list[WorkerSpec]  # of this host
     pools: list[PoolLayout]
     cores: list[int]  # that the workers share
     cores_fd: int  # their core table
     pulse_fd: int  # a page without blocks, for the scheduler's pulse
-
-    @property
-    def pool_bytes(self) -> int:
-        return self.num_blocks * self.block_bytes
 
     @property
     def num_workers(self) -> int:
@@ -81,7 +80,9 @@ class HostLayout(msgspec.Struct, frozen=True, kw_only=True):
 
     def map_pool(self, pool: PoolId, *, writable: bool = True) -> memoryview:
         """Its blocks; mapped for the life of the process."""
-        return SharedMemory(self.pool(pool).pool_fd, self.pool_bytes, writable=writable).view
+        found = self.pool(pool)
+        num_bytes = self.num_blocks * found.block_bytes
+        return SharedMemory(found.pool_fd, num_bytes, writable=writable).view
 
 
 class HostBoot(msgspec.Struct, frozen=True, kw_only=True):

@@ -14,7 +14,9 @@ from diptych.engine.core.config import (
     BatchOptions,
     CacheOptions,
     EngineOptions,
+    KVCacheDtype,
     ModelOptions,
+    PoolOptions,
     Quantization,
     SchedulerOptions,
     Transfer,
@@ -85,25 +87,30 @@ def _add_memory_arguments(parser: argparse.ArgumentParser) -> None:
         default=True,
         help="reuse the KV of shared prefixes (default: on)",
     )
-
     memory(
         "--separate-pools",
         action="store_true",
         help="prefill, decode and mixed workers each have a memory of their own, of the size above",
     )
+    for side in ("prefill", "decode"):
+        memory(
+            f"--{side}-block-size",
+            type=int,
+            metavar="N",
+            help=f"tokens of a block in the {side} pool, with --separate-pools",
+        )
+        memory(
+            f"--{side}-kv-cache-dtype",
+            choices=get_args(KVCacheDtype),
+            default="auto",
+            help=f"dtype of the {side} pool, with --separate-pools (auto: the model's)",
+        )
     memory(
         "--transfer",
         choices=get_args(Transfer),
         default="auto",
         help="how KV moves between separate pools (auto: shared memory on one host)",
     )
-
-    scheduling = parser.add_argument_group("scheduling").add_argument
-    scheduling("--max-num-seqs", type=int, default=256, help="sequences on one worker")
-    scheduling("--max-num-batched-tokens", type=int, default=512, help="tokens of one step")
-    scheduling("--long-prefill-token-threshold", type=int, metavar="N", help="cap of one chunk")
-    scheduling("--max-num-queued-reqs", type=int, default=1024, help="waiting before 429")
-    scheduling("--hang-timeout", type=float, default=3.0, help="seconds until a hang is fenced")
 
 
 def _add_rank_arguments(parser: argparse.ArgumentParser) -> None:
@@ -172,6 +179,18 @@ def _add_worker_arguments(parser: argparse.ArgumentParser) -> None:
     workers("--kernel-level", help="plain, avx2, avx512, avx512_bf16 or amx (default: the best)")
 
 
+def _pool_options(args: argparse.Namespace) -> tuple[int, PoolOptions, PoolOptions]:
+    """The scheduler's block size, which is the largest, and what is special about two pools."""
+    sizes = [args.prefill_block_size, args.decode_block_size]
+    given = any(sizes)
+    prefill, decode = (size or (args.block_size if given else None) for size in sizes)
+    return (
+        max(args.block_size, prefill or 0, decode or 0),
+        PoolOptions(block_size=prefill, kv_cache_dtype=args.prefill_kv_cache_dtype),
+        PoolOptions(block_size=decode, kv_cache_dtype=args.decode_kv_cache_dtype),
+    )
+
+
 def engine_options(
     args: argparse.Namespace, model_path: str, *, several_hosts: bool = False
 ) -> EngineOptions:
@@ -188,6 +207,7 @@ def engine_options(
         autoscale=args.autoscale,
         idle_s=args.scale_down_delay,
     )
+    block_size, prefill_pool, decode_pool = _pool_options(args)
     options = EngineOptions(
         model=ModelOptions(
             path=model_path,
@@ -200,7 +220,7 @@ def engine_options(
             kernel_level=args.kernel_level or os.environ.get("DIPTYCH_KERNEL_LEVEL"),
         ),
         cache=CacheOptions(
-            block_size=args.block_size,
+            block_size=block_size,
             num_blocks=args.num_gpu_blocks_override,
             memory_bytes=args.kv_cache_memory_bytes,
             enable_prefix_caching=args.enable_prefix_caching,
@@ -218,6 +238,8 @@ def engine_options(
         separate_pools=args.separate_pools,
         transfer=args.transfer,
         several_hosts=several_hosts,
+        prefill_pool=prefill_pool,
+        decode_pool=decode_pool,
         threads=args.threads,
         cpu_cores=args.cpu_cores,
         prefill_core_share=args.prefill_core_share,

@@ -16,10 +16,10 @@ from typing import Final
 
 import zmq
 
-from diptych.engine.core.config import WORKERS_MAX, EngineOptions, WorkerSpec
+from diptych.engine.core.config import WORKERS_MAX, EngineOptions, PoolOptions, WorkerSpec
 from diptych.engine.core.errors import ConfigError
 from diptych.engine.core.messages import Address
-from diptych.engine.core.model_config import load_model_config
+from diptych.engine.core.model_config import ModelConfig, StoredDtype, load_model_config
 from diptych.engine.core.sharding import cut
 from diptych.server.boot import HostBoot, HostLayout, PoolLayout
 from diptych.server.children import Children
@@ -197,6 +197,10 @@ class Host:
         os.close(self._signal_write)
 
 
+def kv_dtype(special: PoolOptions, config: ModelConfig) -> StoredDtype:
+    return config.dtype if special.kv_cache_dtype == "auto" else special.kv_cache_dtype
+
+
 def plan_layout(options: EngineOptions, workers: Sequence[WorkerSpec]) -> HostLayout:
     """Sizes the memory from the model's configuration alone, and creates it."""
     if options.transfer == "nixl":
@@ -207,20 +211,28 @@ def plan_layout(options: EngineOptions, workers: Sequence[WorkerSpec]) -> HostLa
     num_ranks = sum(spec.num_ranks for spec in workers)
     if num_ranks > WORKERS_MAX:
         raise ConfigError(f"one host runs at most {WORKERS_MAX} processes of workers")
-    block_bytes = config.block_bytes(cache.block_size)
-    num_blocks = cache.blocks(block_bytes)
+    special = {
+        pool: options.pool_options(spec.dial for spec in workers if spec.pool == pool)
+        for pool in sorted({spec.pool for spec in workers})
+    }
+    dtypes = {pool: kv_dtype(found, config) for pool, found in special.items()}
+    block_bytes = {pool: config.block_bytes(cache.block_size, dtypes[pool]) for pool in special}
+    largest = max(block_bytes.values(), default=config.block_bytes(cache.block_size))
+    num_blocks = cache.blocks(largest)
     return HostLayout(
         num_blocks=num_blocks,
         block_size=cache.block_size,
-        block_bytes=block_bytes,
         workers=list(workers),
         pools=[
             PoolLayout(
                 pool=pool,
-                pool_fd=create_memory(f"pool{pool or ''}", num_blocks * block_bytes),
+                pool_fd=create_memory(f"pool{pool or ''}", num_blocks * block_bytes[pool]),
                 page_fd=create_memory(f"page{pool or ''}", page_bytes(num_blocks, len(workers))),
+                num_parts=cache.block_size // (found.block_size or cache.block_size),
+                dtype=dtypes[pool],
+                block_bytes=block_bytes[pool],
             )
-            for pool in sorted({spec.pool for spec in workers})
+            for pool, found in special.items()
         ],
         cores=host_cores(options.cpu_cores),
         cores_fd=create_memory("cores", num_ranks),

@@ -23,7 +23,7 @@ import torch
 from diptych.engine.core.errors import ConfigError, DiptychError
 from diptych.engine.packing import Prepared, keep_packed
 from diptych.engine.runner import LoadedModel, load_model
-from diptych.server.boot import HostBoot
+from diptych.server.boot import HostBoot, HostLayout
 from diptych.server.client import EngineInfo
 from diptych.server.lifeline import (
     EXIT_FAULT,
@@ -170,8 +170,9 @@ class WarmParent:
 
 def engine_info(boot: HostBoot, model: LoadedModel) -> EngineInfo:
     config, layout = model.config, boot.layout
-    if config.block_bytes(layout.block_size) != layout.block_bytes:
-        raise ConfigError("the model's files changed while the server was starting")
+    for pool in layout.pools:
+        if config.block_bytes(layout.block_size, pool.dtype) != pool.block_bytes:
+            raise ConfigError("the model's files changed while the server was starting")
     return EngineInfo(
         model_path=boot.options.model.path,
         dtype=config.dtype,
@@ -180,8 +181,16 @@ def engine_info(boot: HostBoot, model: LoadedModel) -> EngineInfo:
         eos_token_ids=sorted(config.eos_token_ids),
         block_size=layout.block_size,
         num_blocks=layout.num_blocks,
-        fingerprint=model.fingerprint,
+        fingerprint=engine_fingerprint(model, layout),
     )
+
+
+def engine_fingerprint(model: LoadedModel, layout: HostLayout) -> str:
+    """The model's, and the KV dtypes where they are not the model's: results then differ."""
+    dtypes = [pool.dtype for pool in layout.pools]
+    if all(dtype == model.config.dtype for dtype in dtypes):
+        return model.fingerprint
+    return f"{model.fingerprint} kv {' '.join(dtypes)}"
 
 
 def main() -> None:

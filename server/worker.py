@@ -158,7 +158,15 @@ def run_worker(boot: HostBoot, model: LoadedModel, worker: WorkerId, epoch: Epoc
     slot, spec = layout.slot(worker), layout.spec(worker)
     home = spec.pool
     page, memory = layout.map_page(home), layout.map_pool(home)
-    pool = KVPool.over(memory, model.config, layout.num_blocks, layout.block_size)
+    mine = layout.pool(home)
+    pool = KVPool.over(
+        memory,
+        model.config,
+        layout.num_blocks,
+        layout.block_size,
+        num_parts=mine.num_parts,
+        dtype=mine.dtype,
+    )
     threads = boot.options.threads or len(layout.cores)
     ranks = start_ranks(boot, spec, epoch, model, pool, threads)  # before there is a thread
     batcher = Batcher(
@@ -173,8 +181,8 @@ def run_worker(boot: HostBoot, model: LoadedModel, worker: WorkerId, epoch: Epoc
     channels = Channels(Path(boot.run_dir), me, boot.network)
     porter = None
     if len(layout.pools) > 1 or boot.network is not None:
-        own = PoolMemory(memory, page, layout.block_bytes)
-        porter = make_porter(boot, me, home, own, model.fingerprint, channels.send, batcher.handle)
+        own = PoolMemory(memory, page, mine.block_bytes)
+        porter = make_porter(boot, me, home, own, model, channels.send, batcher.handle)
     cores = CoreTable(layout.map_cores(), rank_slots(layout.workers))
     calm_collector()
     Worker(channels, batcher, runner, page, slot, cores, porter).run()

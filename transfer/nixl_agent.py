@@ -26,6 +26,8 @@ PROGRESS_DELAY_US: Final = 200  # NIXL's own Python module leaves it at 0: the t
 ENTRIES: Final = 512  # generations of one page of the column
 SCRATCH_PAGES: Final = 256
 
+Indices = np.ndarray[Any, np.dtype[np.int32]]  # [count]
+
 _log = logging.getLogger("diptych")
 
 
@@ -42,16 +44,18 @@ class Agent:
         self._backend = self.raw.createBackend("UCX", {})
         pool_bytes = boot.num_blocks * boot.block_bytes
         self._pool = SharedMemory(boot.pool_fd, pool_bytes)
+        into_bytes = boot.into_blocks * boot.into_block_bytes
+        self._into = SharedMemory(boot.into_fd, into_bytes)
         self._page = SharedMemory(boot.page_fd, page_bytes(boot.num_blocks, boot.num_pulses))
         self.scratch = np.zeros((SCRATCH_PAGES, ENTRIES), np.uint64)
-        pool, page = (
+        pool, page, into = (
             self._register(np.frombuffer(memory.view, np.uint8))
-            for memory in (self._pool, self._page)
+            for memory in (self._pool, self._page, self._into)
         )
         scratch = self._register(self.scratch)
-        self.blocks = self.prepare(None, pool, boot.block_bytes, boot.num_blocks)
+        self.blocks = self.prepare(None, into, boot.into_block_bytes, boot.into_blocks)
         self._scratch_address = scratch
-        self.block_bytes = boot.block_bytes
+        self.peer_block_bytes = boot.into_block_bytes
         self.card = NixlCard(
             metadata=self.raw.getLocalMD(),
             pool_address=pool,
@@ -78,12 +82,9 @@ class Agent:
         pieces = nixl.nixlXferDList(nixl.DRAM_SEG, np.array(rows, np.uint64))
         return self.raw.prepXferDlist(nixl.NIXL_INIT_AGENT if name is None else name, pieces, [])
 
-    def make(self, mine: Any, own: list[int], theirs: Any, source: list[int]) -> "Transfer":
+    def make(self, mine: Any, own: Indices, theirs: Any, source: Indices) -> "Transfer":
         """Not begun yet. Raises an error of NIXL's where the peer has no such blocks."""
-        own_rows, source_rows = np.array(own, np.int32), np.array(source, np.int32)
-        request = self.raw.makeXferReq(
-            nixl.NIXL_READ, mine, own_rows, theirs, source_rows, b"", [], False
-        )
+        request = self.raw.makeXferReq(nixl.NIXL_READ, mine, own, theirs, source, b"", [], False)
         return Transfer(self, request)
 
 
@@ -132,7 +133,7 @@ class RemotePool:
         at, count = card.generations_address, card.num_blocks
         size = 8 * min(ENTRIES, count)
         rows = [(at + 8 * first, size, 0) for first in range(0, count, ENTRIES)]
-        self.blocks = agent.prepare(self._name, card.pool_address, agent.block_bytes, count)
+        self.blocks = agent.prepare(self._name, card.pool_address, agent.peer_block_bytes, count)
         self.pages = agent.prepare_rows(self._name, rows)  # the last may hold what lies behind
         self.scratch = agent.scratch_pages(size)
 

@@ -14,6 +14,7 @@ import socket
 import subprocess
 import sys
 import time
+from array import array
 from collections import deque
 from collections.abc import Callable
 from contextlib import suppress
@@ -54,7 +55,7 @@ class _Process:
         self.socket, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         self.socket.setblocking(False)
         orders = boot(theirs.fileno())
-        fds = [orders.control_fd, orders.listen_fd, orders.pool_fd, orders.page_fd]
+        fds = [orders.control_fd, orders.listen_fd, orders.pool_fd, orders.page_fd, orders.into_fd]
         command = [sys.executable, "-P", "-m", "diptych.transfer.nixl_process"]
         self.popen = subprocess.Popen(command, stdin=subprocess.PIPE, pass_fds=fds)
         theirs.close()
@@ -97,7 +98,8 @@ class _Process:
 
 
 class NixlBackend:
-    """`pool_fd`, `page_fd`: the own pool's, for the process to map."""
+    """Serves `own`, whose descriptors are `pool_fd` and `page_fd`; reads into it, or into `into`
+    (memory and descriptor) where the peers' blocks have another layout."""
 
     name = "nixl"
 
@@ -109,10 +111,12 @@ class NixlBackend:
         key: bytes,
         layout: bytes,
         host: str,
+        into: tuple[PoolMemory, int] | None = None,
+        peer_layout: bytes | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         require_nixl()
-        self._own = own
+        self._into, into_fd = into or (own, pool_fd)
         self._clock = clock
         self._listener = socket.create_server((host, 0), backlog=_BACKLOG)
         self.endpoint = "{}:{}".format(*self._listener.getsockname()[:2])
@@ -126,6 +130,10 @@ class NixlBackend:
             block_bytes=own.block_bytes,
             key=key.hex(),
             layout=layout.hex(),
+            peer_layout=(peer_layout or layout).hex(),
+            into_fd=into_fd,
+            into_blocks=self._into.num_blocks,
+            into_block_bytes=self._into.block_bytes,
             loopback=host == "127.0.0.1",
         )
         self._reads: dict[int, Read] = {}  # of the process that runs
@@ -153,7 +161,10 @@ class NixlBackend:
         if not self._reads:
             process.heard_at = self._clock()
         self._reads[read.handle] = read
-        process.say(NixlRead(read))
+        source = array("i", (span.source + i for span in read.spans for i in range(span.count)))
+        own = array("i", (span.own + i for span in read.spans for i in range(span.count)))
+        order = NixlRead(read.handle, read.endpoint, source.tobytes(), own.tobytes())
+        process.say(order)
 
     def poll(self) -> list[ReadDone | ReadFailed]:
         process = self._process
@@ -208,12 +219,13 @@ class NixlBackend:
                 self._cancelled.remove(answer.handle)
                 continue
             self._answers.append(self._digested(read, answer))
-            num_bytes += len(answer.generations) * self._own.block_bytes
+            num_bytes += len(answer.generations) // 8 * self._into.block_bytes
 
     def _digested(self, read: Read, done: NixlDone) -> ReadDone:
         """Digests are taken here: of what this process sees of the bytes, on its own core."""
         blocks = [span.own + i for span in read.spans for i in range(span.count)]
-        return ReadDone(read.handle, done.generations, self._own.digests(blocks))
+        generations = array("Q", done.generations).tolist()
+        return ReadDone(read.handle, generations, self._into.digests(blocks))
 
     def _watch(self, process: _Process) -> None:
         if process.ended():

@@ -18,11 +18,13 @@ from dataclasses import dataclass, field
 from typing import Final
 
 import msgspec
+import numpy as np
 
 from diptych.transfer.nixl_agent import (
     ENTRIES,
     SCRATCH_PAGES,
     Agent,
+    Indices,
     PeerGone,
     RemotePool,
     Transfer,
@@ -42,7 +44,6 @@ from diptych.transfer.nixl_wire import (
     NixlRead,
     NixlUp,
 )
-from diptych.transfer.spans import Read
 from diptych.transfer.tcp_wire import (
     ACCEPTED,
     HELLO_S_MAX,
@@ -72,7 +73,7 @@ class Peer:
     """`pool` None: it is being asked for its card."""
 
     endpoint: str
-    waiting: deque[Read] = field(default_factory=deque)
+    waiting: deque[NixlRead] = field(default_factory=deque)
     pool: RemotePool | None = None
 
 
@@ -80,18 +81,15 @@ class Peer:
 class Running:
     """A read of which one transfer is under way: of its data, or then of its generations."""
 
-    read: Read
+    read: NixlRead
     peer: Peer
     pool: RemotePool
     transfer: Transfer
     since_s: float = field(default_factory=time.monotonic)
-    pages: dict[int, int] = field(default_factory=dict)  # of the column -> of the scratch
+    source: Indices = field(default_factory=lambda: np.empty(0, np.int32))  # blocks of the peer
+    pages: list[int] = field(default_factory=list)  # of the scratch, for those of the column
+    rows: Indices = field(default_factory=lambda: np.empty(0, np.int32))  # by block: which of them
     cancelled: bool = False
-
-    @property
-    def blocks(self) -> list[int]:
-        """Of the peer."""
-        return [span.source + i for span in self.read.spans for i in range(span.count)]
 
 
 class NixlProcess:
@@ -99,6 +97,7 @@ class NixlProcess:
         self._boot = boot
         self._control = socket.socket(fileno=boot.control_fd)
         self._key, self._layout = bytes.fromhex(boot.key), bytes.fromhex(boot.layout)
+        self._peer_layout = bytes.fromhex(boot.peer_layout)
         self._agent = Agent(boot)
         self._peers: dict[str, Peer] = {}
         self._running: list[Running] = []
@@ -130,12 +129,12 @@ class NixlProcess:
             return False
         order = msgspec.msgpack.decode(packet, type=NixlOrder)
         if isinstance(order, NixlRead):
-            self._read(order.read)
+            self._read(order)
         else:
             self._cancel(order)
         return True
 
-    def _read(self, read: Read) -> None:
+    def _read(self, read: NixlRead) -> None:
         peer = self._peers.get(read.endpoint)
         if peer is None:
             peer = self._peers[read.endpoint] = Peer(read.endpoint)
@@ -156,16 +155,16 @@ class NixlProcess:
                     peer.waiting.remove(read)
                     self._say(NixlFailed(handle, "cancelled"))
 
-    def _begin(self, peer: Peer, pool: RemotePool, read: Read) -> None:
-        source = [span.source + i for span in read.spans for i in range(span.count)]
-        own = [span.own + i for span in read.spans for i in range(span.count)]
+    def _begin(self, peer: Peer, pool: RemotePool, read: NixlRead) -> None:
+        source = np.frombuffer(read.source, np.int32)
+        own = np.frombuffer(read.own, np.int32)
         try:
             transfer = self._agent.make(self._agent.blocks, own, pool.blocks, source)
         except Exception as error:  # nothing has begun
             self._drop(peer, error)
             self._say(NixlFailed(read.handle, words(error)))
             return
-        running = Running(read, peer, pool, transfer)
+        running = Running(read, peer, pool, transfer, source=source)
         self._running.append(running)
         try:
             transfer.post()
@@ -186,26 +185,26 @@ class NixlProcess:
 
     def _next(self, running: Running) -> None:
         """A transfer is over: the data's, then the generations follow; theirs, then all is."""
-        agent, blocks = self._agent, running.blocks
+        agent, source = self._agent, running.source
         if running.cancelled:
             self._end(running, NixlFailed(running.read.handle, "cancelled"))
             return
         if not running.pages:
-            wanted = sorted({block // ENTRIES for block in blocks})
+            wanted, rows = np.unique(source // ENTRIES, return_inverse=True)
             assert len(wanted) <= SCRATCH_PAGES
             if len(wanted) > len(self._free_pages):
                 return  # other reads will give theirs back
-            running.pages = dict(zip(wanted, self._free_pages, strict=False))
+            running.pages = self._free_pages[: len(wanted)]
+            running.rows = rows.astype(np.int32)
             del self._free_pages[: len(wanted)]
-            mine = list(running.pages.values())
-            pool = running.pool
+            pool, mine = running.pool, np.array(running.pages, np.int32)
             running.transfer = agent.make(pool.scratch, mine, pool.pages, wanted)
             running.transfer.post()
             if not running.transfer.over():
                 return
-        rows = [running.pages[block // ENTRIES] for block in blocks]
-        seen = agent.scratch[rows, [block % ENTRIES for block in blocks]].tolist()
-        self._end(running, NixlDone(running.read.handle, seen))
+        places = np.array(running.pages)[running.rows]
+        seen = agent.scratch[places, source % ENTRIES]
+        self._end(running, NixlDone(running.read.handle, seen.tobytes()))
 
     def _fail(self, running: Running, error: PeerGone) -> None:
         self._drop(running.peer, error)
@@ -213,7 +212,7 @@ class NixlProcess:
 
     def _end(self, running: Running, answer: NixlAnswer) -> None:
         self._running.remove(running)
-        self._free_pages = sorted([*running.pages.values(), *self._free_pages])
+        self._free_pages = sorted(running.pages + self._free_pages)
         self._say(answer)
 
     def _drop(self, peer: Peer, error: Exception) -> None:
@@ -255,7 +254,8 @@ class NixlProcess:
         host, _, port = endpoint.rpartition(":")
         with socket.create_connection((host, int(port)), HELLO_S_MAX) as connection:
             nonce = receive(connection, NONCE_BYTES)
-            connection.sendall(prove(self._key, nonce, self._layout) + self._layout)
+            hello = prove(self._key, nonce, self._peer_layout) + self._peer_layout
+            connection.sendall(hello)
             answer = receive(connection, 1)[0]
             if answer != ACCEPTED:
                 reason = REFUSALS.get(answer, "it speaks another protocol")

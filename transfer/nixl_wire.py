@@ -1,7 +1,7 @@
 """What a worker and its NIXL process say to each other, and two NIXL processes to find each other.
 
 Orders and answers are msgpack, one a packet, over a Unix socket. Owns nothing. Invariant: every
-`Read` is answered by `NixlDone` or `ReadFailed`, or by the end of the process.
+`NixlRead` is answered by `NixlDone` or `ReadFailed`, or by the end of the process.
 """
 
 import importlib.util
@@ -10,8 +10,7 @@ from typing import Final
 import msgspec
 
 from diptych.engine.core.errors import ConfigError
-from diptych.engine.core.types import Generation
-from diptych.transfer.spans import CancelRead, Read, ReadFailed
+from diptych.transfer.spans import CancelRead, ReadFailed
 
 PACKET_BYTES_MAX: Final = 1 << 20
 START_S_MAX: Final = 60.0
@@ -31,7 +30,11 @@ class NixlBoot(msgspec.Struct, frozen=True, kw_only=True):
     num_pulses: int
     block_bytes: int
     key: str  # hex
-    layout: str  # hex
+    layout: str  # hex, of the own pool, which is served
+    peer_layout: str  # hex, of the pools that are read
+    into_fd: int  # where they are read into: the own pool, or a staging memory of their layout
+    into_blocks: int
+    into_block_bytes: int
     loopback: bool  # nothing but the loopback device may be used
 
 
@@ -43,7 +46,7 @@ class NixlDone(msgspec.Struct, frozen=True, tag=True):
     """The bytes are here; digests are for the worker to take."""
 
     handle: int
-    generations: list[Generation]
+    generations: bytes  # u64 each, by block
 
 
 class NixlFailed(msgspec.Struct, frozen=True, tag=True):
@@ -56,7 +59,12 @@ class NixlFailed(msgspec.Struct, frozen=True, tag=True):
 
 
 class NixlRead(msgspec.Struct, frozen=True, tag=True):
-    read: Read
+    """A `Read`, with its blocks as int32: this side computes, that side copies."""
+
+    handle: int
+    endpoint: str
+    source: bytes
+    own: bytes
 
 
 class NixlCancel(msgspec.Struct, frozen=True, tag=True):

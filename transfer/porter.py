@@ -23,7 +23,7 @@ from diptych.engine.core.types import PoolId
 from diptych.transfer.backend import Backend
 from diptych.transfer.pool_memory import PoolMemory
 from diptych.transfer.publish import Publisher
-from diptych.transfer.pull import Puller
+from diptych.transfer.pull import Puller, read_blocks
 from diptych.transfer.spans import CancelRead, Read, ReadDone
 
 PeerMessage = Publish | AskPublish | PullOver
@@ -54,7 +54,7 @@ class Porter:
         self._send = send
         self._on_news = on_news
         self._clock = clock
-        self._puller = Puller(me.number, me.epoch)
+        self._puller = Puller(me.number, me.epoch, read_blocks(own.block_bytes))
         self._publisher = Publisher(me.number, me.epoch, endpoint)
         self._reading: dict[int, Backend] = {}
 

@@ -20,7 +20,9 @@ ASK_S: Final = 0.05
 """Silence after which the peer is asked to publish again; doubles up to the next."""
 ASK_S_MAX: Final = 1.0
 READ_BLOCKS_MAX: Final = 64
-"""Blocks of one read: enough to make a round trip cheap, few enough that a cancel is quick."""
+"""Blocks of one read, unless the shell knows better: see `read_blocks`."""
+READ_BYTES_MAX: Final = 8 << 20
+"""Bytes of one read: enough to make a round trip cheap, few enough that a cancel is quick."""
 READS_MAX: Final = 2
 """Reads of one pull under way at once: one moves, the next is ready behind it."""
 BAD_MAX: Final = 4
@@ -48,8 +50,16 @@ class _Pull:
     read_s: float = 0.0
 
 
+def read_blocks(block_bytes: int) -> int:
+    """Blocks of one read."""
+    return min(max(READ_BYTES_MAX // block_bytes, 8), 256)
+
+
 class Puller:
-    def __init__(self, worker: WorkerId, worker_epoch: Epoch) -> None:
+    def __init__(
+        self, worker: WorkerId, worker_epoch: Epoch, read_blocks_max: int = READ_BLOCKS_MAX
+    ) -> None:
+        self._read_blocks_max = read_blocks_max
         self._worker = worker
         self._worker_epoch = worker_epoch
         self._pulls: dict[SeqRef, _Pull] = {}
@@ -113,7 +123,7 @@ class Puller:
     def _read_on(self, pull: _Pull, now: float) -> None:
         """Begins what may begin: spans of published blocks that are not here."""
         while pull.waiting and len(pull.reads) < READS_MAX and now >= pull.read_at:
-            batch = pull.waiting[:READ_BLOCKS_MAX]
+            batch = pull.waiting[: self._read_blocks_max]
             del pull.waiting[: len(batch)]
             if not pull.reads:
                 pull.busy_since = now

@@ -144,7 +144,8 @@ class _Connection:
         answer = bytearray(1)
         yield [memoryview(answer)]
         if answer[0] != ACCEPTED:
-            raise _Broken(f"refused: {REFUSALS.get(answer[0], 'it speaks another protocol')}")
+            reason = REFUSALS.get(answer[0], "it speaks another protocol")
+            raise _Broken(f"refused: {reason}", lost=True)
         self._accepted = True
         self._unsent += b"".join(self._requests)
         self._flush()

@@ -3,6 +3,7 @@
 Owns the defaults. Environment variables are read in server/cli only.
 """
 
+from collections.abc import Iterable
 from math import lcm
 from typing import Final, Literal
 
@@ -16,6 +17,7 @@ Dtype = Literal["auto", "float32", "bfloat16", "float16"]
 Quantization = Literal[
     "int8", "int4", "int4-g32", "int4-g64", "int4-g128", "w8a8", "w4a8", "w4a8-g32", "w4a8-g128"
 ]
+KVCacheDtype = Literal["auto", "float32", "bfloat16", "float16"]
 Transfer = Literal["auto", "shm", "tcp", "nixl"]
 RankLink = Literal["auto", "shm", "gloo"]
 
@@ -114,6 +116,24 @@ class WorkerSpec(msgspec.Struct, frozen=True, array_like=True):
     num_ranks: int = 1
 
 
+class PoolOptions(msgspec.Struct, frozen=True, kw_only=True):
+    """Where the pool of one kind of workers differs from what the engine says."""
+
+    block_size: int | None = None  # tokens of the kernels' blocks; None: `CacheOptions.block_size`
+    kv_cache_dtype: KVCacheDtype = "auto"  # auto: the model's
+
+    def verify(self, flag: str, block_size: int) -> None:
+        if self.block_size is None:
+            return
+        if self.block_size < HASH_UNIT_TOKENS or self.block_size % HASH_UNIT_TOKENS:
+            raise ConfigError(f"{flag} must be a multiple of 16, got {self.block_size}")
+        if block_size % self.block_size:
+            raise ConfigError(
+                f"blocks of {self.block_size} and of {block_size} tokens cannot be converted into"
+                " each other: the larger must be a multiple of the smaller"
+            )
+
+
 class EngineOptions(msgspec.Struct, frozen=True, kw_only=True):
     model: ModelOptions
     cache: CacheOptions = CacheOptions()
@@ -125,6 +145,8 @@ class EngineOptions(msgspec.Struct, frozen=True, kw_only=True):
     separate_pools: bool = False  # prefill, decode and mixed workers each have their own memory
     transfer: Transfer = "auto"  # how blocks move between pools
     several_hosts: bool = False  # each with pools of its own
+    prefill_pool: PoolOptions = PoolOptions()  # of separate pools; the mixed workers' differs in
+    decode_pool: PoolOptions = PoolOptions()  # nothing
     threads: int | None = None  # of one process at most; None: as many as it has cores
     cpu_cores: str | None = None  # of all workers of a host: a count or a list; None: all
     prefill_core_share: int = 50  # percent of the cores, while prefill and decode are both busy
@@ -165,9 +187,21 @@ class EngineOptions(msgspec.Struct, frozen=True, kw_only=True):
         """Workers that run from the start."""
         return self.prefill + self.decode + self.mixed
 
+    def pool_options(self, dials: Iterable[int]) -> PoolOptions:
+        """What is special about a pool, by the dials of its workers at the start."""
+        kinds = set(dials) if self.separate_pools else set()
+        special = {frozenset((100,)): self.prefill_pool, frozenset((0,)): self.decode_pool}
+        return special.get(frozenset(kinds), PoolOptions())
+
     def verify(self) -> None:
         self.cache.verify()
         self.scheduler.verify()
+        for flag, pool in (("prefill", self.prefill_pool), ("decode", self.decode_pool)):
+            pool.verify(f"--{flag}-block-size", self.cache.block_size)
+            if pool != PoolOptions() and (self.several_hosts or not self.separate_pools):
+                raise ConfigError(
+                    f"a {flag} pool of its own kind needs --separate-pools, and a single host"
+                )
         if min(self.prefill, self.decode, self.mixed) < 0:
             raise ConfigError("worker counts cannot be negative")
         if not self.mixed and not (self.prefill and self.decode):

@@ -87,9 +87,9 @@ class ModelConfig(msgspec.Struct, frozen=True, kw_only=True):
     def dtype_bytes(self) -> int:
         return DTYPE_BYTES[self.dtype]
 
-    def block_bytes(self, block_size: int) -> int:
-        """Bytes of one block: all layers, keys and values."""
-        return self.num_layers * 2 * self.kv_size * block_size * self.dtype_bytes
+    def block_bytes(self, block_size: int, dtype: StoredDtype | None = None) -> int:
+        """Bytes of one block: all layers, keys and values. dtype: None is the model's."""
+        return self.num_layers * 2 * self.kv_size * block_size * DTYPE_BYTES[dtype or self.dtype]
 
     def num_blocks_for(self, memory_bytes: int, block_size: int) -> int:
         return memory_bytes // self.block_bytes(block_size)

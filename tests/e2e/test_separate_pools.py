@@ -9,7 +9,7 @@ import msgspec
 import pytest
 
 from bench.procs import descendants, engine_processes
-from diptych.engine.core.config import Transfer
+from diptych.engine.core.config import EngineOptions, KVCacheDtype, PoolOptions, Transfer
 from diptych.engine.core.errors import ConfigError
 from diptych.engine.core.messages import Stats
 from diptych.engine.core.params import SamplingParams
@@ -77,16 +77,29 @@ async def kill_nixl(hosted: Hosted, right: list[list[int]], long: list[list[int]
         assert again != child
 
 
-async def run(tmp_path: Path, transfer: Transfer) -> None:
-    right = await expected(tmp_path)
-    options = msgspec.structs.replace(
-        tiny_options(tmp_path, hang_s=1.0), separate_pools=True, transfer=transfer
+def separate(tmp_path: Path, transfer: Transfer, prefill: int, decode: int) -> EngineOptions:
+    """1P1D with blocks of these many tokens."""
+    options = tiny_options(tmp_path, hang_s=1.0)
+    size = max(prefill, decode)
+    return msgspec.structs.replace(
+        options,
+        separate_pools=True,
+        transfer=transfer,
+        cache=msgspec.structs.replace(options.cache, block_size=size),
+        prefill_pool=PoolOptions(block_size=prefill),
+        decode_pool=PoolOptions(block_size=decode),
     )
+
+
+async def run(tmp_path: Path, transfer: Transfer, prefill: int, decode: int) -> None:
+    right = await expected(tmp_path)
+    options = separate(tmp_path, transfer, prefill, decode)
     hosted = await host_engine(options, inline=False)
     try:
         assert await ask_all(hosted.client, "first") == right
         first = await settled(hosted)
-        assert first.blocks_pulled >= sum(len(prompt) // 16 for prompt in PROMPTS[1:])
+        size = max(prefill, decode)
+        assert first.blocks_pulled >= sum(len(prompt) // size for prompt in PROMPTS[1:])
         assert first.losses == 0
         assert await ask_all(hosted.client, "again") == right
         assert (await settled(hosted)).prefix_hits > 0
@@ -108,12 +121,24 @@ async def run(tmp_path: Path, transfer: Transfer) -> None:
         await hosted.close()
 
 
-@pytest.mark.parametrize("transfer", ["shm", "tcp", "nixl"])
+@pytest.mark.parametrize(
+    ("transfer", "prefill", "decode"),
+    [
+        ("shm", 16, 16),
+        ("tcp", 16, 16),
+        ("nixl", 16, 16),
+        ("shm", 64, 16),
+        ("tcp", 32, 64),
+        ("nixl", 16, 32),
+    ],
+)
 @pytest.mark.timeout(120)
-def test_same_tokens_through_kills_and_hangs(tmp_path: Path, transfer: Transfer) -> None:
+def test_same_tokens_through_kills_and_hangs(
+    tmp_path: Path, transfer: Transfer, prefill: int, decode: int
+) -> None:
     if transfer == "nixl" and not nixl_installed():
         pytest.skip("NIXL is not installed")
-    asyncio.run(run(tmp_path, transfer))
+    asyncio.run(run(tmp_path, transfer, prefill, decode))
 
 
 def test_a_way_to_move_blocks_needs_blocks_to_move(tmp_path: Path) -> None:
@@ -123,3 +148,55 @@ def test_a_way_to_move_blocks_needs_blocks_to_move(tmp_path: Path) -> None:
     options = msgspec.structs.replace(tiny_options(tmp_path), separate_pools=True)
     with pytest.raises(ConfigError, match="inline"):
         asyncio.run(host_engine(options, inline=True))
+
+
+async def logprobs_of(hosted: Hosted, prompt: list[int]) -> list[tuple[int, float]]:
+    params = msgspec.structs.replace(PARAMS, logprobs=1, max_tokens=12)
+    rows: list[tuple[int, float]] = []
+    async for delta in hosted.client.stream("logprobs", prompt, params):
+        assert delta.logprobs is not None
+        rows += zip(delta.ids, (entry.logprob for entry in delta.logprobs), strict=True)
+    return rows
+
+
+async def other_dtypes(tmp_path: Path, prefill: KVCacheDtype, decode: KVCacheDtype) -> None:
+    """Within the error of bfloat16's 8 bits; and under another fingerprint."""
+    inline = msgspec.structs.replace(tiny_options(tmp_path, prefill=0, decode=0), mixed=1)
+    hosted = await host_engine(inline, inline=True)
+    right = await logprobs_of(hosted, PROMPTS[1])
+    fingerprint = hosted.client.info.fingerprint
+    await hosted.close()
+    options = msgspec.structs.replace(
+        separate(tmp_path, "shm", 16, 32),
+        prefill_pool=PoolOptions(block_size=16, kv_cache_dtype=prefill),
+        decode_pool=PoolOptions(block_size=32, kv_cache_dtype=decode),
+    )
+    hosted = await host_engine(options, inline=False)
+    try:
+        found = await logprobs_of(hosted, PROMPTS[1])
+        assert (await settled(hosted)).blocks_pulled
+        assert hosted.client.info.fingerprint != fingerprint
+    finally:
+        await hosted.close()
+    assert [token for token, _ in found] == [token for token, _ in right]
+    errors = [abs(a - b) for (_, a), (_, b) in zip(found, right, strict=True)]
+    assert max(errors) < 0.02, errors
+    assert any(errors), "nothing was rounded: the dtypes did not matter"
+    if prefill == "float32":
+        assert errors[0] == 0.0, "the first token comes from the pool that was not rounded"
+
+
+@pytest.mark.parametrize(("prefill", "decode"), [("float32", "bfloat16"), ("bfloat16", "float32")])
+def test_pools_of_other_dtypes(tmp_path: Path, prefill: KVCacheDtype, decode: KVCacheDtype) -> None:
+    asyncio.run(other_dtypes(tmp_path, prefill, decode))
+
+
+def test_pools_that_cannot_be_converted_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="multiple of the smaller"):
+        separate(tmp_path, "shm", 48, 32).verify()
+    with pytest.raises(ConfigError, match="multiple of 16"):
+        separate(tmp_path, "shm", 8, 32).verify()
+    special = PoolOptions(kv_cache_dtype="bfloat16")
+    options = msgspec.structs.replace(tiny_options(tmp_path), decode_pool=special)
+    with pytest.raises(ConfigError, match="--separate-pools"):
+        options.verify()

@@ -180,7 +180,7 @@ class Mover:
         chance = self.world.scenario.transfer_faults
         fails = bool(chance) and self.world.rng.random() < chance
         if fails or (gone and not self.world.scenario.reads_outlive_source):
-            self.puller.read_failed(ReadFailed(read.handle, "scripted"), now)
+            self.puller.read_failed(ReadFailed(read.handle, "scripted", lost=gone), now)
         else:
             page = self.memories[read.pool]
             generations = [page.generation(source) for source, _ in under_way.pairs]

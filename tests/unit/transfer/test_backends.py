@@ -6,7 +6,7 @@ import select
 import signal
 import socket
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from random import Random
 
 import pytest
@@ -21,6 +21,7 @@ from diptych.transfer.nixl_backend import NixlBackend
 from diptych.transfer.nixl_wire import nixl_installed, require_nixl
 from diptych.transfer.pool_memory import PoolMemory
 from diptych.transfer.porter import Porter
+from diptych.transfer.relayout import RelayoutBackend
 from diptych.transfer.shared_memory import SharedMemory, create_memory
 from diptych.transfer.shm_backend import ShmBackend
 from diptych.transfer.spans import Read, ReadDone, ReadFailed, coalesce
@@ -348,3 +349,83 @@ def test_without_nixl_the_way_through_it_is_refused(monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     with pytest.raises(ConfigError, match="pip install"):
         require_nixl()
+
+
+class Doubling:
+    """A conversion that shows: each own byte is the staged one plus one."""
+
+    def __init__(self, staging: PoolMemory, own: PoolMemory) -> None:
+        self.staging, self.own = staging, own
+
+    def __call__(self, staging: Sequence[int], own: Sequence[int]) -> None:
+        for a, b in zip(staging, own, strict=True):
+            raised = bytes((byte + 1) % 256 for byte in self.staging.blocks(a, 1))
+            self.own.blocks(b, 1)[:] = raised
+
+
+def test_other_layouts_are_read_as_they_are_and_then_converted() -> None:
+    """With room for one read of four blocks: the others wait, and one of those is cancelled."""
+    rng = Random(5)
+    source, own, staging = make_pool(rng), make_pool(rng), make_pool(rng)
+    inner = ShmBackend(staging, {0: source})
+    backend = RelayoutBackend(inner, Doubling(staging, own), num_staging=4)
+    before = bytes(own.data)
+    reads = {1: ([9, 10, 4, 63], [1, 2, 3, 0]), 2: ([5, 6], [8, 20]), 3: ([7], [30])}
+    for handle, (from_, to) in reads.items():
+        backend.read(Read(handle, PEER, 0, "", coalesce(from_, to)))
+    backend.cancel(3)
+    answers: dict[int, ReadDone | ReadFailed] = {}
+    while len(answers) < 3:
+        assert backend.eager
+        answers |= {answer.handle: answer for answer in backend.poll()}
+    assert answers[3] == ReadFailed(3, "cancelled")
+    for handle in (1, 2):
+        from_, to = reads[handle]
+        digests = [xxh3_64_intdigest(source.blocks(block, 1)) for block in from_]
+        assert answers[handle] == ReadDone(handle, [100 + block for block in from_], digests)
+        for a, b in zip(from_, to, strict=True):
+            assert bytes(own.blocks(b, 1)) == bytes((x + 1) % 256 for x in source.blocks(a, 1))
+    size = BLOCK_BYTES
+    assert bytes(own.blocks(30, 1)) == before[30 * size : 31 * size]
+
+
+def test_a_running_read_that_is_cancelled_is_not_converted() -> None:
+    rng = Random(6)
+    source, own, staging = make_pool(rng), make_pool(rng), make_pool(rng)
+    backend = RelayoutBackend(ShmBackend(staging, {0: source}), Doubling(staging, own))
+    before = bytes(own.data)
+    backend.read(Read(1, PEER, 0, "", coalesce([1, 2], [3, 4])))
+    backend.cancel(1)
+    assert [type(answer) for answer in backend.poll()] == [ReadFailed]
+    assert bytes(own.data) == before
+
+
+def test_a_pair_of_other_layouts_is_refused_before_anything_moves() -> None:
+    """The reader takes the source's layout for another one: one greeting, and the pull is over."""
+    rng = Random(8)
+    source, own = make_pool(rng), make_pool(rng)
+    before = bytes(own.data)
+    server = BlockServer("127.0.0.1", source, KEY, LAYOUT)
+    backend = TcpBackend(own, KEY, b"m" * 32)
+    wire: list[Send] = []
+    news: list[TransferNews] = []
+    here, there = Address("worker", 5, 9), Address("worker", 1, 1)
+    reader = Porter(here, own, {0: backend}, "", wire.append, news.append)
+    writer = Porter(there, source, {}, server.endpoint, wire.append, news.append)
+    ref, blocks = SeqRef("r", 0, 0), list(range(20, 30))
+    generations = [source.page.generation(block) for block in blocks]
+    reader.order(StartPull(1, ref, PEER, 0, 0, blocks, generations, list(range(10))))
+    writer.order(PublishBlocks(1, ref, (5, 9), 0, blocks))
+    until = time.monotonic() + 10.0
+    while not news:
+        assert time.monotonic() < until
+        for send in wire[:]:
+            assert isinstance(send.message, Publish | AskPublish | PullOver)
+            (reader if send.to == here else writer).hear(send.message)
+        wire.clear()
+        select.select(list(reader.fds()), [], [], 0.05)
+        reader.turn()
+    assert news == [PullEnded(ref, False, 0, news[0].read_s)]  # type: ignore[union-attr]
+    assert bytes(own.data) == before
+    reader.close()
+    server.close()

@@ -8,7 +8,15 @@ from diptych.engine.core.handoff import PublishBlocks, Pulled, PullEnded, StartP
 from diptych.engine.core.messages import AskPublish, Publish, PullOver, Send
 from diptych.engine.core.request import SeqRef
 from diptych.transfer.publish import RECORDS_MAX, Publisher
-from diptych.transfer.pull import ASK_S, BAD_MAX, READ_BLOCKS_MAX, READS_MAX, PullCommand, Puller
+from diptych.transfer.pull import (
+    ASK_S,
+    BAD_MAX,
+    READ_BLOCKS_MAX,
+    READS_MAX,
+    PullCommand,
+    Puller,
+    read_blocks,
+)
 from diptych.transfer.spans import CancelRead, Read, ReadDone, ReadFailed, Span, coalesce
 
 REF = SeqRef("r", 0, 0)
@@ -172,6 +180,31 @@ def test_a_failed_read_is_repeated_after_a_while() -> None:
     driver.puller.tick(1.0 + ASK_S)
     driver.take()
     assert driver.blocks(driver.reads[0]) == [0, 1]
+
+
+def test_a_lost_source_is_not_asked_again() -> None:
+    driver = Driver()
+    driver.puller.start(start(READ_BLOCKS_MAX * 2), 0.0)
+    driver.puller.publish(publish(READ_BLOCKS_MAX * 2), 0.0)
+    driver.take()
+    assert len(driver.reads) == 2
+    driver.puller.read_failed(ReadFailed(driver.reads.pop(0).handle, "test", lost=True), 1.0)
+    driver.take()
+    assert not driver.news, "the other read still writes"
+    driver.done(driver.reads[0])
+    assert [type(news) for news in driver.news] == [PullEnded]
+    assert not driver.news[0].complete  # type: ignore[union-attr]
+
+
+def test_big_blocks_are_read_in_fewer() -> None:
+    assert read_blocks(32 << 10) == 256
+    assert read_blocks(1 << 20) == 8
+    assert read_blocks(64 << 20) == 8
+    driver = Driver(Puller(*ME, read_blocks_max=3))
+    driver.puller.start(start(7), 0.0)
+    driver.puller.publish(publish(7), 0.0)
+    driver.take()
+    assert [len(driver.blocks(read)) for read in driver.reads] == [3, 3]
 
 
 def test_silence_is_asked_about_ever_more_rarely() -> None:
