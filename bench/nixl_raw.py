@@ -6,7 +6,6 @@ own, which only keeps its agent alive. `UCX_TLS` in the environment says what UC
 """
 
 import argparse
-import mmap
 import os
 import random
 import subprocess
@@ -17,6 +16,7 @@ from typing import Any, Final
 import numpy as np
 
 from diptych.transfer.nixl_agent import PROGRESS_DELAY_US, nixl
+from diptych.transfer.shared_memory import SharedMemory, create_memory
 
 _SOURCE: Final = "source"
 
@@ -29,7 +29,7 @@ class RawAgent:
         config.pthrDelay = PROGRESS_DELAY_US
         self.agent = nixl.nixlAgent(name, config)
         backend = self.agent.createBackend("UCX", {})
-        self.memory = mmap.mmap(-1, num_bytes)
+        self.memory = SharedMemory(create_memory("raw", num_bytes), num_bytes).view  # as a pool
         self.address = int(np.frombuffer(self.memory, np.uint8).__array_interface__["data"][0])
         rows = [(self.address, num_bytes, 0, "")]
         self.agent.registerMem(nixl.nixlRegDList(nixl.DRAM_SEG, rows), [backend])

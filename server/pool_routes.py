@@ -123,6 +123,8 @@ class _Ways:
             self._own, fds.pool_fd, fds.page_fd, self._key, mine, self._ip, into, theirs
         )
         self.endpoint = self.endpoint or backend.endpoint
+        if not backend.wait_up():
+            _log.warning("NIXL does not start; prompts are computed where they decode")
         return backend
 
     def _digest(self, layout: BlockLayout) -> bytes:

@@ -153,6 +153,17 @@ class NixlBackend:
         """Of the process; None while none runs."""
         return None if self._process is None else self._process.popen.pid
 
+    def wait_up(self, timeout_s: float = START_S_MAX) -> bool:
+        """Before the worker takes work: NIXL takes seconds to load. Without success it goes on."""
+        until = self._clock() + timeout_s
+        while (process := self._process) is not None and self._clock() < until:
+            if process.up:
+                return True
+            select.select([process.socket.fileno(), process.pidfd], [], [], 0.5)
+            self._hear(process)
+            self._watch(process)
+        return False
+
     def read(self, read: Read) -> None:
         process = self._process
         if process is None:

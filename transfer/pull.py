@@ -21,7 +21,7 @@ ASK_S: Final = 0.05
 ASK_S_MAX: Final = 1.0
 READ_BLOCKS_MAX: Final = 64
 """Blocks of one read, unless the shell knows better: see `read_blocks`."""
-READ_BYTES_MAX: Final = 8 << 20
+READ_BYTES_MAX: Final = 4 << 20
 """Bytes of one read: enough to make a round trip cheap, few enough that a cancel is quick."""
 READS_MAX: Final = 2
 """Reads of one pull under way at once: one moves, the next is ready behind it."""

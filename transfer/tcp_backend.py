@@ -29,6 +29,7 @@ from diptych.transfer.tcp_wire import (
 STALL_S_MAX: Final = 5.0
 """A peer that was asked and sends nothing for so long is given up; far above any `hang_s`."""
 _WASTE_BYTES: Final = 1 << 20
+_DIGEST_BYTES: Final = 256 << 10  # digested as they come, while they are in the cache
 _PIECES_MAX: Final = 512  # of one receive; the kernel takes 1,024
 _CONNECTING: Final = (errno.EINPROGRESS, errno.EWOULDBLOCK)
 
@@ -160,18 +161,28 @@ class _Connection:
         if handle not in self.reads:
             raise _Broken("it answers what was not asked")
         self._current = handle
+        digests: list[int] = []
+        if read is not None and num_blocks != sum(span.count for span in read.spans):
+            raise _Broken("it answers another number of blocks")
         if read is None:
             yield self._discard(num_blocks * self._own.block_bytes)
         else:
-            yield [self._own.blocks(span.own, span.count) for span in read.spans]
+            blocks = [span.own + i for span in read.spans for i in range(span.count)]
+            size = max(1, _DIGEST_BYTES // self._own.block_bytes)
+            for start in range(0, num_blocks, size):
+                if self.reads[handle] is None:
+                    yield self._discard((num_blocks - start) * self._own.block_bytes)
+                    break
+                group = blocks[start : start + size]
+                yield [self._own.blocks(block, 1) for block in group]
+                digests += self._own.digests(group)
         self._current = None
         generations = bytearray(8 * num_blocks)
         yield [memoryview(generations)]
         read = self.reads.pop(handle)
         if read is not None:
             seen = list(struct.unpack(f"<{num_blocks}Q", generations))
-            blocks = [span.own + i for span in read.spans for i in range(span.count)]
-            self.answers.append(ReadDone(handle, seen, self._own.digests(blocks)))
+            self.answers.append(ReadDone(handle, seen, digests))
 
     def _discard(self, num_bytes: int) -> list[memoryview]:
         """Room for bytes that nobody wants."""
