@@ -205,7 +205,8 @@ class Clients:
             self.oracle.register(request.root, answer, spec.prompt + answer.tokens)
         fits = self._fits(spec)
         seen: list[list[int]] = [[] for _ in range(spec.n)]
-        lossy = self._scenario.token_loss > 0
+        # What a zombie repeats may have been lost before, and comes out of turn: a gap, as well.
+        lossy = self._scenario.token_loss > 0 or self._scenario.zombies
         client = Client(spec, request, now, answers, seen, fits, lossy)
         self.by_id[request.id] = client
         return client
