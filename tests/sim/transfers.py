@@ -30,7 +30,7 @@ from tests.sim.memory import Memory
 from tests.sim.world import Process, check
 
 SLOW: Final = 50.0
-"""So much longer a read from a slow peer takes."""
+"""So many network delays more a block from a slow peer takes, at most."""
 
 
 @dataclass(slots=True)
@@ -136,7 +136,7 @@ class Mover:
         if rng.random() < timing.spike_chance:
             step += timing.spike_s * rng.random() / len(pairs)
         if read.peer[0] in self.world.scenario.slow_peers:
-            step = (step + timing.delay_s) * SLOW
+            step += timing.delay_s * SLOW * rng.random()
         order = list(range(len(pairs)))
         rng.shuffle(order)
         for k, i in enumerate(order):
