@@ -1,7 +1,7 @@
 """Speed of the CPU kernels, beside what the machine can do at most, measured in the same run.
 
 Run: python -m bench.kernels [--threads N] [--level NAME] [--dtype bf16] [--weights int8]
-[--out FILE]. GB/s are the
+[--onednn] [--out FILE]. GB/s are the
 bytes of weights (or KV) that a call must read; GFLOP/s are its multiplications and additions. The
 limits are a loop of loads over a buffer of the weights' size, a copy, and a loop of multiply-adds
 in registers. Shapes are one layer of a model of about 1 B parameters.
@@ -85,6 +85,19 @@ def linear(cpp: CppKernels, dtype: torch.dtype, narrow: Narrow | None) -> list[d
     return results
 
 
+def onednn(dtype: torch.dtype) -> list[dict[str, object]]:
+    """The same layers by torch (oneDNN), activations in the weights' dtype: the baseline."""
+    results = []
+    for name, (num_out, num_in) in LAYERS.items():
+        weight = torch.randn(num_out, num_in).to(dtype)
+        for rows in ROWS:
+            x = torch.randn(rows, num_in).to(dtype)
+            times = seconds(partial(torch.nn.functional.linear, x, weight))
+            work = Work(weight.nbytes, 2.0 * rows * num_out * num_in)
+            results.append({"layer": name, "rows": rows, **rates(times, work)})
+    return results
+
+
 def attention(cpp: CppKernels, dtype: torch.dtype) -> list[dict[str, object]]:
     """Decode: rows of many sequences, or one long one; prefill: one chunk after a past."""
     cases = {
@@ -123,6 +136,7 @@ def main() -> None:
     parser.add_argument("--level", choices=available_levels())
     parser.add_argument("--dtype", choices=list(DTYPES), default="bf16")
     parser.add_argument("--weights", choices=list(NARROW), help="rounded weights")
+    parser.add_argument("--onednn", action="store_true", help="torch's linear layers beside ours")
     parser.add_argument("--out", type=Path)
     flags = parser.parse_args()
     torch.manual_seed(0)
@@ -137,6 +151,7 @@ def main() -> None:
         "limits": limits(cpp.level, num_out * num_in * dtype.itemsize),
         "weights": flags.weights or flags.dtype,
         "linear": linear(cpp, dtype, NARROW[flags.weights] if flags.weights else None),
+        **({"linear_onednn": onednn(dtype)} if flags.onednn else {}),
         "attention": attention(cpp, dtype),
         "limits_after": limits(cpp.level, num_out * num_in * dtype.itemsize),
     }
