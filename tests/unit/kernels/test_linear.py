@@ -129,6 +129,19 @@ def test_narrow_extremes(cpp: CppKernels, reference: ReferenceKernels, scheme: s
 
 
 @pytest.mark.parametrize("scheme", NARROW)
+def test_a_narrow_row_does_not_depend_on_its_batch(cpp: CppKernels, scheme: str) -> None:
+    x, weight, bias = _problem((64, 70, 160), torch.bfloat16)
+    packed = cpp.pack_linear(weight, bias, NARROW[scheme])
+    alone = torch.empty(64, 70)
+    for t in range(64):
+        cpp.linear(alone[t : t + 1], x[t : t + 1], packed)
+    for rows in range(2, 65):
+        out = torch.full((rows, 70), float("nan"))
+        cpp.linear(out, x[:rows].clone(), packed)
+        assert torch.equal(out, alone[:rows]), rows
+
+
+@pytest.mark.parametrize("scheme", NARROW)
 def test_narrow_rows_depend_on_nothing_beside_them(cpp: CppKernels, scheme: str) -> None:
     """Up to 32 rows, 33 to 512, and more are computed in different pieces."""
     x, weight, bias = _problem((530, 90, 700), torch.bfloat16)
