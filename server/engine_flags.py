@@ -74,6 +74,7 @@ def add_engine_arguments(parser: argparse.ArgumentParser) -> None:
     _add_worker_arguments(parser)
     _add_memory_arguments(parser)
     _add_rank_arguments(parser)
+    _add_scheduling_arguments(parser)
 
 
 def _add_memory_arguments(parser: argparse.ArgumentParser) -> None:
@@ -111,6 +112,15 @@ def _add_memory_arguments(parser: argparse.ArgumentParser) -> None:
         default="auto",
         help="how KV moves between separate pools (auto: shared memory on one host)",
     )
+
+
+def _add_scheduling_arguments(parser: argparse.ArgumentParser) -> None:
+    scheduling = parser.add_argument_group("scheduling").add_argument
+    scheduling("--max-num-seqs", type=int, default=256, help="sequences on one worker")
+    scheduling("--max-num-batched-tokens", type=int, default=512, help="tokens of one step")
+    scheduling("--long-prefill-token-threshold", type=int, metavar="N", help="cap of one chunk")
+    scheduling("--max-num-queued-reqs", type=int, default=1024, help="waiting before 429")
+    scheduling("--hang-timeout", type=float, default=3.0, help="seconds until a hang is fenced")
 
 
 def _add_rank_arguments(parser: argparse.ArgumentParser) -> None:
