@@ -170,7 +170,7 @@ def test_status_shows_workers_and_memory(
     assert info["engine"]["blocks_total"] == info["model"]["num_blocks"]
     assert cli.main(["status", "--url", server.url]) == 0
     shown = capsys.readouterr().out
-    for word in ("healthy", "prefill", "decode", "blocks in use", "generated"):
+    for word in ("healthy", "prefill", "decode", "KV in use", "since start"):
         assert word in shown, shown
 
 

@@ -19,7 +19,7 @@ def peer_not_revoked(stack: ExitStack) -> None:
     edit(stack, Runs, "lose", "self.take_back(row, but=worker)", "self._stop(row)")
 
 
-@mutant("worker_crash", "crash_loop", "clog")
+@mutant("worker_crash", "burst", "crash_loop", "clog")
 def sealed_row_forgotten(stack: ExitStack) -> None:
     """A worker's death loses no row that it has sealed, though the seal may be lost."""
     edit(stack, Scheduler, "_on_worker_down", "worker.sealed.values()", "()")
