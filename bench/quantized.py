@@ -39,7 +39,8 @@ def layer_bytes(model: LoadedModel) -> int:
     packed = [
         linear
         for layer in model.weights.layers
-        for linear in (layer.qkv, layer.o, layer.gate_up, layer.down)
+        for shard in layer.shards
+        for linear in (shard.qkv, shard.o, shard.gate_up, shard.down)
     ]
     return sum(p.data.nbytes + (0 if p.scales is None else p.scales.nbytes) for p in packed)
 
