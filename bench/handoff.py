@@ -122,7 +122,7 @@ async def bench(folder: Path, args: argparse.Namespace) -> dict[str, object]:
     try:
         assert hosted.launched is not None
         supervisor = hosted.launched.supervisor_pid
-        num_pulses = len(options.workers()) + 1
+        num_pulses = len(options.workers())
         page_fd, pool_fd = memory_fd(supervisor, "page"), memory_fd(supervisor, "pool")
         memory = SharedMemory(page_fd, page_bytes(num_blocks, num_pulses))
         page = ControlPage(memory.view, num_blocks, num_pulses)

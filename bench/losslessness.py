@@ -12,7 +12,6 @@ undisturbed request alone in the inline engine (with as many shards of the model
 import argparse
 import asyncio
 import itertools
-import json
 import os
 import random
 import signal
@@ -24,6 +23,7 @@ from pathlib import Path
 from typing import Final, Literal
 
 from bench.models import write_model
+from bench.record import write
 from bench.procs import engine_processes
 from diptych.engine.core.config import (
     BatchOptions,
@@ -382,9 +382,7 @@ def main() -> int:
         print(f"{outcome}: {cell}: {detail}")
     seconds = time.perf_counter() - start
     print(f"{len(cells)} cells, {len(bad)} bad, {seconds:.1f} s, seed {args.seed}")
-    if args.out:
-        result = {"cells": len(cells), "bad": [str(row[0]) for row in bad], "seconds": seconds}
-        args.out.write_text(json.dumps(result, indent=1))
+    write(args.out, {"cells": len(cells), "bad": [str(row[0]) for row in bad], "seconds": seconds})
     return 1 if bad else 0
 
 
