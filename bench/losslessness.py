@@ -23,8 +23,8 @@ from pathlib import Path
 from typing import Final, Literal
 
 from bench.models import write_model
-from bench.record import write
 from bench.procs import engine_processes
+from bench.record import write
 from diptych.engine.core.config import (
     BatchOptions,
     CacheOptions,

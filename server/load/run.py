@@ -113,7 +113,12 @@ async def _served_model(url: str) -> str:
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Flags named as in `vllm bench serve` where the meaning is the same."""
     add = parser.add_argument
-    add("--base-url", default="http://127.0.0.1:8000", help="server to load (default: %(default)s)")
+    add(
+        "--base-url",
+        "--url",
+        default="http://127.0.0.1:8000",
+        help="server to load (default: %(default)s)",
+    )
     add("--model", help="model name to ask for (default: the first one served)")
     add("--num-prompts", type=int, default=100, help="requests to send (default: %(default)s)")
     add("--request-rate", type=float, help="mean requests per second, Poisson (default: no limit)")
