@@ -42,6 +42,20 @@ class Tally:
     wrong: list[str] = field(default_factory=list)
     gaps_s: list[float] = field(default_factory=list)  # the longest of each stream
 
+    def report(self) -> dict[str, object]:
+        """What clients saw, as a part of a recorded result."""
+        return {
+            "requests_completed": self.completed,
+            "requests_refused_429": self.refused,
+            "requests_failed": self.failed,
+            "requests_wrong": self.wrong,
+            "longest_gap_s": {
+                "p50": percentile(self.gaps_s, 50),
+                "p99": percentile(self.gaps_s, 99),
+                "max": max(self.gaps_s),
+            },
+        }
+
 
 def kinds(seed: int) -> list[tuple[list[int], SamplingParams]]:
     """Different prompts and parameters, some sharing a prefix."""
@@ -203,15 +217,7 @@ async def run(folder: Path, args: argparse.Namespace) -> dict[str, object]:
         "seed": args.seed,
         "seconds": seconds,
         "signals": sent,
-        "requests_completed": tally.completed,
-        "requests_refused_429": tally.refused,
-        "requests_failed": tally.failed,
-        "requests_wrong": tally.wrong,
-        "longest_gap_s": {
-            "p50": percentile(tally.gaps_s, 50),
-            "p99": percentile(tally.gaps_s, 99),
-            "max": max(tally.gaps_s),
-        },
+        **tally.report(),
         "blocks_leaked": blocks,
         "processes_left": len(alive),
         "segments_left": sorted(shared_segments() - segments),

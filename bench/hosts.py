@@ -24,7 +24,6 @@ from bench.procs import descendants, engine_processes, shared_segments
 from bench.record import write
 from diptych.engine.core.config import CacheOptions, EngineOptions, ModelOptions
 from diptych.server.launch import Launched
-from diptych.server.load.report import percentile
 from diptych.server.remote_client import RemoteClient
 
 _STOPPED_S: Final = 6.0  # longer than a host may be silent
@@ -152,15 +151,7 @@ def run(folder: Path, args: argparse.Namespace) -> dict[str, object]:
         "transfer": args.transfer,
         "seconds": seconds,
         "signals": dict(sorted(sent.items())),
-        "requests_completed": tally.completed,
-        "requests_refused_429": tally.refused,
-        "requests_failed": tally.failed,
-        "requests_wrong": tally.wrong,
-        "longest_gap_s": {
-            "p50": percentile(tally.gaps_s, 50),
-            "p99": percentile(tally.gaps_s, 99),
-            "max": max(tally.gaps_s),
-        },
+        **tally.report(),
         "blocks_leaked": blocks,
         "processes_left": len(alive),
         "segments_left": sorted(shared_segments() - segments),
