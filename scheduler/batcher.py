@@ -63,6 +63,8 @@ class Batcher:
         self._commands: list[BatcherCommand] = []
         self._in_flight: tuple[StepPlan, list[Running]] | None = None  # rows, same order
         self._deferred: list[BatcherInput] = []  # arrived during the step
+        self._chunks: list[tuple[Running, bool]] = []  # of the last step; True: sampled
+        self._settled = True  # nothing of the last step is left to do
 
     @property
     def has_work(self) -> bool:
@@ -77,6 +79,7 @@ class Batcher:
 
     def handle(self, message: BatcherInput) -> None:
         """Take note of a message. One of another epoch or incarnation changes nothing."""
+        self._settle()
         if self._in_flight is not None:
             self._deferred.append(message)
         elif isinstance(message, Join):
@@ -246,13 +249,19 @@ class Batcher:
     def plan(self) -> StepPlan:
         """What to run now: all decodes, then prefill chunks within the budget. May be empty."""
         assert self._in_flight is None, "one step at a time"
+        self._settle()
         plan, runs = self._planner.plan(self.dial, self._report.starved)
         if not plan.empty:
             self._in_flight = plan, runs
         return plan
 
     def commit(self, plan: StepPlan, result: StepResult) -> None:
-        """The step is over: take in what it computed and sampled."""
+        """The step is over: take in what it computed and sampled.
+
+        Seals come first, for `take_seals`: a client's next token waits for them, and nobody for
+        the page entries. Until the scheduler reads `sealed` in the report behind them the blocks
+        stay this worker's.
+        """
         if plan.empty:
             return
         assert self._in_flight is not None
@@ -266,6 +275,23 @@ class Batcher:
         self._commit_decodes(runs[:num_decodes], result.samples)
         for i in range(num_decodes, len(runs)):
             self._commit_chunk(runs[i], plan.rows[i], result, i)
+        self._settled = False
+
+    def take_seals(self) -> list[BatcherCommand]:
+        """What the last step's first tokens order, ahead of `take`."""
+        seals, self._commands = self._commands, []
+        return seals
+
+    def _settle(self) -> None:
+        """The rest of a step that was committed."""
+        if self._settled:
+            return
+        self._settled = True
+        for run, sampled in self._chunks:
+            self._commit_blocks(run)
+            if not sampled and run.seq.num_computed >= run.prefill_end:
+                self._end_head(run)
+        self._chunks.clear()
         assert self._epoch is not None
         self._commands += self._lineup.take_batches(self._epoch, self._worker, self._worker_epoch)
         deferred, self._deferred = self._deferred, []
@@ -317,11 +343,7 @@ class Batcher:
             self._lineup.at_block_end(run)
 
     def _commit_chunk(self, run: Running, row: StepRow, result: StepResult, index: int) -> None:
-        """A chunk of a prompt; its last one also brings the first token.
-
-        The seal goes out before the page entries, which nobody waits for: the blocks stay this
-        worker's for the scheduler until it reads `sealed` in the report behind them.
-        """
+        """A chunk of a prompt; its last one also brings the first token."""
         run.seq.num_computed += row.length
         if run.seq.want_prompt_logprobs:
             run.seq.prompt_logprobs.extend(result.prompt_logprobs.get(index, ()))
@@ -331,9 +353,7 @@ class Batcher:
             sample = result.samples[index]
             assert sample is not None, "the last chunk samples"
             self._first_token(run, sample)
-        self._commit_blocks(run)
-        if not row.sample and run.seq.num_computed >= run.prefill_end:
-            self._end_head(run)
+        self._chunks.append((run, row.sample))
 
     def _end_head(self, run: Running) -> None:  # the peer pulls it, and goes on
         self._report.sealed.append(run.ref)
@@ -391,6 +411,7 @@ class Batcher:
 
     def take(self) -> list[BatcherCommand]:
         """What the shell has to do now, in this order."""
+        self._settle()
         if self._epoch is not None and self._report.due:
             progress = self._report.take(self._epoch, self._worker, self._worker_epoch)
             self._commands.append(Send(_scheduler(self._epoch), progress))
@@ -399,6 +420,7 @@ class Batcher:
 
     def check_integrity(self) -> None:
         """Assert what must hold between calls. For tests and idle workers."""
+        self._settle()
         assert self._in_flight is not None or not self._deferred
         if self._in_flight is None:
             self._lineup.check_integrity()

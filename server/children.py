@@ -18,7 +18,7 @@ from diptych.server.fence import Fence
 from diptych.server.launcher import ProcessExited
 from diptych.server.lifeline import EXIT_FAULT, cause_of, describe_exit, leave_signals_to_supervisor
 from diptych.server.scheduler_process import run_scheduler
-from diptych.server.spawn import close_other_fds, give_orders, spawn_waiting
+from diptych.server.spawn import close_other_fds, give_orders, kill_child, spawn_waiting
 
 _log = logging.getLogger("diptych")
 
@@ -91,7 +91,7 @@ class Children:
 
     def close(self) -> None:
         for process in self._prepared:
-            process.kill()
+            kill_child(process)
         for fence in self._fences.values():
             fence.kill()
 

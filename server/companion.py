@@ -5,9 +5,7 @@ purpose for the first time; nothing waits for it.
 """
 
 import logging
-import signal
 import subprocess
-from contextlib import suppress
 from typing import Final
 
 import msgspec
@@ -15,7 +13,7 @@ import msgspec
 from diptych.server.boot import SupervisorBoot
 from diptych.server.lifeline import describe_exit
 from diptych.server.ray_plan import RayBoot
-from diptych.server.spawn import spawn
+from diptych.server.spawn import kill_child, spawn
 
 RESTART_S: Final = 1.0
 RESTART_S_MAX: Final = 30.0
@@ -57,8 +55,7 @@ class Companion:
     def close(self) -> None:
         """Its actors end with it."""
         if self._process is not None:
-            with suppress(ProcessLookupError):
-                self._process.send_signal(signal.SIGKILL)
+            kill_child(self._process)
             self._process.wait()
             self._process = None
 

@@ -5,6 +5,7 @@ only) and no descriptor but those named; its orders come on standard input.
 """
 
 import os
+import signal
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -39,6 +40,14 @@ def give_orders(process: subprocess.Popen[bytes], boot: msgspec.Struct) -> None:
     with suppress(BrokenPipeError):  # it died already, which its exit status tells
         process.stdin.write(msgspec.json.encode(boot))
         process.stdin.close()
+
+
+def kill_child(process: subprocess.Popen[bytes]) -> None:
+    """SIGKILL to a child that the caller reaps itself. `Popen.kill` looks whether it ended, which
+    reaps it: whoever waits for its exit status would then wait for ever."""
+    if process.returncode is None:
+        with suppress(ProcessLookupError):
+            os.kill(process.pid, signal.SIGKILL)
 
 
 def python_environment() -> dict[str, str]:

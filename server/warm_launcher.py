@@ -29,7 +29,7 @@ from diptych.server.launcher import (
     ProcessStarted,
 )
 from diptych.server.lifeline import cause_of, describe_exit
-from diptych.server.spawn import spawn
+from diptych.server.spawn import kill_child, spawn
 from diptych.server.warm_wire import (
     PACKET_BYTES_MAX,
     Forked,
@@ -79,7 +79,7 @@ class WarmLauncher:
         assert not self._fences, "nobody rests while workers run"
         self._resting = True
         if self._process is not None:
-            self._process.kill()
+            kill_child(self._process)
         if self._wire is not None:
             self._wire.close()
             self._wire = None
@@ -93,7 +93,7 @@ class WarmLauncher:
         if fence is not None:
             fence.kill()
         elif address in self._ordered and self._process is not None:
-            self._process.kill()  # it stands still: nobody else can answer the order
+            kill_child(self._process)  # it stands still: nobody else can answer the order
 
     def fds(self) -> list[int]:
         fds = [fence.pidfd for fence in self._fences.values() if not fence.exited]
@@ -129,7 +129,7 @@ class WarmLauncher:
         for fence in self._fences.values():
             fence.kill()
         if self._process is not None:
-            self._process.kill()
+            kill_child(self._process)
             self._process.wait()
             self._process = None
         if self._wire is not None:
@@ -182,7 +182,7 @@ class WarmLauncher:
                 ModelFailed("ConfigError", "the model's files changed while it is served")
             )
             assert self._process is not None
-            self._process.kill()
+            kill_child(self._process)
             return
         self._info = info
         self._failed_loads = 0
@@ -193,7 +193,7 @@ class WarmLauncher:
         self._wire.close()
         self._wire = None
         if self._process is not None:
-            self._process.kill()  # the wire ended: if it is not dead it is of no use
+            kill_child(self._process)  # the wire ended: if it is not dead it is of no use
         self._open_at_s = now + min(RELOAD_S_MAX, RELOAD_S * 2.0 ** min(self._failed_loads, 10))
         self._failed_loads += 1
         if self._info is None:

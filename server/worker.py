@@ -28,7 +28,7 @@ from diptych.engine.core.types import Epoch, WorkerId
 from diptych.engine.pool import KVPool
 from diptych.engine.runner import LoadedModel, make_runner
 from diptych.scheduler.batcher import Batcher
-from diptych.scheduler.commands import ClearBlock, CommitBlock
+from diptych.scheduler.commands import BatcherCommand, ClearBlock, CommitBlock
 from diptych.server.boot import HostBoot
 from diptych.server.collector import calm_collector
 from diptych.server.lifeline import die_by_kernel, name_process
@@ -96,7 +96,7 @@ class Worker:
     def _move_blocks(self) -> None:
         if self._porter is not None:
             self._porter.turn()
-            self._carry_out()  # what was read is named before the next step
+            self._carry_out(self._batcher.take())  # what was read is named before the next step
 
     def _handle(self, message: AnyMessage) -> None:
         if isinstance(message, _FOR_BATCHER):
@@ -110,7 +110,7 @@ class Worker:
 
     def _step(self) -> bool:
         plan = self._batcher.plan()
-        self._carry_out()
+        self._carry_out(self._batcher.take())
         if plan.empty:
             self._cores.rest(self._slot)  # neighbours compute here until there is work again
             return False
@@ -124,11 +124,12 @@ class Worker:
             raise
         self._page.step_end(self._slot)
         self._batcher.commit(plan, result)
-        self._carry_out()
+        self._carry_out(self._batcher.take_seals())
+        self._carry_out(self._batcher.take())
         return True
 
-    def _carry_out(self) -> None:
-        for command in self._batcher.take():
+    def _carry_out(self, commands: list[BatcherCommand]) -> None:
+        for command in commands:
             if isinstance(command, Send):
                 self._channels.send(command)
             elif isinstance(command, ClearBlock):
