@@ -164,6 +164,8 @@ def running_from(
     """The batcher's row for an assignment; nothing of the pool is touched."""
     request, params = assign.request, assign.request.params
     tokens = unpack_ids(request.prompt_ids) + unpack_ids(assign.emitted)
+    tokens.append(0)  # room for the first token: the list moves now, not when a client waits
+    tokens.pop()
     assert 0 <= assign.num_computed < len(tokens), "the last token is always computed"
     assert len(assign.block_table) == len(assign.generations)
     seq = Sequence(
