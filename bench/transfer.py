@@ -91,9 +91,9 @@ class Job:
         ]
 
 
-def through(backend: Backend, job: Job, endpoint: str) -> None:
+def through(backend: Backend, reads: list[Read]) -> None:
     """All reads, as a worker without other work runs them."""
-    for read in job.reads(endpoint):
+    for read in reads:
         backend.read(read)
     left = BLOCKS // _READ_BLOCKS
     while left:
@@ -158,7 +158,8 @@ class ZmqPair:
 
 
 class Sleepers:
-    """Processes that stand still but while their way is measured: their threads poll."""
+    """Processes that stand still but while their way is measured: their threads poll. Once they
+    go on, the way is gone once for nothing: the first time finds cold caches and sleeping cores."""
 
     def __init__(self, pids: list[int]) -> None:
         self._pids = pids
@@ -167,6 +168,7 @@ class Sleepers:
         def run() -> float:
             self.send(signal.SIGCONT)
             try:
+                way()
                 return way()
             finally:
                 self.send(signal.SIGSTOP)
@@ -240,9 +242,9 @@ def make_ways(source: Pool, own: Pool, seed: int, stack: ExitStack) -> dict[str,
     stack.callback(tcp.close)
     ways: dict[str, Way] = {
         "copies": timed(lambda: copies(there, here, job)),
-        "shm": timed(lambda: through(shm, job, "")),
+        "shm": timed(lambda: through(shm, job.reads(""))),
         "bare tcp": timed(lambda: bare_tcp(there, here, job)),
-        "tcp": timed(lambda: through(tcp, job, server.endpoint)),
+        "tcp": timed(lambda: through(tcp, job.reads(server.endpoint))),
         "zmq": timed(lambda: pair.run(there, here, job)),
         "digests": timed(lambda: digests(here, job)),
     }
@@ -254,7 +256,8 @@ def make_ways(source: Pool, own: Pool, seed: int, stack: ExitStack) -> dict[str,
         raw, raw_tcp = RawNixl("", seed), RawNixl("tcp", seed)
         for end in (*ends, raw, raw_tcp):
             stack.callback(end.close)
-        through_nixl = timed(lambda: through(ends[1], job, ends[0].endpoint))
+        reads = job.reads(ends[0].endpoint)  # plain NIXL has its lists ready too
+        through_nixl = timed(lambda: through(ends[1], reads))
         through_nixl()  # up and connected, before it is stopped for the first time
         pids = [end.pid for end in ends if end.pid is not None]
         for name, way, processes in (

@@ -38,7 +38,6 @@ from diptych.server.launcher import (
     ProcessExited,
     ProcessStarted,
 )
-from diptych.server.lifeline import name_process
 from diptych.server.link_wire import (
     Directory,
     Forward,
@@ -62,6 +61,7 @@ from diptych.server.link_wire import (
 )
 from diptych.server.logs import configure_logs
 from diptych.transfer.network import Network, public_of
+from diptych.transfer.process_names import name_process
 
 HEAD_SILENCE_S_MAX: Final = 10.0
 """A head that says nothing for so long is lost, and everything here ends."""

@@ -20,7 +20,6 @@ EXIT_FAULT: Final = 70
 """Exit status of a process of ours that ended by an uncaught exception."""
 
 _PR_SET_PDEATHSIG: Final = 1
-_PR_SET_NAME: Final = 15
 _PR_SET_CHILD_SUBREAPER: Final = 36
 _F_SETSIG: Final = 10
 _FAULT_SIGNALS: Final = frozenset(
@@ -74,12 +73,6 @@ def leave_signals_to_supervisor() -> None:
     drain, and the others go on until it ends them (with SIGKILL, or over their channels)."""
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
         signal.signal(number, signal.SIG_IGN)
-
-
-def name_process(name: str) -> None:
-    """What `ps` and `top` show in their command column, at most 15 bytes: "dt-worker0"."""
-    buffer = ctypes.create_string_buffer(f"dt-{name}".encode()[:15])
-    _prctl(_PR_SET_NAME, ctypes.addressof(buffer))
 
 
 def adopt_orphans() -> None:

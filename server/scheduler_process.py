@@ -34,11 +34,12 @@ from diptych.scheduler.commands import PageEntry, PoolRead, ReadPool, SchedulerI
 from diptych.scheduler.scheduler import Scheduler
 from diptych.server.boot import HostBoot
 from diptych.server.collector import calm_collector
-from diptych.server.lifeline import die_by_thread, name_process
+from diptych.server.lifeline import die_by_thread
 from diptych.server.logs import configure_logs
 from diptych.server.run_dir import remove_run_dir
-from diptych.transfer.channels import SUPERVISOR, Channels, process_name
+from diptych.transfer.channels import SUPERVISOR, Channels
 from diptych.transfer.control_page import ControlPage
+from diptych.transfer.process_names import name_process, process_name
 
 TICK_S: Final = 0.1
 _INPUTS: Final = (

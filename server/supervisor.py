@@ -47,13 +47,12 @@ from diptych.server.launcher import (
     ProcessExited,
     ProcessStarted,
 )
-from diptych.server.lifeline import name_process
 from diptych.server.link_wire import Forward, HostHeard, StartApi
 from diptych.server.logs import configure_logs
 from diptych.server.progress_bar import ProgressBar
 from diptych.server.remote_hosts import HostEvent, HostJoined, HostLost, HostNews, RemoteHosts
 from diptych.server.status import Listening, Progressed, Started, Status
-from diptych.transfer.channels import process_name
+from diptych.transfer.process_names import name_process, process_name
 
 EXIT_S_MAX: Final = 1.0  # for an orderly exit after a drain
 LAUNCHES_MAX: Final = 3  # of a launcher that fails before anything is up

@@ -25,12 +25,7 @@ from diptych.engine.packing import Prepared, keep_packed
 from diptych.engine.runner import LoadedModel, load_model
 from diptych.server.boot import HostBoot, HostLayout
 from diptych.server.client import EngineInfo
-from diptych.server.lifeline import (
-    EXIT_FAULT,
-    die_by_kernel,
-    leave_signals_to_supervisor,
-    name_process,
-)
+from diptych.server.lifeline import EXIT_FAULT, die_by_kernel, leave_signals_to_supervisor
 from diptych.server.logs import configure_logs
 from diptych.server.warm_wire import (
     PACKET_BYTES_MAX,
@@ -44,6 +39,7 @@ from diptych.server.warm_wire import (
     WarmBoot,
 )
 from diptych.server.worker import run_worker
+from diptych.transfer.process_names import name_process
 
 PROGRESS_S: Final = 0.1
 

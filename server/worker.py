@@ -31,15 +31,16 @@ from diptych.scheduler.batcher import Batcher
 from diptych.scheduler.commands import BatcherCommand, ClearBlock, CommitBlock
 from diptych.server.boot import HostBoot
 from diptych.server.collector import calm_collector
-from diptych.server.lifeline import die_by_kernel, name_process
+from diptych.server.lifeline import die_by_kernel
 from diptych.server.logs import configure_logs
 from diptych.server.pool_routes import make_porter
 from diptych.server.ranks import share_of_cores, start_ranks
-from diptych.transfer.channels import Channels, process_name
+from diptych.transfer.channels import Channels
 from diptych.transfer.control_page import ControlPage
 from diptych.transfer.core_table import CoreTable, rank_slots
 from diptych.transfer.pool_memory import PoolMemory
 from diptych.transfer.porter import PeerMessage, Porter
+from diptych.transfer.process_names import name_process, process_name
 
 IDLE_S: Final = 0.5
 """An idle worker shows that it lives this often; far below any `hang_s`."""

@@ -34,6 +34,7 @@ from diptych.engine.core.messages import (
 from diptych.engine.core.types import Epoch
 from diptych.transfer.far import WATCH_S, FarPeer, FarSide
 from diptych.transfer.network import Network
+from diptych.transfer.process_names import process_name
 from diptych.transfer.shortcut import ShortcutInbox, ShortcutPeer
 
 QUEUE_FRAMES_MAX: Final = 16_384
@@ -46,11 +47,6 @@ SUPERVISOR: Final = Address("supervisor", 0, 1)
 """A supervisor never restarts: its run directory, and all that live in it, end with it."""
 
 _log = logging.getLogger("diptych")
-
-
-def process_name(address: Address) -> str:
-    """Of a process over all its incarnations: "worker0", "scheduler0", "api0"."""
-    return f"{address.kind}{address.number}"
 
 
 def socket_path(run_dir: Path, address: Address) -> Path:

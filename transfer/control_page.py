@@ -8,6 +8,7 @@ keeps that true when the writer is killed between any two of them.
 
 import struct
 import time
+from collections.abc import Iterable
 from typing import Final
 
 import msgspec
@@ -84,6 +85,11 @@ class ControlPage:
     def generation(self, block: BlockId) -> Generation:
         """The block's life as of now; somebody may be writing."""
         return self._generation[block]
+
+    def generations(self, blocks: Iterable[BlockId]) -> list[Generation]:
+        """Of each, in order."""
+        column = self._generation
+        return [column[block] for block in blocks]
 
     def read_all(self) -> tuple[list[Generation], list[ValidEntry]]:
         """The generation of every block, and the valid entries; nobody may be writing."""

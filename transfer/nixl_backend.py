@@ -25,7 +25,7 @@ import msgspec
 from diptych.transfer.backend import POLL_BYTES_MAX
 from diptych.transfer.nixl_wire import (
     PACKET_BYTES_MAX,
-    STALL_S_MAX,
+    SILENT_S_MAX,
     START_S_MAX,
     NixlAnswer,
     NixlBoot,
@@ -38,7 +38,7 @@ from diptych.transfer.nixl_wire import (
     require_nixl,
 )
 from diptych.transfer.pool_memory import PoolMemory
-from diptych.transfer.spans import CancelRead, Read, ReadDone, ReadFailed
+from diptych.transfer.spans import CancelRead, Read, ReadDone, ReadFailed, own_blocks, source_blocks
 
 RESTART_S: Final = 0.25
 """Before the second start in a row that came to nothing; doubles up to the next."""
@@ -169,11 +169,9 @@ class NixlBackend:
         if process is None:
             self._answers.append(ReadFailed(read.handle, "the NIXL process is down"))
             return
-        if not self._reads:
-            process.heard_at = self._clock()
         self._reads[read.handle] = read
-        source = array("i", (span.source + i for span in read.spans for i in range(span.count)))
-        own = array("i", (span.own + i for span in read.spans for i in range(span.count)))
+        source = array("i", source_blocks(read.spans))
+        own = array("i", own_blocks(read.spans))
         order = NixlRead(read.handle, read.endpoint, source.tobytes(), own.tobytes())
         process.say(order)
 
@@ -220,23 +218,27 @@ class NixlBackend:
             if isinstance(answer, NixlUp):
                 process.up, self._failed_starts = True, 0
                 continue
-            read = self._reads.pop(answer.handle)
             if isinstance(answer, NixlFailed):
+                del self._reads[answer.handle]
                 self._answers.append(answer.as_answer())
                 self._cancelled.discard(answer.handle)
-                continue
-            if answer.handle in self._cancelled:  # it was quicker
-                self._answers.append(ReadFailed(answer.handle, "cancelled"))
-                self._cancelled.remove(answer.handle)
-                continue
-            self._answers.append(self._digested(read, answer))
-            num_bytes += len(answer.generations) // 8 * self._into.block_bytes
+            else:
+                self._take(answer)
+                num_bytes += len(answer.generations) // 8 * self._into.block_bytes
 
-    def _digested(self, read: Read, done: NixlDone) -> ReadDone:
+    def _take(self, done: NixlDone) -> None:
         """Digests are taken here: of what this process sees of the bytes, on its own core."""
-        blocks = [span.own + i for span in read.spans for i in range(span.count)]
-        generations = array("Q", done.generations).tolist()
-        return ReadDone(read.handle, generations, self._into.digests(blocks))
+        generations, first = array("Q", done.generations).tolist(), 0
+        for handle in done.handles:
+            blocks = own_blocks(self._reads.pop(handle).spans)
+            end = first + len(blocks)
+            if handle in self._cancelled:  # it was quicker
+                self._answers.append(ReadFailed(handle, "cancelled"))
+                self._cancelled.remove(handle)
+            else:
+                digests = self._into.digests(blocks)
+                self._answers.append(ReadDone(handle, generations[first:end], digests))
+            first = end
 
     def _watch(self, process: _Process) -> None:
         if process.ended():
@@ -244,11 +246,10 @@ class NixlBackend:
             return
         silent_s = self._clock() - process.heard_at
         # It ends itself when a transfer stands still; when it does not even do that, so do we.
-        if silent_s > (2.0 * STALL_S_MAX if process.up else START_S_MAX):
-            if self._reads or not process.up:
-                _log.error("the NIXL process says nothing for %.0f s: it is killed", silent_s)
-                process.popen.kill()  # its end is seen above, next time
-                process.heard_at = self._clock()
+        if silent_s > (SILENT_S_MAX if process.up else START_S_MAX):
+            _log.error("the NIXL process says nothing for %.0f s: it is killed", silent_s)
+            process.popen.kill()  # its end is seen above, next time
+            process.heard_at = self._clock()
 
     def _lose(self, process: _Process) -> None:
         status = process.popen.returncode

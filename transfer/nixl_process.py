@@ -32,6 +32,7 @@ from diptych.transfer.nixl_agent import (
     words,
 )
 from diptych.transfer.nixl_wire import (
+    ALIVE_S,
     PACKET_BYTES_MAX,
     STALL_S_MAX,
     NixlAnswer,
@@ -44,6 +45,7 @@ from diptych.transfer.nixl_wire import (
     NixlRead,
     NixlUp,
 )
+from diptych.transfer.process_names import name_process
 from diptych.transfer.tcp_wire import (
     ACCEPTED,
     HELLO_S_MAX,
@@ -55,6 +57,7 @@ from diptych.transfer.tcp_wire import (
 )
 
 _POLL_S: Final = 0.0002  # between two looks at transfers under way
+_BATCH_BYTES_MAX: Final = 32 << 20
 _CARD_BYTES_MAX: Final = 1 << 20
 
 _log = logging.getLogger("diptych")
@@ -76,20 +79,31 @@ class Peer:
     waiting: deque[NixlRead] = field(default_factory=deque)
     pool: RemotePool | None = None
 
+    def next_batch(self, block_bytes: int) -> list[NixlRead]:
+        """Half of the reads that wait, in one transfer: fewer of them cost less, and what was
+        read first is digested while the rest is being read."""
+        waiting, batch, num_bytes = self.waiting, [self.waiting.popleft()], 0
+        for _ in range((len(waiting) + 1) // 2 - 1):
+            num_bytes += len(batch[-1].own) // 4 * block_bytes
+            if num_bytes >= _BATCH_BYTES_MAX:
+                break
+            batch.append(waiting.popleft())
+        return batch
+
 
 @dataclass(slots=True)
 class Running:
-    """A read of which one transfer is under way: of its data, or then of its generations."""
+    """Reads of which one transfer is under way: of their data, or then of their generations."""
 
-    read: NixlRead
+    reads: list[NixlRead]
     peer: Peer
     pool: RemotePool
     transfer: Transfer
     since_s: float = field(default_factory=time.monotonic)
     source: Indices = field(default_factory=lambda: np.empty(0, np.int32))  # blocks of the peer
     pages: list[int] = field(default_factory=list)  # of the scratch, for those of the column
-    rows: Indices = field(default_factory=lambda: np.empty(0, np.int32))  # by block: which of them
-    cancelled: bool = False
+    places: Indices = field(default_factory=lambda: np.empty(0, np.int32))  # by block: its page
+    num_cancelled: int = 0
 
 
 class NixlProcess:
@@ -100,9 +114,11 @@ class NixlProcess:
         self._peer_layout = bytes.fromhex(boot.peer_layout)
         self._agent = Agent(boot)
         self._peers: dict[str, Peer] = {}
+        self._ready: deque[Peer] = deque()  # whose pool is known, and reads of it wait
         self._running: list[Running] = []
         self._free_pages = list(range(SCRATCH_PAGES))
         self._cards: deque[tuple[Peer, NixlCard | NoCard]] = deque()  # from the asking threads
+        self._said_s = time.monotonic()
         self._wake_read, self._wake_write = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
 
     def run(self) -> None:
@@ -110,28 +126,35 @@ class NixlProcess:
         threading.Thread(target=self._hand_out_cards, daemon=True).start()
         self._say(NixlUp())
         while True:
-            wait_s = _POLL_S if self._running else None
+            wait_s = 0.0 if self._ready else _POLL_S if self._running else ALIVE_S
             control = self._control.fileno()
             ready = select.select([control, self._wake_read], [], [], wait_s)[0]
             if self._wake_read in ready:
                 os.read(self._wake_read, 4096)
-            if control in ready and not self._take_order():
+            if control in ready and not self._take_orders():
                 return
             while self._cards:
                 self._take_card(*self._cards.popleft())
+            if self._ready:
+                self._begin(self._ready[0])
             self._look()
+            if time.monotonic() - self._said_s >= ALIVE_S:
+                self._say(NixlUp())
 
     # ---- orders
 
-    def _take_order(self) -> bool:
-        packet = self._control.recv(PACKET_BYTES_MAX)
-        if not packet:
+    def _take_orders(self) -> bool:
+        """All that wait. False: the worker is gone."""
+        flags = 0
+        with suppress(BlockingIOError):
+            while packet := self._control.recv(PACKET_BYTES_MAX, flags):
+                flags = socket.MSG_DONTWAIT
+                order = msgspec.msgpack.decode(packet, type=NixlOrder)
+                if isinstance(order, NixlRead):
+                    self._read(order)
+                else:
+                    self._cancel(order)
             return False
-        order = msgspec.msgpack.decode(packet, type=NixlOrder)
-        if isinstance(order, NixlRead):
-            self._read(order)
-        else:
-            self._cancel(order)
         return True
 
     def _read(self, read: NixlRead) -> None:
@@ -139,33 +162,40 @@ class NixlProcess:
         if peer is None:
             peer = self._peers[read.endpoint] = Peer(read.endpoint)
             threading.Thread(target=self._ask, args=(peer,), daemon=True).start()
-        if peer.pool is None:
-            peer.waiting.append(read)
-        else:
-            self._begin(peer, peer.pool, read)
+        peer.waiting.append(read)
+        if peer.pool is not None and peer not in self._ready:
+            self._ready.append(peer)
 
     def _cancel(self, order: NixlCancel) -> None:
         handle = order.cancel.handle
-        for running in self._running:
-            if running.read.handle == handle:
-                running.cancelled = True  # answered when it is over
+        for running in self._running:  # answered when it is over
+            running.num_cancelled += any(read.handle == handle for read in running.reads)
         for peer in self._peers.values():
             for read in list(peer.waiting):
                 if read.handle == handle:
                     peer.waiting.remove(read)
                     self._say(NixlFailed(handle, "cancelled"))
 
-    def _begin(self, peer: Peer, pool: RemotePool, read: NixlRead) -> None:
-        source = np.frombuffer(read.source, np.int32)
-        own = np.frombuffer(read.own, np.int32)
+    def _begin(self, peer: Peer) -> None:
+        """A part of what waits for this peer; the others' turn is next."""
+        self._ready.popleft()
+        if not peer.waiting:
+            return
+        assert peer.pool is not None
+        reads = peer.next_batch(self._boot.into_block_bytes)
+        source = np.frombuffer(b"".join(read.source for read in reads), np.int32)
+        own = np.frombuffer(b"".join(read.own for read in reads), np.int32)
         try:
-            transfer = self._agent.make(self._agent.blocks, own, pool.blocks, source)
+            transfer = self._agent.make(self._agent.blocks, own, peer.pool.blocks, source)
         except Exception as error:  # nothing has begun
             self._drop(peer, error)
-            self._say(NixlFailed(read.handle, words(error)))
+            for read in reads:
+                self._say(NixlFailed(read.handle, words(error)))
             return
-        running = Running(read, peer, pool, transfer, source=source)
+        running = Running(reads, peer, peer.pool, transfer, source=source)
         self._running.append(running)
+        if peer.waiting:
+            self._ready.append(peer)
         try:
             transfer.post()
         except PeerGone as error:
@@ -186,34 +216,37 @@ class NixlProcess:
     def _next(self, running: Running) -> None:
         """A transfer is over: the data's, then the generations follow; theirs, then all is."""
         agent, source = self._agent, running.source
-        if running.cancelled:
-            self._end(running, NixlFailed(running.read.handle, "cancelled"))
+        if not running.pages and running.num_cancelled == len(running.reads):
+            self._end(running, *(NixlFailed(r.handle, "cancelled") for r in running.reads))
             return
         if not running.pages:
-            wanted, rows = np.unique(source // ENTRIES, return_inverse=True)
+            columns = source // ENTRIES
+            wanted = np.flatnonzero(np.bincount(columns)).astype(np.int32)
             assert len(wanted) <= SCRATCH_PAGES
             if len(wanted) > len(self._free_pages):
                 return  # other reads will give theirs back
             running.pages = self._free_pages[: len(wanted)]
-            running.rows = rows.astype(np.int32)
             del self._free_pages[: len(wanted)]
             pool, mine = running.pool, np.array(running.pages, np.int32)
+            page_of = np.empty(int(wanted[-1]) + 1, np.int32)
+            page_of[wanted] = mine
+            running.places = page_of[columns]
             running.transfer = agent.make(pool.scratch, mine, pool.pages, wanted)
             running.transfer.post()
             if not running.transfer.over():
                 return
-        places = np.array(running.pages)[running.rows]
-        seen = agent.scratch[places, source % ENTRIES]
-        self._end(running, NixlDone(running.read.handle, seen.tobytes()))
+        seen = agent.scratch[running.places, source % ENTRIES]
+        self._end(running, NixlDone([read.handle for read in running.reads], seen.tobytes()))
 
     def _fail(self, running: Running, error: PeerGone) -> None:
         self._drop(running.peer, error)
-        self._end(running, NixlFailed(running.read.handle, words(error)))
+        self._end(running, *(NixlFailed(read.handle, words(error)) for read in running.reads))
 
-    def _end(self, running: Running, answer: NixlAnswer) -> None:
+    def _end(self, running: Running, *answers: NixlAnswer) -> None:
         self._running.remove(running)
         self._free_pages = sorted(running.pages + self._free_pages)
-        self._say(answer)
+        for answer in answers:
+            self._say(answer)
 
     def _drop(self, peer: Peer, error: Exception) -> None:
         """The next read asks for the card of whoever listens there then."""
@@ -222,23 +255,23 @@ class NixlProcess:
             _log.info("peer %s is gone: %s", peer.endpoint, words(error))
             if peer.pool is not None:
                 peer.pool.forget()
+            for read in peer.waiting:
+                self._say(NixlFailed(read.handle, words(error)))
+            peer.waiting.clear()
 
     # ---- cards
 
     def _take_card(self, peer: Peer, card: NixlCard | NoCard) -> None:
-        waiting, peer.waiting = peer.waiting, deque()
         if isinstance(card, NixlCard):
             try:
                 peer.pool = RemotePool(self._agent, card)
+                self._ready.append(peer)
+                return
             except Exception as error:  # whatever NIXL raises
                 card = NoCard(words(error))
-        if isinstance(card, NoCard):
-            del self._peers[peer.endpoint]
-        for read in waiting:
-            if peer.pool is not None:
-                self._begin(peer, peer.pool, read)
-            else:
-                self._say(NixlFailed(read.handle, str(card), getattr(card, "lost", False)))
+        del self._peers[peer.endpoint]
+        for read in peer.waiting:
+            self._say(NixlFailed(read.handle, str(card), card.lost))
 
     def _ask(self, peer: Peer) -> None:
         """In a thread of its own: nobody waits for a peer that does not answer."""
@@ -277,12 +310,14 @@ class NixlProcess:
                     connection.sendall(len(card).to_bytes(4, "little") + card)
 
     def _say(self, answer: NixlAnswer) -> None:
+        self._said_s = time.monotonic()
         self._control.sendall(msgspec.msgpack.encode(answer))
 
 
 def main() -> None:
     logging.basicConfig(stream=sys.stderr, level=logging.INFO, format="nixl %(message)s")
     boot = msgspec.json.decode(sys.stdin.buffer.read(), type=NixlBoot)
+    name_process("nixl")
     with suppress(BrokenPipeError, ConnectionResetError):  # the worker ended
         NixlProcess(boot).run()
     os._exit(0)  # no destructor of UCX's may hang on a peer

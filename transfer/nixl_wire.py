@@ -15,6 +15,10 @@ from diptych.transfer.spans import CancelRead, ReadFailed
 PACKET_BYTES_MAX: Final = 1 << 20
 START_S_MAX: Final = 60.0
 """From the start of the process to its `NixlUp`: it loads 120 MB of libraries."""
+ALIVE_S: Final = 0.5
+"""So often it says something."""
+SILENT_S_MAX: Final = 3.0
+"""After so long without a word it stands still, and is killed."""
 STALL_S_MAX: Final = 5.0
 """A transfer that takes longer ends the process, and with it whatever might still write."""
 
@@ -39,14 +43,14 @@ class NixlBoot(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class NixlUp(msgspec.Struct, frozen=True, tag=True):
-    """It takes orders."""
+    """It takes orders; repeated when there was nothing else to say."""
 
 
 class NixlDone(msgspec.Struct, frozen=True, tag=True):
-    """The bytes are here; digests are for the worker to take."""
+    """The bytes of these reads are here; digests are for the worker to take."""
 
-    handle: int
-    generations: bytes  # u64 each, by block
+    handles: list[int]
+    generations: bytes  # u64 each, by block, of one read after the other
 
 
 class NixlFailed(msgspec.Struct, frozen=True, tag=True):

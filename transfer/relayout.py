@@ -13,7 +13,7 @@ import msgspec
 
 from diptych.engine.core.types import BlockId
 from diptych.transfer.backend import Backend
-from diptych.transfer.spans import Read, ReadDone, ReadFailed, coalesce
+from diptych.transfer.spans import Read, ReadDone, ReadFailed, coalesce, own_blocks, source_blocks
 
 STAGING_BLOCKS: Final = 512
 """Enough for the reads of two pulls; what finds no room waits."""
@@ -79,8 +79,8 @@ class RelayoutBackend:
     def _begin(self) -> None:
         while self._waiting:
             read = self._waiting[0]
-            source = [span.source + i for span in read.spans for i in range(span.count)]
-            own = [span.own + i for span in read.spans for i in range(span.count)]
+            source = source_blocks(read.spans)
+            own = own_blocks(read.spans)
             if len(source) > len(self._free):
                 return
             self._waiting.popleft()

@@ -9,7 +9,7 @@ from collections import deque
 from diptych.engine.core.types import PoolId
 from diptych.transfer.backend import POLL_BYTES_MAX
 from diptych.transfer.pool_memory import PoolMemory
-from diptych.transfer.spans import Read, ReadDone, ReadFailed
+from diptych.transfer.spans import Read, ReadDone, ReadFailed, own_blocks, source_blocks
 
 
 class ShmBackend:
@@ -35,10 +35,7 @@ class ShmBackend:
             read = self._queue.popleft()
             digests = self._copy(read)
             left -= len(digests) * self._own.block_bytes
-            page = self._peers[read.pool].page
-            generations = [
-                page.generation(span.source + i) for span in read.spans for i in range(span.count)
-            ]
+            generations = self._peers[read.pool].page.generations(source_blocks(read.spans))
             answers.append(ReadDone(read.handle, generations, digests))
         return answers
 
@@ -57,6 +54,5 @@ class ShmBackend:
 
     def _copy(self, read: Read) -> list[int]:
         """Digests of the own blocks, taken while they are written."""
-        source = [span.source + i for span in read.spans for i in range(span.count)]
-        own = [span.own + i for span in read.spans for i in range(span.count)]
+        source, own = source_blocks(read.spans), own_blocks(read.spans)
         return self._own.copy_from(self._peers[read.pool], source, own)

@@ -4,7 +4,7 @@ Owns nothing. Invariant: spans cover exactly the pairs (source block, own block)
 from, in order, and a span is contiguous on both sides.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 
 import msgspec
 
@@ -56,14 +56,25 @@ class ReadFailed(msgspec.Struct, frozen=True):
 
 def coalesce(source: Sequence[BlockId], own: Sequence[BlockId]) -> list[Span]:
     """The fewest spans, in order."""
-    return list(_runs(source, own))
-
-
-def _runs(source: Sequence[BlockId], own: Sequence[BlockId]) -> Iterator[Span]:
-    start = 0
-    for i in range(1, len(source) + 1):
-        steps = i - start
-        if i < len(source) and source[i] == source[start] + steps and own[i] == own[start] + steps:
+    spans: list[Span] = []
+    if not source:
+        return spans
+    first, first_own, count = source[0], own[0], 0
+    for block, mine in zip(source, own, strict=True):
+        if block == first + count and mine == first_own + count:
+            count += 1
             continue
-        yield Span(source[start], own[start], steps)
-        start = i
+        spans.append(Span(first, first_own, count))
+        first, first_own, count = block, mine, 1
+    spans.append(Span(first, first_own, count))
+    return spans
+
+
+def source_blocks(spans: Sequence[Span]) -> list[BlockId]:
+    """The blocks of the source that are read, in order."""
+    return [block for span in spans for block in range(span.source, span.source + span.count)]
+
+
+def own_blocks(spans: Sequence[Span]) -> list[BlockId]:
+    """The own blocks that they are read into, in order."""
+    return [block for span in spans for block in range(span.own, span.own + span.count)]

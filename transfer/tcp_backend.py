@@ -15,7 +15,7 @@ from typing import Final
 
 from diptych.transfer.backend import POLL_BYTES_MAX
 from diptych.transfer.pool_memory import PoolMemory
-from diptych.transfer.spans import Read, ReadDone, ReadFailed
+from diptych.transfer.spans import Read, ReadDone, ReadFailed, own_blocks
 from diptych.transfer.tcp_wire import (
     ACCEPTED,
     ANSWER,
@@ -167,7 +167,7 @@ class _Connection:
         if read is None:
             yield self._discard(num_blocks * self._own.block_bytes)
         else:
-            blocks = [span.own + i for span in read.spans for i in range(span.count)]
+            blocks = own_blocks(read.spans)
             size = max(1, _DIGEST_BYTES // self._own.block_bytes)
             for start in range(0, num_blocks, size):
                 if self.reads[handle] is None:

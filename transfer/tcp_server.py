@@ -76,7 +76,9 @@ class BlockServer:
         pieces += [self._pool.blocks(first, count) for first, count in spans]
         _send(connection, pieces)
         page = self._pool.page  # the kernel has the data: what the page says now is later
-        generations = [page.generation(first + i) for first, count in spans for i in range(count)]
+        generations = page.generations(
+            i for first, count in spans for i in range(first, first + count)
+        )
         connection.sendall(struct.pack(f"<{num_blocks}Q", *generations))
         return True
 

@@ -312,11 +312,12 @@ void digest_blocks(int64_t pool, TensorView blocks, int64_t block_bytes, TensorV
   CHECK(block_bytes >= kDigestBytesMin && is_type(digests, kDLInt, 64) && digests.IsContiguous());
   const int32_t* wanted = ints(blocks, count);
   auto* found = data<int64_t>(digests);
-  for (int64_t i = 0; i < count; ++i) {
-    CHECK(wanted[i] >= 0);
-    auto* block = reinterpret_cast<const char*>(pool) + wanted[i] * block_bytes;
-    found[i] = static_cast<int64_t>(digest(block, block_bytes));
-  }
+  auto block = [&](int64_t i) {
+    return i < count ? reinterpret_cast<const char*>(pool) + wanted[i] * block_bytes : nullptr;
+  };
+  for (int64_t i = 0; i < count; ++i) CHECK(wanted[i] >= 0);
+  for (int64_t i = 0; i < count; ++i)
+    found[i] = static_cast<int64_t>(digest(block(i), block_bytes, block(i + 1)));
 }
 
 // Copies block from_blocks[i] of one pool over block to_blocks[i] of another; digests[i] is that of
@@ -328,11 +329,14 @@ void copy_blocks(int64_t to, TensorView to_blocks, int64_t from, TensorView from
   const int32_t* mine = ints(to_blocks, count);
   const int32_t* theirs = ints(from_blocks, count);
   auto* found = data<int64_t>(digests);
+  auto source = [&](int64_t i) {
+    return i < count ? reinterpret_cast<const char*>(from) + theirs[i] * block_bytes : nullptr;
+  };
+  for (int64_t i = 0; i < count; ++i) CHECK(mine[i] >= 0 && theirs[i] >= 0);
   for (int64_t i = 0; i < count; ++i) {
-    CHECK(mine[i] >= 0 && theirs[i] >= 0);
     auto* target = reinterpret_cast<char*>(to) + mine[i] * block_bytes;
-    auto* source = reinterpret_cast<const char*>(from) + theirs[i] * block_bytes;
-    found[i] = static_cast<int64_t>(copy_digest(target, source, block_bytes));
+    found[i] =
+        static_cast<int64_t>(copy_digest(target, source(i), block_bytes, source(i + 1)));
   }
 }
 

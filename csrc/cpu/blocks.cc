@@ -1,5 +1,5 @@
 // The long-input half of XXH3 (64 bits, seed 0), written for blocks of KV: eight lanes of 64 bits
-// take one stripe of 64 bytes after another, and are mixed after every sixteenth.
+// take one stripe of 64 bytes after another, and are mixed after every sixteenth (a chunk).
 //
 // One variant per instruction set, chosen once; all give the same digest. Each can store the
 // stripes that it reads, which makes a checked copy cost hardly more than a copy.
@@ -43,60 +43,136 @@ uint64_t word(const void* at) {
   return value;
 }
 
-// What a variant does: `stripes` stripes from `in`, keyed from `secret` on, 8 bytes further each
-// (the last stripe of all has its own place); stored to `out` unless it is null.
-using StripesFn = void (*)(uint64_t* lanes, const char* in, char* out, const uint8_t* secret,
-                           int64_t stripes);
+// What a variant does: all stripes of one block into `lanes`, stored to `out` unless it is null.
+// `next` is where the next block begins, if there is one: it is fetched early too.
+using StripesFn = void (*)(uint64_t* lanes, const char* in, char* out, int64_t bytes,
+                           const char* next);
 
-void plain_stripes(uint64_t* lanes, const char* in, char* out, const uint8_t* secret,
-                   int64_t stripes) {
-  for (int64_t s = 0; s < stripes; ++s, in += kStripe, secret += 8) {
-    if (out != nullptr) memcpy(out + s * kStripe, in, kStripe);
-    for (int64_t i = 0; i < kLanes; ++i) {
-      const uint64_t value = word(in + 8 * i), keyed = value ^ word(secret + 8 * i);
-      lanes[i ^ 1] += value;
-      lanes[i] += (keyed & 0xFFFFFFFFu) * (keyed >> 32);
-    }
+// The rest of a block after its full chunks: stripes keyed as a chunk's, then the last 64 bytes,
+// which may overlap them, keyed from a place of their own.
+struct Rest {
+  int64_t begin, stripes;
+};
+
+constexpr int64_t kChunk = kStripe * kStripes;
+constexpr const uint8_t* kScrambleKey = kSecret + kSecretBytes - kStripe;
+constexpr const uint8_t* kLastKey = kSecret + kSecretBytes - kStripe - 7;
+
+Rest rest_of(int64_t bytes) {
+  const int64_t begin = (bytes - 1) / kChunk * kChunk;
+  return {begin, (bytes - 1 - begin) / kStripe};
+}
+
+void plain_stripe(uint64_t* lanes, const char* in, char* out, const uint8_t* key) {
+  if (out != nullptr) memcpy(out, in, kStripe);
+  for (int64_t i = 0; i < kLanes; ++i) {
+    const uint64_t value = word(in + 8 * i), keyed = value ^ word(key + 8 * i);
+    lanes[i ^ 1] += value;
+    lanes[i] += (keyed & 0xFFFFFFFFu) * (keyed >> 32);
   }
+}
+
+void plain_stripes(uint64_t* lanes, const char* in, char* out, int64_t bytes, const char*) {
+  const Rest rest = rest_of(bytes);
+  auto at = [out](int64_t offset) { return out == nullptr ? nullptr : out + offset; };
+  for (int64_t c = 0; c < rest.begin; c += kChunk) {
+    for (int64_t s = 0; s < kStripes; ++s)
+      plain_stripe(lanes, in + c + s * kStripe, at(c + s * kStripe), kSecret + 8 * s);
+    for (int64_t i = 0; i < kLanes; ++i)
+      lanes[i] = (lanes[i] ^ (lanes[i] >> 47) ^ word(kScrambleKey + 8 * i)) * kPrime32[0];
+  }
+  for (int64_t s = 0; s < rest.stripes; ++s) {
+    const int64_t offset = rest.begin + s * kStripe;
+    plain_stripe(lanes, in + offset, at(offset), kSecret + 8 * s);
+  }
+  plain_stripe(lanes, in + bytes - kStripe, at(bytes - kStripe), kLastKey);
 }
 
 #if defined(__x86_64__)
-constexpr int64_t kAhead = 8 * kStripe;  // fetched early: the hardware does not cross pages
+// Fetched early: the hardware does not cross pages, and half of one covers what a core can have
+// under way.
+constexpr int64_t kAhead = 32 * kStripe;
+
+inline void fetch(const char* in, int64_t offset, int64_t bytes, const char* next) {
+  const int64_t ahead = offset + kAhead;
+  _mm_prefetch(ahead < bytes ? in + ahead : next + (ahead - bytes), _MM_HINT_T0);
+}
+
+__attribute__((target("avx2"))) inline void avx2_stripe(__m256i* a, const char* in, char* out,
+                                                        const uint8_t* key) {
+  for (int half = 0; half < 2; ++half) {
+    const __m256i value = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(in) + half);
+    if (out != nullptr) _mm256_stream_si256(reinterpret_cast<__m256i*>(out) + half, value);
+    const __m256i keyed = _mm256_xor_si256(
+        value, _mm256_loadu_si256(reinterpret_cast<const __m256i*>(key) + half));
+    const __m256i product = _mm256_mul_epu32(keyed, _mm256_srli_epi64(keyed, 32));
+    const __m256i swapped = _mm256_shuffle_epi32(value, _MM_SHUFFLE(1, 0, 3, 2));
+    a[half] = _mm256_add_epi64(_mm256_add_epi64(product, swapped), a[half]);
+  }
+}
 
 __attribute__((target("avx2"))) void avx2_stripes(uint64_t* lanes, const char* in, char* out,
-                                                  const uint8_t* secret, int64_t stripes) {
-  auto* acc = reinterpret_cast<__m256i*>(lanes);
-  __m256i a[2] = {_mm256_load_si256(acc), _mm256_load_si256(acc + 1)};
-  for (int64_t s = 0; s < stripes; ++s, in += kStripe, secret += 8) {
-    _mm_prefetch(in + kAhead, _MM_HINT_T0);
+                                                  int64_t bytes, const char* next) {
+  auto* stored = reinterpret_cast<__m256i*>(lanes);
+  __m256i a[2] = {_mm256_load_si256(stored), _mm256_load_si256(stored + 1)};
+  const __m256i prime = _mm256_set1_epi64x(kPrime32[0]);
+  const Rest rest = rest_of(bytes);
+  auto at = [out](int64_t offset) { return out == nullptr ? nullptr : out + offset; };
+  for (int64_t c = 0; c < rest.begin; c += kChunk) {
+    for (int64_t s = 0; s < kStripes; ++s) {
+      const int64_t offset = c + s * kStripe;
+      fetch(in, offset, bytes, next);
+      avx2_stripe(a, in + offset, at(offset), kSecret + 8 * s);
+    }
     for (int half = 0; half < 2; ++half) {
-      const __m256i value = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(in) + half);
-      const __m256i key = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(secret) + half);
-      if (out != nullptr)
-        _mm256_stream_si256(reinterpret_cast<__m256i*>(out + s * kStripe) + half, value);
-      const __m256i keyed = _mm256_xor_si256(value, key);
-      const __m256i product = _mm256_mul_epu32(keyed, _mm256_srli_epi64(keyed, 32));
-      const __m256i swapped = _mm256_shuffle_epi32(value, _MM_SHUFFLE(1, 0, 3, 2));
-      a[half] = _mm256_add_epi64(_mm256_add_epi64(product, swapped), a[half]);
+      const __m256i key = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(kScrambleKey) + half);
+      const __m256i mixed =
+          _mm256_xor_si256(_mm256_xor_si256(a[half], _mm256_srli_epi64(a[half], 47)), key);
+      const __m256i high = _mm256_mul_epu32(_mm256_srli_epi64(mixed, 32), prime);
+      a[half] = _mm256_add_epi64(_mm256_mul_epu32(mixed, prime), _mm256_slli_epi64(high, 32));
     }
   }
-  _mm256_store_si256(acc, a[0]);
-  _mm256_store_si256(acc + 1, a[1]);
+  for (int64_t s = 0; s < rest.stripes; ++s) {
+    const int64_t offset = rest.begin + s * kStripe;
+    avx2_stripe(a, in + offset, at(offset), kSecret + 8 * s);
+  }
+  avx2_stripe(a, in + bytes - kStripe, at(bytes - kStripe), kLastKey);
+  _mm256_store_si256(stored, a[0]);
+  _mm256_store_si256(stored + 1, a[1]);
+}
+
+__attribute__((target("avx512f"))) inline __m512i avx512_stripe(__m512i a, const char* in,
+                                                                char* out, const uint8_t* key) {
+  const __m512i value = _mm512_loadu_si512(in);
+  if (out != nullptr) _mm512_stream_si512(reinterpret_cast<__m512i*>(out), value);
+  const __m512i keyed = _mm512_xor_si512(value, _mm512_loadu_si512(key));
+  const __m512i product = _mm512_mul_epu32(keyed, _mm512_srli_epi64(keyed, 32));
+  const __m512i swapped = _mm512_shuffle_epi32(value, _MM_PERM_BADC);
+  return _mm512_add_epi64(_mm512_add_epi64(product, swapped), a);
 }
 
 __attribute__((target("avx512f"))) void avx512_stripes(uint64_t* lanes, const char* in, char* out,
-                                                       const uint8_t* secret, int64_t stripes) {
+                                                       int64_t bytes, const char* next) {
   __m512i a = _mm512_load_si512(lanes);
-  for (int64_t s = 0; s < stripes; ++s, in += kStripe, secret += 8) {
-    _mm_prefetch(in + kAhead, _MM_HINT_T0);
-    const __m512i value = _mm512_loadu_si512(in);
-    if (out != nullptr)
-      _mm512_stream_si512(reinterpret_cast<__m512i*>(out + s * kStripe), value);
-    const __m512i keyed = _mm512_xor_si512(value, _mm512_loadu_si512(secret));
-    const __m512i product = _mm512_mul_epu32(keyed, _mm512_srli_epi64(keyed, 32));
-    const __m512i swapped = _mm512_shuffle_epi32(value, _MM_PERM_BADC);
-    a = _mm512_add_epi64(_mm512_add_epi64(product, swapped), a);
+  const __m512i prime = _mm512_set1_epi64(kPrime32[0]);
+  const __m512i key = _mm512_loadu_si512(kScrambleKey);
+  const Rest rest = rest_of(bytes);
+  auto at = [out](int64_t offset) { return out == nullptr ? nullptr : out + offset; };
+  for (int64_t c = 0; c < rest.begin; c += kChunk) {
+    for (int64_t s = 0; s < kStripes; ++s) {
+      const int64_t offset = c + s * kStripe;
+      fetch(in, offset, bytes, next);
+      a = avx512_stripe(a, in + offset, at(offset), kSecret + 8 * s);
+    }
+    const __m512i mixed = _mm512_xor_si512(_mm512_xor_si512(a, _mm512_srli_epi64(a, 47)), key);
+    const __m512i high = _mm512_mul_epu32(_mm512_srli_epi64(mixed, 32), prime);
+    a = _mm512_add_epi64(_mm512_mul_epu32(mixed, prime), _mm512_slli_epi64(high, 32));
   }
+  for (int64_t s = 0; s < rest.stripes; ++s) {
+    const int64_t offset = rest.begin + s * kStripe;
+    a = avx512_stripe(a, in + offset, at(offset), kSecret + 8 * s);
+  }
+  a = avx512_stripe(a, in + bytes - kStripe, at(bytes - kStripe), kLastKey);
   _mm512_store_si512(lanes, a);
 }
 #endif
@@ -107,13 +183,6 @@ StripesFn choose() {
   if (machine_has(Level::kAvx2)) return avx2_stripes;
 #endif
   return plain_stripes;
-}
-
-void scramble(uint64_t* lanes) {
-  for (int64_t i = 0; i < kLanes; ++i) {
-    const uint64_t key = word(kSecret + kSecretBytes - kStripe + 8 * i);
-    lanes[i] = (lanes[i] ^ (lanes[i] >> 47) ^ key) * kPrime32[0];
-  }
 }
 
 uint64_t fold(uint64_t a, uint64_t b) {
@@ -132,34 +201,26 @@ uint64_t finish(const uint64_t* lanes, int64_t bytes) {
 }
 
 // `out` null: only reads. Else `bytes` is a multiple of the stripe.
-uint64_t run(const char* in, char* out, int64_t bytes) {
+uint64_t run(const char* in, char* out, int64_t bytes, const char* next) {
   static const StripesFn stripes = choose();
   alignas(64) uint64_t lanes[kLanes] = {kPrime32[2], kPrime64[0], kPrime64[1], kPrime64[2],
                                         kPrime64[3], kPrime32[1], kPrime64[4], kPrime32[0]};
-  constexpr int64_t kChunk = kStripe * kStripes;
-  const int64_t chunks = (bytes - 1) / kChunk;
-  auto at = [out](int64_t offset) { return out == nullptr ? nullptr : out + offset; };
-  for (int64_t c = 0; c < chunks; ++c) {
-    stripes(lanes, in + c * kChunk, at(c * kChunk), kSecret, kStripes);
-    scramble(lanes);
-  }
-  const int64_t done = chunks * kChunk, left = (bytes - 1 - done) / kStripe;
-  stripes(lanes, in + done, at(done), kSecret, left);
-  stripes(lanes, in + bytes - kStripe, at(bytes - kStripe), kSecret + kSecretBytes - kStripe - 7,
-          1);
+  stripes(lanes, in, out, bytes, next == nullptr ? in : next);
   return finish(lanes, bytes);
 }
 
 }  // namespace
 
-uint64_t digest(const char* data, int64_t bytes) { return run(data, nullptr, bytes); }
+uint64_t digest(const char* data, int64_t bytes, const char* next) {
+  return run(data, nullptr, bytes, next);
+}
 
-uint64_t copy_digest(char* to, const char* from, int64_t bytes) {
+uint64_t copy_digest(char* to, const char* from, int64_t bytes, const char* next) {
   if (bytes % kStripe != 0 || reinterpret_cast<uintptr_t>(to) % kStripe != 0) {
     memcpy(to, from, static_cast<size_t>(bytes));
-    return digest(to, bytes);
+    return digest(to, bytes, nullptr);
   }
-  const uint64_t found = run(from, to, bytes);
+  const uint64_t found = run(from, to, bytes, next);
 #if defined(__x86_64__)
   _mm_sfence();  // what went round the caches is in order with what follows
 #endif

@@ -18,7 +18,7 @@ from diptych.engine.core.messages import Address, AskPublish, Publish, PullOver,
 from diptych.engine.core.request import SeqRef
 from diptych.transfer.control_page import ControlPage, page_bytes
 from diptych.transfer.nixl_backend import NixlBackend
-from diptych.transfer.nixl_wire import nixl_installed, require_nixl
+from diptych.transfer.nixl_wire import SILENT_S_MAX, nixl_installed, require_nixl
 from diptych.transfer.pool_memory import PoolMemory
 from diptych.transfer.porter import Porter
 from diptych.transfer.relayout import RelayoutBackend
@@ -328,7 +328,7 @@ def test_reads_survive_the_end_of_either_nixl_process() -> None:
 
 def test_a_nixl_process_that_stands_still_is_killed() -> None:
     needs_nixl()
-    rig, now = Rig("nixl"), [0.0]
+    rig, now = Rig("nixl"), [time.monotonic()]
     assert isinstance(rig.backend, NixlBackend)
     rig.read(1, [1], [1])
     assert isinstance(rig.wait(1)[1], ReadDone)
@@ -338,7 +338,7 @@ def test_a_nixl_process_that_stands_still_is_killed() -> None:
     os.kill(pid, signal.SIGSTOP)
     rig.read(2, [2], [2])
     assert rig.backend.poll() == []
-    now[0] += 1000.0
+    now[0] += SILENT_S_MAX + 1.0
     answer = rig.wait(1)[2]
     assert isinstance(answer, ReadFailed)
     assert rig.backend.pid != pid
