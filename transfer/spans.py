@@ -56,9 +56,11 @@ class ReadFailed(msgspec.Struct, frozen=True):
 
 def coalesce(source: Sequence[BlockId], own: Sequence[BlockId]) -> list[Span]:
     """The fewest spans, in order."""
+    return _runs(source, own) if source else []
+
+
+def _runs(source: Sequence[BlockId], own: Sequence[BlockId]) -> list[Span]:
     spans: list[Span] = []
-    if not source:
-        return spans
     first, first_own, count = source[0], own[0], 0
     for block, mine in zip(source, own, strict=True):
         if block == first + count and mine == first_own + count:

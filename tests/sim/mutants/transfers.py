@@ -37,7 +37,7 @@ def source_freed_before_landed(stack: ExitStack) -> None:
 @mutant("far")
 def wrong_span(stack: ExitStack) -> None:
     """Neighbours at the source are taken for neighbours here."""
-    edit(stack, spans, "_runs", " and own[i] == own[start] + steps", "")
+    edit(stack, spans, "_runs", " and mine == first_own + count", "")
 
 
 @mutant("far", "disconnect", "clog", "burst", "tiny_pool")
