@@ -39,9 +39,14 @@ def descendants(root: int) -> dict[int, str]:
 
 
 def engine_processes(supervisor: int) -> dict[str, int]:
-    """Name ("worker0", "scheduler0") -> pid."""
+    """Name ("worker0", "scheduler0") -> pid; of several processes of one name, one."""
+    return {name: pid for pid, name in engine_pids(supervisor).items()}
+
+
+def engine_pids(supervisor: int) -> dict[int, str]:
+    """pid -> name of every process of ours below a supervisor, NIXL's included."""
     return {
-        comm.removeprefix(PREFIX): pid
+        pid: comm.removeprefix(PREFIX)
         for pid, comm in descendants(supervisor).items()
         if comm.startswith(PREFIX)
     }
