@@ -11,7 +11,6 @@ from typing import cast
 from diptych.engine.core.config import BatchOptions
 from diptych.engine.core.handoff import Pulled, PullEnded
 from diptych.engine.core.messages import (
-    Address,
     Assign,
     Grant,
     Grants,
@@ -21,7 +20,6 @@ from diptych.engine.core.messages import (
     Landed,
     Revoke,
     Seal,
-    Send,
     Tokens,
 )
 from diptych.engine.core.plan import FinishInfo, Sample, StepPlan, StepResult, StepRow
@@ -29,7 +27,7 @@ from diptych.engine.core.types import Epoch, FinishReason, Role, WorkerId, block
 from diptych.scheduler import exchange
 from diptych.scheduler.commands import BatcherCommand, BatcherInput, CommitBlock
 from diptych.scheduler.lineup import Lineup
-from diptych.scheduler.report import Report
+from diptych.scheduler.report import Report, to_scheduler
 from diptych.scheduler.running import Outbox, Phase, Running, running_from
 from diptych.scheduler.seals import Seals, seal_of
 from diptych.scheduler.step_plan import StepPlanner
@@ -48,8 +46,7 @@ class Batcher:
         eos_token_ids: frozenset[int],
         max_model_len: int,
     ) -> None:
-        self._worker = worker
-        self._worker_epoch = worker_epoch
+        self._worker, self._worker_epoch = worker, worker_epoch
         self._block_size = block_size
         self._eos = eos_token_ids
         self._max_model_len = max_model_len
@@ -123,7 +120,7 @@ class Batcher:
         assert self._epoch is not None
         self._exchange.join_due = False
         joined = Joined(self._epoch, self._worker, self._worker_epoch)
-        self._commands.append(Send(_scheduler(self._epoch), joined))
+        self._commands.append(to_scheduler(self._epoch, joined))
 
     def _assign(self, assign: Assign) -> None:
         outbox = self._lineup.outbox(assign.api, assign.api_epoch)
@@ -140,8 +137,7 @@ class Batcher:
             return
         if run.handoff is not None:  # its blocks are its own from the start
             self._commands += run.voided(num_here)
-            if assign.prefix is not None:
-                self._commands.append(exchange.prefix_order(run, assign))
+            self._commands += exchange.prefix_orders(run, assign)
             self._pull(run, run.handoff)
         if (seal := self._seals.claim(run.ref)) is not None:
             self._take_seal(seal)
@@ -217,7 +213,6 @@ class Batcher:
             self._open(run, seal)
 
     def _publish(self, run: Running, upto: int) -> None:
-        """Blocks of the table before `upto` are final: a peer elsewhere may read them."""
         assert self._epoch is not None
         self._commands += exchange.publish_orders(run, upto, self._epoch)
 
@@ -321,23 +316,11 @@ class Batcher:
     def _eventful(self, run: Running, sample: Sample) -> None:
         """A decode's token that fills a block, ends the sequence, or is the first after a seal."""
         self._commit_blocks(run)
-        ids, entries = [sample.token], [sample.logprobs]
         if sample.error is not None:
             run.tokens.pop()
-            ids, entries = [], []
-        first = len(run.tokens) - run.num_prompt - len(ids)
-        prompt_logprobs = None
         seal, run.seal = run.seal, None
-        if seal is not None:
-            first -= 1
-            ids.insert(0, seal.token)
-            entries.insert(0, seal.logprobs)
-            prompt_logprobs = seal.prompt_logprobs
         finish = self._finish(run, sample)
-        logprobs = [entry for entry in entries if entry is not None] or None
-        run.outbox.items.append(
-            Tokens(run.ref, first, ids, logprobs, finish, run.num_cached, prompt_logprobs)
-        )
+        run.outbox.items.append(run.news(sample, finish, seal))
         if finish is None:
             run.event = run.next_event(self._block_size)
             self._lineup.at_block_end(run)
@@ -361,17 +344,10 @@ class Batcher:
 
     def _first_token(self, run: Running, sample: Sample) -> None:
         """To the client from here; then the sequence decodes here or goes to its peer."""
-        ids: list[int] = []
         if sample.error is None:
-            ids.append(sample.token)
             run.tokens.append(sample.token)
-        first = len(run.tokens) - run.num_prompt - len(ids)
-        logprobs = None if sample.logprobs is None else [sample.logprobs]
-        prompt_logprobs = run.prompt_logprobs()
         finish = self._finish(run, sample)
-        run.outbox.items.append(
-            Tokens(run.ref, first, ids, logprobs, finish, run.num_cached, prompt_logprobs)
-        )
+        run.outbox.items.append(run.news(sample, finish, prompt_logprobs=run.prompt_logprobs()))
         if finish is not None:
             return
         if run.seq.role is Role.LOCAL:
@@ -397,10 +373,9 @@ class Batcher:
 
     def _finish(self, run: Running, sample: Sample) -> FinishInfo | None:
         """Whether the sequence is over; if so it is forgotten here."""
+        finish = run.finish(self._eos)
         if sample.error is not None:
-            finish: FinishInfo | None = FinishInfo(FinishReason.ERROR, None, sample.error)
-        else:
-            finish = run.finish(self._eos)
+            finish = FinishInfo(FinishReason.ERROR, None, sample.error)
         if finish is not None:
             self._report.finished.append(run.ref)
             self._lineup.remove(run)
@@ -413,8 +388,7 @@ class Batcher:
         """What the shell has to do now, in this order."""
         self._settle()
         if self._epoch is not None and self._report.due:
-            progress = self._report.take(self._epoch, self._worker, self._worker_epoch)
-            self._commands.append(Send(_scheduler(self._epoch), progress))
+            self._commands.append(self._report.take(self._epoch, self._worker, self._worker_epoch))
         commands, self._commands = self._commands, []
         return commands
 
@@ -424,7 +398,3 @@ class Batcher:
         assert self._in_flight is not None or not self._deferred
         if self._in_flight is None:
             self._lineup.check_integrity()
-
-
-def _scheduler(epoch: Epoch) -> Address:
-    return Address("scheduler", 0, epoch)

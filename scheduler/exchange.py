@@ -78,13 +78,14 @@ def forget_orders(run: Running) -> list[TransferOrder]:
     return [] if run.handoff is None else [ForgetPublished(run.ref)]
 
 
-def prefix_order(run: Running, assign: Assign) -> PublishBlocks:
-    """The decode side's cached blocks that the prefill side asks for."""
+def prefix_orders(run: Running, assign: Assign) -> list[TransferOrder]:
+    """The decode side's cached blocks, where the prefill side asks for them."""
+    if assign.prefix is None:
+        return []
     assert run.peer is not None
-    assert assign.prefix is not None
     first, end = assign.prefix.first, run.num_published
     blocks = run.seq.block_table[first:end]
-    return PublishBlocks(assign.scheduler_epoch, run.ref, run.peer, first, blocks)
+    return [PublishBlocks(assign.scheduler_epoch, run.ref, run.peer, first, blocks)]
 
 
 def _key(ref: SeqRef) -> tuple[str, int, int]:

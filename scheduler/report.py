@@ -6,12 +6,23 @@ after `QUIET_STEPS_MAX` steps; sums are never lost between reports of one schedu
 
 from typing import Final
 
-from diptych.engine.core.messages import CommittedBlock, Landed, Progress
+from diptych.engine.core.messages import (
+    Address,
+    CommittedBlock,
+    Landed,
+    Message,
+    Progress,
+    Send,
+)
 from diptych.engine.core.request import SeqRef
 from diptych.engine.core.types import Epoch, WorkerId
 
 QUIET_STEPS_MAX: Final = 64
 """Uneventful steps between two reports."""
+
+
+def to_scheduler(epoch: Epoch, message: Message) -> Send:
+    return Send(Address("scheduler", 0, epoch), message)
 
 
 class Report:
@@ -49,8 +60,8 @@ class Report:
             or self.landed
         )
 
-    def take(self, scheduler: Epoch, worker: WorkerId, worker_epoch: Epoch) -> Progress:
-        """The report; the next one starts empty."""
+    def take(self, scheduler: Epoch, worker: WorkerId, worker_epoch: Epoch) -> Send:
+        """The report, on its way; the next one starts empty."""
         progress = Progress(
             scheduler_epoch=scheduler,
             worker=worker,
@@ -67,4 +78,4 @@ class Report:
             landed=self.landed,
         )
         self._clear()
-        return progress
+        return to_scheduler(scheduler, progress)

@@ -17,7 +17,7 @@ from diptych.engine.core.messages import (
     Seal,
     Tokens,
 )
-from diptych.engine.core.plan import FinishInfo, TokenLogprobs
+from diptych.engine.core.plan import FinishInfo, Sample, TokenLogprobs
 from diptych.engine.core.request import SeqRef, Sequence
 from diptych.engine.core.types import (
     BlockHash,
@@ -149,6 +149,26 @@ class Running:
             parent = hashes[-1] if hashes else self.seq.request.root
             hashes.extend(extend_chain(parent, ids, block_size))
         return hashes
+
+    def news(
+        self,
+        sample: Sample,
+        finish: FinishInfo | None,
+        seal: Seal | None = None,
+        prompt_logprobs: list[TokenLogprobs] | None = None,
+    ) -> Tokens:
+        """For the client: the token just sampled, and before it what a seal brought along."""
+        ids, entries = [sample.token], [sample.logprobs]
+        if sample.error is not None:
+            ids, entries = [], []
+        first = len(self.tokens) - self.num_prompt - len(ids)
+        if seal is not None:
+            first -= 1
+            ids.insert(0, seal.token)
+            entries.insert(0, seal.logprobs)
+            prompt_logprobs = seal.prompt_logprobs
+        logprobs = [entry for entry in entries if entry is not None] or None
+        return Tokens(self.ref, first, ids, logprobs, finish, self.num_cached, prompt_logprobs)
 
     def prompt_logprobs(self) -> list[TokenLogprobs] | None:
         """To go with the first token, if they were asked for."""

@@ -14,7 +14,7 @@ from diptych.server.boot import ApiBoot, ApiProcessBoot
 from diptych.server.collector import calm_collector
 from diptych.server.lifeline import EXIT_FAULT, die_by_thread, leave_signals_to_supervisor
 from diptych.server.logs import configure_logs
-from diptych.transfer.process_names import name_process
+from diptych.transfer.processes import name_process
 
 
 def load_target(target: str) -> Callable[[ApiBoot], None]:

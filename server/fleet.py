@@ -32,6 +32,8 @@ from diptych.engine.core.messages import (
 from diptych.engine.core.types import DownCause
 
 START_S_MAX: Final = 120.0
+STILL_S_MAX: Final = 10.0
+"""So long a worker or scheduler may show no progress while it starts, fork included."""
 """A process that was started and does not answer for so long is killed."""
 FAST_FAULT_S: Final = 10.0
 """A process that lived for less ended fast."""
@@ -280,11 +282,12 @@ class Fleet:
         self._checked_s = now
         for address, beat in readings.items():
             found = self._find(address)
-            if found is None or found.state is not State.UP:
+            if found is None or found.state not in (State.UP, State.STARTING):
                 continue
+            up = found.state is State.UP
             if beat != found.beat:
                 found.beat, found.beat_at_s = beat, now
-            elif now - found.beat_at_s > self._hang_s:
+            elif now - found.beat_at_s > (self._hang_s if up else max(self._hang_s, STILL_S_MAX)):
                 found.hung = True
                 self._kill(found, f"no progress for {now - found.beat_at_s:.1f} s", now)
 
@@ -306,7 +309,7 @@ class Fleet:
         for member in self._all():
             if member.state is State.DOWN and now >= member.start_at_s and self._may_start(member):
                 self._enter(member, State.STARTING, now)
-                member.ordered_s = member.forked_s = now
+                member.ordered_s = member.forked_s = member.beat_at_s = now
                 self._commands.append(Start(member.address))
             elif self._is_late(member, now):
                 self._kill(member, f"not up after {START_S_MAX:g} s", now)
@@ -337,6 +340,14 @@ class Fleet:
             member.address
             for member in self._all()
             if member.state is State.UP and member.address.kind == kind
+        ]
+
+    def watched(self) -> list[Address]:
+        """Whose progress counters `beats` wants: workers and scheduler that run or start."""
+        return [
+            member.address
+            for member in [self._scheduler, *self._workers]
+            if member.state in (State.UP, State.STARTING)
         ]
 
     def specs(self) -> list[WorkerSpec]:

@@ -61,7 +61,7 @@ from diptych.server.link_wire import (
 )
 from diptych.server.logs import configure_logs
 from diptych.transfer.network import Network, public_of
-from diptych.transfer.process_names import name_process
+from diptych.transfer.processes import name_process
 
 HEAD_SILENCE_S_MAX: Final = 10.0
 """A head that says nothing for so long is lost, and everything here ends."""
@@ -306,7 +306,8 @@ class HostAgent:
         now = time.monotonic()
         if now - self._beat_at_s >= BEAT_S:
             self._beat_at_s = now
-            running = [a for a, state in self._states.items() if state is State.UP]
+            watched = (State.UP, State.STARTING)
+            running = [a for a, state in self._states.items() if state in watched]
             self._link.send(HostBeat(list(host.pulses(running).items())))
 
     def _packet(

@@ -5,7 +5,6 @@ whatever reason, every holder of the read end learns it from the kernel. Owns no
 no process of a host outlives its supervisor by more than a moment, not even one that computes.
 """
 
-import ctypes
 import fcntl
 import os
 import select
@@ -15,11 +14,11 @@ from collections.abc import Callable
 from typing import Final
 
 from diptych.engine.core.types import DownCause
+from diptych.transfer.processes import prctl
 
 EXIT_FAULT: Final = 70
 """Exit status of a process of ours that ended by an uncaught exception."""
 
-_PR_SET_PDEATHSIG: Final = 1
 _PR_SET_CHILD_SUBREAPER: Final = 36
 _F_SETSIG: Final = 10
 _FAULT_SIGNALS: Final = frozenset(
@@ -38,13 +37,6 @@ def die_by_kernel(lifeline_fd: int) -> None:
     fcntl.fcntl(own, _F_SETSIG, signal.SIGKILL)
     fcntl.fcntl(own, fcntl.F_SETFL, fcntl.fcntl(own, fcntl.F_GETFL) | os.O_ASYNC)
     if lifeline_ended(own):  # it ended before the signal was armed
-        os.kill(os.getpid(), signal.SIGKILL)
-
-
-def die_with_parent(parent: int) -> None:
-    """From now the kernel kills this process when the thread that forked it ends."""
-    _prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
-    if os.getppid() != parent:  # it ended before
         os.kill(os.getpid(), signal.SIGKILL)
 
 
@@ -77,7 +69,7 @@ def leave_signals_to_supervisor() -> None:
 
 def adopt_orphans() -> None:
     """Descendants whose parent ends become this process's children, so that it can reap them."""
-    _prctl(_PR_SET_CHILD_SUBREAPER, 1)
+    prctl(_PR_SET_CHILD_SUBREAPER, 1)
 
 
 def cause_of(wait_status: int) -> DownCause:
@@ -94,8 +86,3 @@ def describe_exit(wait_status: int) -> str:
         number = os.WTERMSIG(wait_status)
         return f"signal {number} ({signal.strsignal(number)})"
     return f"exit status {os.WEXITSTATUS(wait_status)}"
-
-
-def _prctl(option: int, value: int) -> None:
-    if ctypes.CDLL(None, use_errno=True).prctl(option, ctypes.c_ulong(value), 0, 0, 0):
-        raise OSError(ctypes.get_errno(), "prctl failed")

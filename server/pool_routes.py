@@ -43,9 +43,10 @@ def make_porter(
     model: LoadedModel,
     send: Callable[[Send], object],
     on_news: Callable[[TransferNews], None],
+    on_wait: Callable[[], None],
 ) -> Porter:
-    """For a worker of pool `home`."""
-    ways = _Ways(boot, home, own, model)
+    """For a worker of pool `home`. `on_wait` shows that it lives while it waits for others."""
+    ways = _Ways(boot, home, own, model, on_wait)
     routes: dict[PoolId, Backend] = {}
     asked = boot.options.transfer != "auto"
     for pool in (found.pool for found in boot.layout.pools if found.pool != home):
@@ -70,7 +71,14 @@ def layout_digest(fingerprint: str, layout: BlockLayout) -> bytes:
 class _Ways:
     """The backends of one worker: one for each layout that a peer's pool may have."""
 
-    def __init__(self, boot: HostBoot, home: PoolId, own: PoolMemory, model: LoadedModel) -> None:
+    def __init__(
+        self,
+        boot: HostBoot,
+        home: PoolId,
+        own: PoolMemory,
+        model: LoadedModel,
+        on_wait: Callable[[], None],
+    ) -> None:
         config, host = model.config, boot.layout
         self.layouts = {
             pool.pool: BlockLayout(
@@ -87,6 +95,7 @@ class _Ways:
         self._boot = boot
         self._home = home
         self._own = own
+        self._on_wait = on_wait
         self._fingerprint = model.fingerprint
         self._key = bytes.fromhex(boot.transfer_key)
         self._ip = _LOOPBACK if boot.network is None else boot.network.ip
@@ -123,7 +132,7 @@ class _Ways:
             self._own, fds.pool_fd, fds.page_fd, self._key, mine, self._ip, into, theirs
         )
         self.endpoint = self.endpoint or backend.endpoint
-        if not backend.wait_up():
+        if not backend.wait_up(on_wait=self._on_wait):
             _log.warning("NIXL does not start; prompts are computed where they decode")
         return backend
 

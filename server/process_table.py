@@ -11,7 +11,7 @@ import msgspec
 
 from diptych.engine.core.messages import Address
 from diptych.server.fleet import State
-from diptych.transfer.process_names import process_name
+from diptych.transfer.processes import process_name
 
 FILE_NAME: Final = "processes.json"
 

@@ -30,11 +30,10 @@ from diptych.server.lifeline import (
     cause_of,
     describe_exit,
     die_by_kernel,
-    die_with_parent,
 )
 from diptych.server.logs import configure_logs
 from diptych.transfer.core_table import rank_slots
-from diptych.transfer.process_names import name_process
+from diptych.transfer.processes import die_with_parent, name_process
 
 _LOOPBACK: Final = "127.0.0.1"
 

@@ -24,7 +24,7 @@ from diptych.server.lifeline import die_by_thread, leave_signals_to_supervisor
 from diptych.server.logs import configure_logs
 from diptych.server.ray_plan import Part, RayBoot, bundles, parts
 from diptych.server.spawn import spawn
-from diptych.transfer.process_names import name_process
+from diptych.transfer.processes import name_process
 
 TURN_S: Final = 1.0
 ANSWER_S_MAX: Final = 5.0

@@ -39,7 +39,7 @@ from diptych.server.logs import configure_logs
 from diptych.server.run_dir import remove_run_dir
 from diptych.transfer.channels import SUPERVISOR, Channels
 from diptych.transfer.control_page import ControlPage
-from diptych.transfer.process_names import name_process, process_name
+from diptych.transfer.processes import name_process, process_name
 
 TICK_S: Final = 0.1
 _INPUTS: Final = (

@@ -52,7 +52,7 @@ from diptych.server.logs import configure_logs
 from diptych.server.progress_bar import ProgressBar
 from diptych.server.remote_hosts import HostEvent, HostJoined, HostLost, HostNews, RemoteHosts
 from diptych.server.status import Listening, Progressed, Started, Status
-from diptych.transfer.process_names import name_process, process_name
+from diptych.transfer.processes import name_process, process_name
 
 EXIT_S_MAX: Final = 1.0  # for an orderly exit after a drain
 LAUNCHES_MAX: Final = 3  # of a launcher that fails before anything is up
@@ -261,8 +261,7 @@ class Supervisor:
                 self._fleet.exited(address, cause, now)
 
     def _read_pulses(self) -> dict[Address, int]:
-        running = [*self._fleet.up("worker"), *self._fleet.up("scheduler")]
-        readings = self._host.pulses(running)
+        readings = self._host.pulses(self._fleet.watched())
         return readings if self._hosts is None else readings | self._hosts.pulses()
 
     # ---- Ray

@@ -39,7 +39,7 @@ from diptych.server.warm_wire import (
     WarmBoot,
 )
 from diptych.server.worker import run_worker
-from diptych.transfer.process_names import name_process
+from diptych.transfer.processes import name_process
 
 PROGRESS_S: Final = 0.1
 

@@ -40,7 +40,7 @@ from diptych.transfer.control_page import ControlPage
 from diptych.transfer.core_table import CoreTable, rank_slots
 from diptych.transfer.pool_memory import PoolMemory
 from diptych.transfer.porter import PeerMessage, Porter
-from diptych.transfer.process_names import name_process, process_name
+from diptych.transfer.processes import name_process, process_name
 
 IDLE_S: Final = 0.5
 """An idle worker shows that it lives this often; far below any `hang_s`."""
@@ -160,6 +160,11 @@ def run_worker(boot: HostBoot, model: LoadedModel, worker: WorkerId, epoch: Epoc
     slot, spec = layout.slot(worker), layout.spec(worker)
     home = spec.pool
     page, memory = layout.map_page(home), layout.map_pool(home)
+
+    def beat() -> None:
+        page.beat(slot)  # a start that stands still is found out by the supervisor
+
+    beat()
     mine = layout.pool(home)
     pool = KVPool.over(
         memory,
@@ -171,6 +176,7 @@ def run_worker(boot: HostBoot, model: LoadedModel, worker: WorkerId, epoch: Epoc
     )
     threads = boot.options.threads or len(layout.cores)
     ranks = start_ranks(boot, spec, epoch, model, pool, threads)  # before there is a thread
+    beat()
     batcher = Batcher(
         worker,
         epoch,
@@ -180,11 +186,12 @@ def run_worker(boot: HostBoot, model: LoadedModel, worker: WorkerId, epoch: Epoc
         max_model_len=model.config.max_model_len,
     )
     runner = make_runner(model, pool, threads, share_of_cores(boot, spec, 0), ranks)
+    beat()
     channels = Channels(Path(boot.run_dir), me, boot.network)
     porter = None
     if len(layout.pools) > 1 or boot.network is not None:
         own = PoolMemory(memory, page, mine.block_bytes)
-        porter = make_porter(boot, me, home, own, model, channels.send, batcher.handle)
+        porter = make_porter(boot, me, home, own, model, channels.send, batcher.handle, beat)
     cores = CoreTable(layout.map_cores(), rank_slots(layout.workers))
     calm_collector()
     Worker(channels, batcher, runner, page, slot, cores, porter).run()

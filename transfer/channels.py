@@ -34,7 +34,7 @@ from diptych.engine.core.messages import (
 from diptych.engine.core.types import Epoch
 from diptych.transfer.far import WATCH_S, FarPeer, FarSide
 from diptych.transfer.network import Network
-from diptych.transfer.process_names import process_name
+from diptych.transfer.processes import process_name
 from diptych.transfer.shortcut import ShortcutInbox, ShortcutPeer
 
 QUEUE_FRAMES_MAX: Final = 16_384

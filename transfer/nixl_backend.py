@@ -121,6 +121,7 @@ class NixlBackend:
         self._listener = socket.create_server((host, 0), backlog=_BACKLOG)
         self.endpoint = "{}:{}".format(*self._listener.getsockname()[:2])
         self._boot = NixlBoot(
+            worker_pid=os.getpid(),
             control_fd=-1,
             listen_fd=self._listener.fileno(),
             pool_fd=pool_fd,
@@ -153,13 +154,17 @@ class NixlBackend:
         """Of the process; None while none runs."""
         return None if self._process is None else self._process.popen.pid
 
-    def wait_up(self, timeout_s: float = START_S_MAX) -> bool:
-        """Before the worker takes work: NIXL takes seconds to load. Without success it goes on."""
+    def wait_up(
+        self, timeout_s: float = START_S_MAX, on_wait: Callable[[], None] = lambda: None
+    ) -> bool:
+        """Before the worker takes work: NIXL takes seconds to load. Without success it goes on.
+        `on_wait` is called every half second at least."""
         until = self._clock() + timeout_s
         while (process := self._process) is not None and self._clock() < until:
             if process.up:
                 return True
             select.select([process.socket.fileno(), process.pidfd], [], [], 0.5)
+            on_wait()
             self._hear(process)
             self._watch(process)
         return False

@@ -45,7 +45,7 @@ from diptych.transfer.nixl_wire import (
     NixlRead,
     NixlUp,
 )
-from diptych.transfer.process_names import name_process
+from diptych.transfer.processes import die_with_parent, name_process
 from diptych.transfer.tcp_wire import (
     ACCEPTED,
     HELLO_S_MAX,
@@ -317,6 +317,7 @@ class NixlProcess:
 def main() -> None:
     logging.basicConfig(stream=sys.stderr, level=logging.INFO, format="nixl %(message)s")
     boot = msgspec.json.decode(sys.stdin.buffer.read(), type=NixlBoot)
+    die_with_parent(boot.worker_pid)
     name_process("nixl")
     with suppress(BrokenPipeError, ConnectionResetError):  # the worker ended
         NixlProcess(boot).run()

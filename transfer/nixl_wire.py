@@ -26,6 +26,7 @@ STALL_S_MAX: Final = 5.0
 class NixlBoot(msgspec.Struct, frozen=True, kw_only=True):
     """For the process, on its standard input."""
 
+    worker_pid: int
     control_fd: int
     listen_fd: int  # where peers ask for `NixlCard`
     pool_fd: int

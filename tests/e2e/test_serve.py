@@ -175,10 +175,10 @@ def test_status_shows_workers_and_memory(
 
 
 def test_sigterm_drains_and_ends_with_0(tmp_path: Path) -> None:
-    folder = write_model(tmp_path, "tiny")
+    folder = write_model(tmp_path, "tiny", max_position_embeddings=16_384)
     flags = ["--load-format", "dummy", "--served-model-name", "m"]
     with Serving(folder, *flags) as server, ThreadPoolExecutor(1) as pool:
-        running = pool.submit(completion, server, max_tokens=1500)
+        running = pool.submit(completion, server, max_tokens=8000)
         while not _gauge(server, "vllm:num_requests_running"):
             assert not running.done()
         for pid in descendants(server.process.pid):  # as a service manager does: all of them
@@ -186,7 +186,7 @@ def test_sigterm_drains_and_ends_with_0(tmp_path: Path) -> None:
         assert server.stop() == 0
         status, answer = running.result()
     assert status == 200
-    assert len(answer["choices"][0]["token_ids"]) == 1500
+    assert len(answer["choices"][0]["token_ids"]) == 8000
 
 
 def test_mistakes_on_the_command_line_are_one_line(

@@ -59,6 +59,14 @@ def wait_for(what: str, condition: Callable[[], bool], timeout_s: float = WAIT_S
         time.sleep(0.001)
 
 
+def state_of(pid: int) -> str:
+    """As `ps` has it: "R", "S", "T" (stopped), "Z" (dead, not reaped), ...; "X": it is gone."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0]
+    except OSError:
+        return "X"
+
+
 def marked_processes(mark: str) -> list[str]:
     """Living processes, but this one, whose environment holds the mark."""
     wanted = f"{MARK}={mark}".encode()

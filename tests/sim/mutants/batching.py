@@ -90,7 +90,7 @@ def early_seal_dropped(stack: ExitStack) -> None:
 @mutant()
 def decode_repeats_wrong_index(stack: ExitStack) -> None:
     """The decode side repeats token 0 at the index of the next one."""
-    edit(stack, Batcher, "_eventful", "        first -= 1\n", "")
+    edit(stack, Running, "news", "        first -= 1\n", "")
 
 
 @mutant("worker_crash")

@@ -28,6 +28,7 @@ from diptych.server.fleet import (
     FAST_FAULT_S,
     LEAVE_S_MAX,
     START_S_MAX,
+    STILL_S_MAX,
     Fleet,
     GiveUp,
     Kill,
@@ -288,6 +289,22 @@ def test_a_hang_is_killed_once_and_announced_as_such() -> None:
     assert [kill.address for kill in kills] == [worker(0)]
     fleet.exited(worker(0), DownCause.KILLED, now)
     assert fleet.take() == to_scheduler(1, WorkerDown(0, 1, DownCause.HUNG))
+
+
+def test_a_start_that_stands_still_is_killed_long_before_its_limit() -> None:
+    fleet = make()
+    fleet.model_ready()
+    fleet.tick(0.0)
+    fleet.take()
+    now = 0.1
+    while now < STILL_S_MAX + 1.0:  # worker 1 goes on, worker 0 and the scheduler do not
+        fleet.beats({worker(0): 7, worker(1): int(now * 10), scheduler(): 0}, now)
+        fleet.tick(now)
+        now += 0.1
+    kills = [c.address for c in fleet.take() if isinstance(c, Kill)]
+    assert len(kills) == 2
+    assert set(kills) == {worker(0), scheduler()}
+    assert set(fleet.watched()) == {worker(1)}
 
 
 def test_who_stops_reading_is_killed_and_an_older_incarnation_is_nobody() -> None:

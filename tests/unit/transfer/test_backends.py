@@ -28,6 +28,7 @@ from diptych.transfer.spans import Read, ReadDone, ReadFailed, coalesce
 from diptych.transfer.tcp_backend import STALL_S_MAX, TcpBackend
 from diptych.transfer.tcp_server import BlockServer
 from diptych.transfer.tcp_wire import ACCEPTED, ANSWER, NONCE_BYTES
+from tests.support.processes import state_of, wait_for
 
 BLOCKS = 64
 BLOCK_BYTES = 4096
@@ -336,6 +337,7 @@ def test_a_nixl_process_that_stands_still_is_killed() -> None:
     pid = rig.backend.pid
     assert pid is not None
     os.kill(pid, signal.SIGSTOP)
+    wait_for("it stands still", lambda: state_of(pid) == "T")
     rig.read(2, [2], [2])
     assert rig.backend.poll() == []
     now[0] += SILENT_S_MAX + 1.0
