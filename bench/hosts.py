@@ -30,7 +30,7 @@ from diptych.server.launch import Launched
 from diptych.server.remote_client import RemoteClient
 
 _STOPPED_S: Final = 6.0  # longer than a host may be silent
-_JOIN_S_MAX: Final = 60.0
+_JOIN_S_MAX: Final = 90.0
 _REST_S_MAX: Final = 20.0
 
 

@@ -11,10 +11,15 @@ import sys
 from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
+from typing import Final
 
 import msgspec
 
 import diptych
+
+_DEFAULTS: Final = {"UCX_TLS": "^posix,sysv"}
+"""Where the environment does not say it: those ways of UCX leave segments when a process of NIXL
+is killed, and data does not take them."""
 
 
 def spawn(module: str, boot: msgspec.Struct, fds: Sequence[int]) -> subprocess.Popen[bytes]:
@@ -51,10 +56,10 @@ def kill_child(process: subprocess.Popen[bytes]) -> None:
 
 
 def python_environment() -> dict[str, str]:
-    """This environment, with this package importable by the children whatever their folder."""
+    """This environment and our defaults, with this package importable whatever the folder."""
     root = str(Path(diptych.__file__).resolve().parent.parent)
     paths = [root, *filter(None, os.environ.get("PYTHONPATH", "").split(os.pathsep))]
-    return {**os.environ, "PYTHONPATH": os.pathsep.join(dict.fromkeys(paths))}
+    return {**_DEFAULTS, **os.environ, "PYTHONPATH": os.pathsep.join(dict.fromkeys(paths))}
 
 
 def close_other_fds(keep: set[int]) -> None:

@@ -37,7 +37,6 @@ class Agent:
     def __init__(self, boot: NixlBoot) -> None:
         if boot.loopback:
             os.putenv("UCX_NET_DEVICES", "lo")  # it would listen on every address
-        os.environ.setdefault("UCX_TLS", "^posix,sysv")  # a killed process leaves their segments
         config = nixl.nixlAgentConfig()
         config.useProgThread = True  # without it a peer's read of a passive side never ends
         config.pthrDelay = PROGRESS_DELAY_US
