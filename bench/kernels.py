@@ -1,7 +1,7 @@
 """Speed of the CPU kernels, beside what the machine can do at most, measured in the same run.
 
-Run: python -m bench.kernels [--threads N] [--level NAME] [--dtype bf16] [--weights int8]
-[--onednn] [--out FILE]. GB/s are the
+Run: python -m bench.kernels [--threads N] [--level NAME] [--dtype bf16] [--kv int8]
+[--weights int8] [--onednn] [--out FILE]. GB/s are the
 bytes of weights (or KV) that a call must read; GFLOP/s are its multiplications and additions. The
 limits are a loop of loads over a buffer of the weights' size, a copy, and a loop of multiply-adds
 in registers. Shapes are one layer of a model of about 1 B parameters.
@@ -11,6 +11,7 @@ import argparse
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
+from itertools import product
 from pathlib import Path
 from time import perf_counter
 
@@ -18,9 +19,11 @@ import torch
 
 from bench.record import spread, write
 from diptych.kernels import NARROW, Narrow, library
+from diptych.kernels.base import KV_SCALE_BYTES
 from diptych.kernels.cpp import CppKernels, available_levels, level_index
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+KV_DTYPES = {**DTYPES, "int8": torch.int8}
 LAYERS = {"qkv": (3072, 2048), "gate_up": (16384, 2048), "down": (2048, 8192)}  # N, K
 ROWS = (1, 8, 64, 512)
 NUM_Q, NUM_KV, DIM, BLOCK = 32, 8, 64, 16
@@ -98,18 +101,32 @@ def onednn(dtype: torch.dtype) -> list[dict[str, object]]:
     return results
 
 
-def attention(cpp: CppKernels, dtype: torch.dtype) -> list[dict[str, object]]:
-    """Decode: rows of many sequences, or one long one; prefill: one chunk after a past."""
+def random_pool(cpp: CppKernels, dtype: torch.dtype, num_blocks: int) -> torch.Tensor:
+    """[num_blocks, 1, 2, NUM_KV, BLOCK, DIM], of int8 with the scales behind each row."""
+    width = DIM + (KV_SCALE_BYTES if dtype == torch.int8 else 0)
+    pool = torch.zeros(num_blocks, 1, 2, NUM_KV, BLOCK, width, dtype=dtype)
+    k, v = (torch.randn(num_blocks * BLOCK, NUM_KV, DIM) for _ in range(2))
+    slots = torch.arange(num_blocks * BLOCK, dtype=torch.int32)
+    cpp.write_kv(pool[:, 0, 0], pool[:, 0, 1], k, v, slots)
+    return pool
+
+
+def attention(cpp: CppKernels, dtypes: list[str]) -> list[dict[str, object]]:
+    """Decode: rows of many sequences, or one long one; prefill: one chunk after a past. Each over KV
+    of every dtype in turn."""
     cases = {
         "decode 16 x 1024": (16, 1, 1024),
+        "decode 16 x 4096": (16, 1, 4096),
+        "decode 1 x 4096": (1, 1, 4096),
         "decode 1 x 8192": (1, 1, 8192),
+        "decode 1 x 16384": (1, 1, 16384),
         "prefill 512 at 0": (1, 512, 512),
         "prefill 512 at 1536": (1, 512, 2048),
     }
     results = []
-    for name, (seqs, tokens, kv_len) in cases.items():
+    for (name, (seqs, tokens, kv_len)), kv in product(cases.items(), dtypes):
         per_seq = kv_len // BLOCK
-        pool = torch.randn(seqs * per_seq, 1, 2, NUM_KV, BLOCK, DIM).to(dtype)
+        pool = random_pool(cpp, KV_DTYPES[kv], seqs * per_seq)
         q = torch.randn(seqs * tokens, NUM_Q, DIM)
         arguments = (
             torch.empty_like(q),
@@ -126,7 +143,7 @@ def attention(cpp: CppKernels, dtype: torch.dtype) -> list[dict[str, object]]:
         times = seconds(partial(cpp.attention, *arguments))
         pairs = seqs * sum(kv_len - t for t in range(tokens))  # (query, key) pairs that count
         work = Work(pool.nbytes, 4.0 * pairs * NUM_Q * DIM)
-        results.append({"case": name, **rates(times, work)})
+        results.append({"case": name, "kv": kv, **rates(times, work)})
     return results
 
 
@@ -135,6 +152,9 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--level", choices=available_levels())
     parser.add_argument("--dtype", choices=list(DTYPES), default="bf16")
+    parser.add_argument(
+        "--kv", nargs="*", choices=list(KV_DTYPES), default=["int8"], help="beside --dtype's"
+    )
     parser.add_argument("--weights", choices=list(NARROW), help="rounded weights")
     parser.add_argument("--onednn", action="store_true", help="torch's linear layers beside ours")
     parser.add_argument("--out", type=Path)
@@ -152,7 +172,7 @@ def main() -> None:
         "weights": flags.weights or flags.dtype,
         "linear": linear(cpp, dtype, NARROW[flags.weights] if flags.weights else None),
         **({"linear_onednn": onednn(dtype)} if flags.onednn else {}),
-        "attention": attention(cpp, dtype),
+        "attention": attention(cpp, list(dict.fromkeys((flags.dtype, *flags.kv)))),
         "limits_after": limits(cpp.level, num_out * num_in * dtype.itemsize),
     }
     write(flags.out, result)

@@ -1,8 +1,8 @@
 """The contract of a kernel backend: every function the engine calls on tensors.
 
 Owns the `Kernels` protocol and the `PackedLinear` handle; knows no backend. All activations are
-fp32 and contiguous, weights and KV are in the model dtype (fp32, bf16 or fp16), index arrays are
-int32. Outputs are written in place.
+fp32 and contiguous, weights and KV are in the model dtype (fp32, bf16 or fp16) or narrower, index
+arrays are int32. Outputs are written in place.
 
 Invariant, for every backend: the order of additions behind one output element depends on nothing
 but the shape of its own row: not on the batch, the chunk, the thread count or the physical blocks.
@@ -12,13 +12,16 @@ a decode row equals the same row of a prefill chunk.
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Final, Protocol
 
 from torch import Tensor, dtype
 
 from diptych.kernels.narrow import Narrow
 
-__all__ = ["Kernels", "PackedLinear"]
+__all__ = ["KV_SCALE_BYTES", "Kernels", "PackedLinear"]
+
+KV_SCALE_BYTES: Final = 4
+"""Of int8 KV: each token's row of a head has an fp32 scale of its own, which lies in the pool too."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -152,7 +155,8 @@ class Kernels(Protocol):
         """Round k and v (nearest even) into their slots.
 
         k_cache, v_cache: [num_blocks, Hk, block_size, D] model dtype, strided over blocks, dense
-        inside a block (one layer's views of the pool). Where an element of a head's piece of a
+        inside a block (one layer's views of the pool), or int8 with D + KV_SCALE_BYTES: each row of
+        D is rounded to integers with a scale of its own (`narrow.round_rows`, 8 bits). Where an element of a head's piece of a
         block lies is the backend's (equal on all its levels); 16 tokens from a multiple of 16 on
         are one piece of it. k, v: [T, Hk, D] fp32, rows may be strided.
         slot_mapping: [T] int32, block * block_size + offset; -1 skips the row; no slot twice.

@@ -83,7 +83,8 @@ def round_rows(x: Tensor, bits: Literal[8, 16]) -> tuple[Tensor, Tensor]:
     largest = x.abs().amax(dim=1)  # [T], NaN stays
     finite = largest.isfinite()
     some = finite & (largest >= _NOTHING)
-    inverse = torch.where(some, limit / torch.where(some, largest, 1.0), 0.0)
+    divided = torch.tensor(limit) / torch.where(some, largest, 1.0)  # a number here is no division
+    inverse = torch.where(some, divided, 0.0)
     scales = torch.where(some, largest / limit, torch.where(finite, 0.0, torch.nan))
     integers = torch.where(some[:, None], x, 0.0) * inverse[:, None]
     return integers.round().to(torch.int32), scales

@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from diptych.kernels.base import PackedLinear
+from diptych.kernels.base import KV_SCALE_BYTES, PackedLinear
 from diptych.kernels.narrow import Narrow, round_int4, round_int8, round_rows
 
 __all__ = ["ReferenceKernels"]
@@ -25,7 +25,7 @@ class ReferenceKernels:
         return "reference"
 
     def fingerprint(self) -> str:
-        return "reference-2"
+        return "reference-3"
 
     def set_num_threads(self, num_threads: int) -> None:
         assert num_threads >= 1
@@ -114,13 +114,18 @@ class ReferenceKernels:
     def write_kv(
         self, k_cache: Tensor, v_cache: Tensor, k: Tensor, v: Tensor, slot_mapping: Tensor
     ) -> None:
-        block_size = k_cache.shape[2]
+        block_size, dim = k_cache.shape[2], k.shape[2]
         for t, slot in enumerate(slot_mapping.tolist()):
             if slot < 0:
                 continue
             block, offset = divmod(slot, block_size)
-            k_cache[block, :, offset] = k[t].to(k_cache.dtype)
-            v_cache[block, :, offset] = v[t].to(v_cache.dtype)
+            for cache, row in ((k_cache, k[t]), (v_cache, v[t])):  # row: [Hk, D]
+                if cache.dtype == torch.int8:
+                    integers, scales = round_rows(row, 8)
+                    cache[block, :, offset, :dim] = integers.to(torch.int8)
+                    cache[block, :, offset, dim:] = scales[:, None].view(torch.int8)
+                else:
+                    cache[block, :, offset] = row.to(cache.dtype)
 
     def attention(
         self,
@@ -174,8 +179,12 @@ def _pad_columns(weight: Tensor, columns: int) -> Tensor:
 
 def _gather(cache: Tensor, table: Tensor, length: int) -> Tensor:
     """The first `length` tokens of a sequence, [Hk, length, D] fp64, from cache [num_blocks, Hk,
-    block_size, D].
+    block_size, D], of int8 with a scale behind each row.
     """
-    picked = cache[table].double()  # [blocks, Hk, block_size, D]
+    picked = cache[table]  # [blocks, Hk, block_size, D or D + KV_SCALE_BYTES]
+    if cache.dtype == torch.int8:
+        scales = picked[..., -KV_SCALE_BYTES:].contiguous().view(torch.float32)
+        picked = picked[..., :-KV_SCALE_BYTES].double() * scales.double()
+    picked = picked.double()
     num_blocks, heads, block_size, dim = picked.shape
     return picked.transpose(0, 1).reshape(heads, num_blocks * block_size, dim)[:, :length]

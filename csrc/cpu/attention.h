@@ -62,7 +62,7 @@ void merge_block(void* context, int64_t index) {
   const AttentionArgs& a = job.a;
   const RowBlock& block = job.blocks[index];
   const int64_t rows = block_rows(a, block), dim = a.k_cache.dim;
-  const Workspace w = make_workspace(rows, dim);
+  const Workspace w = make_workspace<F32>(rows, dim);
   reset(w.total, rows, dim);
   const float* part = job.partials + block.partial;
   for (int64_t split = block.split_begin; split < block.split_end; ++split) {
@@ -149,6 +149,7 @@ void attention_as(const AttentionArgs& a) {
 void attention(const AttentionArgs& a) {
   if (a.k_cache.dtype == DType::kF32) return attention_as<F32>(a);
   if (a.k_cache.dtype == DType::kBF16) return attention_as<BF16>(a);
+  if (a.k_cache.dtype == DType::kI8) return attention_as<I8>(a);
   attention_as<F16>(a);
 }
 

@@ -38,10 +38,12 @@ inline int64_t row_head(const AttentionArgs& a, const RowBlock& block, int64_t r
   return (block.first_head + r / (group * block.num_tokens)) * group + r % group;
 }
 
+template <class E>
 Workspace make_workspace(int64_t rows, int64_t dim) {
   auto padded = [](int64_t n) { return (n + 15) / 16 * 16; };
   const int64_t acc = padded(rows * dim), each = padded(rows);
-  const int64_t floats = 3 * acc + Vec::kRows * kTile * 3 / 2 + 4 * each;
+  const int64_t wide = Format<E>::kScaled ? kTile * dim : 0;
+  const int64_t floats = 3 * acc + Vec::kRows * kTile * 3 / 2 + 4 * each + wide + 2 * kTile;
   auto* p = static_cast<float*>(
       scratch(kScratchItem, static_cast<size_t>(floats) * 4 + static_cast<size_t>(each) * 16));
   auto take = [&p](int64_t n) {
@@ -56,6 +58,9 @@ Workspace make_workspace(int64_t rows, int64_t dim) {
   w.total.acc = take(acc);
   w.scores = take(Vec::kRows * kTile);
   w.weights = reinterpret_cast<uint32_t*>(take(Vec::kRows * kTile / 2));
+  w.wide = reinterpret_cast<uint16_t*>(take(wide));
+  w.k_scales = take(kTile);
+  w.v_scales = take(kTile);
   w.split.largest = take(each);
   w.split.sum = take(each);
   w.total.largest = take(each);
@@ -109,12 +114,12 @@ void write_row(const AttentionArgs& a, const RowBlock& block, int64_t r, const f
            [&](int64_t i, int n) { Vec::store_n(out + i, Vec::load_n(acc + i, n) * inverse, n); });
 }
 
-// Where keys [begin, end) of one head's tile that starts at `base` lie.
+// Where keys [begin, end) of one head's tile that starts at `base` lie; int8: once they are widened.
 template <class E>
 void locate(const AttentionArgs& a, const RowBlock& block, int64_t head, int64_t base,
             int64_t begin, int64_t end, Workspace& w) {
   constexpr int64_t unit = Format<E>::kUnit, item = sizeof(typename E::Raw);
-  const int64_t size = a.k_cache.block_size, dim = a.k_cache.dim;
+  const int64_t size = a.k_cache.block_size, dim = a.k_cache.dim, row = row_bytes<E>(dim);
   const int32_t* table = a.kv_indices + a.kv_indptr[block.seq];
   for (int64_t p = 0; p < kTilePanels; ++p) {
     const int64_t token = base + p * kPanel;
@@ -122,10 +127,18 @@ void locate(const AttentionArgs& a, const RowBlock& block, int64_t head, int64_t
     if (token >= end || token + kPanel <= begin) continue;
     const int64_t index = token / size, inside = head * size + token - index * size;
     const int64_t physical = table[index];
-    w.panels[p] = a.k_cache.data + (physical * a.k_cache.block_stride + inside * dim) * item;
-    const char* v = a.v_cache.data + (physical * a.v_cache.block_stride + inside * dim) * item;
+    const char* k = a.k_cache.data + physical * a.k_cache.block_stride * item + inside * row;
+    const char* v = a.v_cache.data + physical * a.v_cache.block_stride * item + inside * row;
+    if constexpr (Format<E>::kScaled) {
+      uint16_t *wide_k = w.wide + p * kPanel * dim, *wide_v = wide_k + kTile * dim;
+      widen_piece(wide_k, w.k_scales + p * kPanel, k, dim);
+      widen_piece(wide_v, w.v_scales + p * kPanel, v, dim);
+      k = reinterpret_cast<const char*>(wide_k);
+      v = reinterpret_cast<const char*>(wide_v);
+    }
+    w.panels[p] = k;
     for (int64_t i = 0; i < kPanel / unit; ++i)
-      w.values[p * kPanel / unit + i] = v + i * unit * dim * item;
+      w.values[p * kPanel / unit + i] = v + i * unit * dim * sizeof(typename Format<E>::Tile::Raw);
   }
 }
 
@@ -134,14 +147,15 @@ template <class E>
 void fetch_ahead(const AttentionArgs& a, const RowBlock& block, int64_t head, int64_t base,
                  int64_t end) {
   constexpr int64_t line = 64;
-  const int64_t size = a.k_cache.block_size, dim = a.k_cache.dim, item = sizeof(typename E::Raw);
+  constexpr int64_t item = sizeof(typename E::Raw);
+  const int64_t size = a.k_cache.block_size, row = row_bytes<E>(a.k_cache.dim);
   const int32_t* table = a.kv_indices + a.kv_indptr[block.seq];
   for (int64_t token = base; token < base + kTile && token < end; token += kPanel) {
     const int64_t index = token / size, inside = head * size + token - index * size;
     const int64_t physical = table[index];
-    const char* k = a.k_cache.data + (physical * a.k_cache.block_stride + inside * dim) * item;
-    const char* v = a.v_cache.data + (physical * a.v_cache.block_stride + inside * dim) * item;
-    for (int64_t i = 0; i < kPanel * dim * item; i += line) {
+    const char* k = a.k_cache.data + physical * a.k_cache.block_stride * item + inside * row;
+    const char* v = a.v_cache.data + physical * a.v_cache.block_stride * item + inside * row;
+    for (int64_t i = 0; i < kPanel * row; i += line) {
       __builtin_prefetch(k + i);
       __builtin_prefetch(v + i);
     }
@@ -161,6 +175,12 @@ inline void mask_row(float* s, Range range, const Softmax& state, int64_t r, flo
   state.largest[r] = tile_top > *before ? tile_top : *before;
 }
 
+// The scores of int8 keys are those of their integers until here.
+inline void scale_scores(float* s, const float* scales) {
+  for (int j = 0; j < kTile; j += Vec::W)
+    Vec::store(s + j, Vec::load(s + j) * Vec::load(scales + j));
+}
+
 // Scores become weights, in place; maxima, sums and accumulators follow. At most kRows rows.
 // full: every row sees the whole tile.
 template <class E>
@@ -169,7 +189,10 @@ void softmax_rows(const Workspace& w, int64_t rows, bool full, int64_t base, int
   static_assert(Vec::kRows <= 16 && 16 % Vec::W == 0);
   for (int64_t r = 0; r < rows; ++r) {
     const Range range = full ? Range{0, kTile} : row_range(w, r, base);
-    if (range.low < range.high) mask_row(w.scores + r * kTile, range, w.split, r, &alpha[r]);
+    if (range.low < range.high) {
+      if constexpr (Format<E>::kScaled) scale_scores(w.scores + r * kTile, w.k_scales);
+      mask_row(w.scores + r * kTile, range, w.split, r, &alpha[r]);
+    }
     after[r] = w.split.largest[r];
   }
   for (int64_t r = 0; r < rows; r += Vec::W)
@@ -177,6 +200,7 @@ void softmax_rows(const Workspace& w, int64_t rows, bool full, int64_t base, int
   for (int64_t r = 0; r < rows; ++r) {
     if (!full && !sees_any(w, r, base)) continue;
     float* s = w.scores + r * kTile;
+    [[maybe_unused]] auto* pairs = reinterpret_cast<uint16_t*>(w.weights + r * (kTile / 2));
     const F shift = Vec::set1(after[r]);
     F sum = Vec::set1(0.0f);
 #pragma GCC unroll 4
@@ -185,12 +209,21 @@ void softmax_rows(const Workspace& w, int64_t rows, bool full, int64_t base, int
       F weight;
       if constexpr (Format<E>::kDot) {
         weight = Vec::exp2_short(below);
-        Vec::store_bf16(reinterpret_cast<uint16_t*>(w.weights + r * (kTile / 2)) + j, weight);
       } else {
         weight = exp2_vec(below);
-        Vec::store(s + j, weight);
       }
       sum = sum + weight;
+      if constexpr (Format<E>::kScaled) weight = weight * Vec::load(w.v_scales + j);
+      if constexpr (Format<E>::kDot) {
+        Vec::store_bf16(pairs + j, weight);
+      } else {
+        Vec::store(s + j, weight);
+      }
+    }
+    if constexpr (Format<E>::kScaled && Format<E>::kDot) {  // the scale beside it may be anything
+      const Range range = full ? Range{0, kTile} : row_range(w, r, base);
+      if (range.low % 2 != 0) pairs[range.low - 1] = 0;
+      if (range.high % 2 != 0) pairs[range.high] = 0;
     }
     w.split.sum[r] = w.split.sum[r] * alpha[r] + Vec::sum(sum);
     if (alpha[r] != 1.0f) scale_row(w.split.acc + r * dim, alpha[r], dim);
@@ -211,6 +244,7 @@ Workspace rows_from(const Workspace& all, int64_t row, int64_t dim) {
 // The heads of a block lie side by side in memory, so they take turns at each tile.
 template <class E>
 void add_tile(const AttentionArgs& a, const RowBlock& block, int64_t base, const Workspace& all) {
+  using Tile = typename Format<E>::Tile;
   const int64_t dim = a.k_cache.dim, rows = block.num_tokens * (a.q_heads / a.k_cache.heads);
   const int64_t low = all.low[0], high = all.high[rows - 1];  // both grow with the row
   const int64_t begin = low < base ? base : low, end = high > base + kTile ? base + kTile : high;
@@ -229,14 +263,14 @@ void add_tile(const AttentionArgs& a, const RowBlock& block, int64_t base, const
     for (int64_t r = 0; r < rows; r += Vec::kRows) {
       const int64_t some = rows - r < Vec::kRows ? rows - r : Vec::kRows;
       const Workspace few = rows_from<E>(w, r, dim);
-      score_rows<E>(few, some, complete, dim);
+      score_rows<Tile>(few, some, complete, dim);
       // Both ends of a row's range grow with the row.
       const bool full = few.low[some - 1] <= base && few.high[0] >= base + kTile;
       softmax_rows<E>(few, some, full, base, dim);
       if (full) {
-        weigh_shared<E>(few, some, {0, kTile}, dim);
+        weigh_shared<Tile>(few, some, {0, kTile}, dim);
       } else {
-        weigh_values<E>(few, some, base, dim);
+        weigh_values<Tile>(few, some, base, dim);
       }
     }
   }
@@ -245,7 +279,7 @@ void add_tile(const AttentionArgs& a, const RowBlock& block, int64_t base, const
 template <class E>
 Workspace open_block(const AttentionArgs& a, const RowBlock& block, int64_t rows) {
   const int64_t dim = a.k_cache.dim;
-  Workspace w = make_workspace(rows, dim);
+  Workspace w = make_workspace<E>(rows, dim);
   const int64_t num_tokens = a.qo_indptr[block.seq + 1] - a.qo_indptr[block.seq];
   const int64_t first_position = a.kv_len[block.seq] - num_tokens + block.first_token;
   const F scale = Vec::set1(a.scale * 1.44269504088896341f);  // powers of two from here on

@@ -56,6 +56,10 @@ DType model_dtype(const TensorView& t) {
   return DType::kF16;
 }
 
+DType kv_dtype(const TensorView& t) {
+  return is_type(t, kDLInt, 8) ? DType::kI8 : model_dtype(t);
+}
+
 // Elements between neighbours along the first dimension; all other dimensions are dense.
 int64_t row_stride(const TensorView& t) {
   int64_t dense = 1;
@@ -97,13 +101,15 @@ void check_range(const int32_t* indices, int64_t size, int64_t low, int64_t end)
 
 CacheView cache_view(const TensorView& t) {
   CHECK(t.ndim() == 4 && t.device().device_type == kDLCPU);
-  CHECK(t.size(2) % kPanel == 0 && t.size(3) % 2 == 0);
-  return {data<char>(t), row_stride(t), t.size(2), t.size(1), t.size(3), model_dtype(t)};
+  const DType dtype = kv_dtype(t);
+  const int64_t dim = t.size(3) - (dtype == DType::kI8 ? 4 : 0);  // a row ends with its scale
+  CHECK(t.size(2) % kPanel == 0 && dim > 0 && dim % 2 == 0);
+  return {data<char>(t), row_stride(t), t.size(2), t.size(1), dim, dtype};
 }
 
 void check_same_cache(const TensorView& k, const TensorView& v) {
   for (int32_t d = 0; d < 4; ++d) CHECK(k.size(d) == v.size(d));
-  CHECK(model_dtype(k) == model_dtype(v));
+  CHECK(kv_dtype(k) == kv_dtype(v));
 }
 
 int64_t round_up(int64_t n, int64_t unit) { return (n + unit - 1) / unit * unit; }

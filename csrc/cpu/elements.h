@@ -56,6 +56,12 @@ struct F16 {
   }
 };
 
+// 32 integers -> bf16, exactly.
+inline void widen_integers(uint16_t* __restrict out, const int8_t* __restrict x) {
+  for (int i = 0; i < 32; ++i)
+    out[i] = static_cast<uint16_t>(float_bits(static_cast<float>(x[i])) >> 16);
+}
+
 template <class E>
 void convert_row(typename E::Raw* __restrict out, const float* __restrict x, int64_t n) {
   for (int64_t i = 0; i < n; ++i) out[i] = E::from_float(x[i]);

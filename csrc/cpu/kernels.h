@@ -9,7 +9,7 @@
 
 namespace diptych::cpu {
 
-enum class DType : int32_t { kF32 = 0, kBF16 = 1, kF16 = 2 };
+enum class DType : int32_t { kF32 = 0, kBF16 = 1, kF16 = 2, kI8 = 3 };  // kI8: of KV only
 
 // How the weights of a linear layer are held: in the model's dtype or as small integers.
 enum class Width : int32_t { kModel = 0, kInt8 = 1, kInt4 = 2 };
@@ -77,10 +77,11 @@ struct SiluArgs {
 // One layer's K or V in the pool. Block b's piece of head h starts at b * block_stride + h *
 // block_size * dim and holds, with unit 2 for bf16 and 1 otherwise, keys as panels of 16 tokens
 // [block_size/16][dim/unit][16][unit], as a packed weight of 16 outputs, and values as
-// [block_size/unit][dim][unit]: what attention multiplies lies side by side.
+// [block_size/unit][dim][unit]: what attention multiplies lies side by side. int8 is laid out as bf16,
+// and every 16 tokens of a head are followed by their 16 scales, see kv_int8.h.
 struct CacheView {
   char* data;
-  int64_t block_stride;  // elements
+  int64_t block_stride;  // elements, of which a row of kI8 has dim + 4
   int64_t block_size, heads, dim;
   DType dtype;
 };

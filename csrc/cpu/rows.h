@@ -5,6 +5,7 @@
 #include <string.h>
 
 #include "gemm.h"
+#include "kv_int8.h"
 #include "pool.h"
 
 namespace diptych::cpu {
@@ -204,11 +205,18 @@ void write_kv_row(const WriteKvArgs& a, int64_t t) {
   write_rows<E>(a.v_cache, a.v + t * a.v_stride, a.slots[t], false);
 }
 
+void write_kv_row_int8(const WriteKvArgs& a, int64_t t) {
+  if (a.slots[t] < 0) return;
+  round_tokens(a.k_cache, a.k + t * a.k_stride, a.slots[t], true);
+  round_tokens(a.v_cache, a.v + t * a.v_stride, a.slots[t], false);
+}
+
 void write_kv(const WriteKvArgs& a) {
   const int64_t values = 2 * a.k_cache.heads * a.k_cache.dim;
   if (a.k_cache.dtype == DType::kF32) run_rows<WriteKvArgs, write_kv_row<F32>>(a, a.rows, values);
   if (a.k_cache.dtype == DType::kBF16) run_rows<WriteKvArgs, write_kv_row<BF16>>(a, a.rows, values);
   if (a.k_cache.dtype == DType::kF16) run_rows<WriteKvArgs, write_kv_row<F16>>(a, a.rows, values);
+  if (a.k_cache.dtype == DType::kI8) run_rows<WriteKvArgs, write_kv_row_int8>(a, a.rows, values);
 }
 
 }  // namespace

@@ -84,6 +84,7 @@ struct Vec {
     second =
         _mm256_castsi256_ps(_mm256_and_si256(v, _mm256_set1_epi32(static_cast<int>(0xffff0000u))));
   }
+  static void widen_bytes(uint16_t* out, const int8_t* in) { widen_integers(out, in); }
   static F dot_pairs(F sum, uint32_t x, const uint32_t* w);  // not on this level
   static void store_bf16(uint16_t* p, F v);                  // likewise
   static F exp2_short(F x);                                  // likewise

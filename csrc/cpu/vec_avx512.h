@@ -98,6 +98,22 @@ struct Vec {
     second =
         _mm512_castsi512_ps(_mm512_and_si512(v, _mm512_set1_epi32(static_cast<int>(0xffff0000u))));
   }
+  // 32 integers -> bf16, exactly
+  static void widen_bytes(uint16_t* out, const int8_t* in) {
+    const __m256i bytes = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(in));
+    const F low = _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm256_castsi256_si128(bytes)));
+    const F high = _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm256_extracti128_si256(bytes, 1)));
+#ifdef __AVX512BF16__
+    _mm512_storeu_si512(out, (__m512i)_mm512_cvtne2ps_pbh(high, low));
+#else
+    const auto store = [](uint16_t* to, F v) {
+      _mm256_storeu_si256(reinterpret_cast<__m256i*>(to),
+                          _mm512_cvtepi32_epi16(_mm512_srli_epi32(_mm512_castps_si512(v), 16)));
+    };
+    store(out, low);
+    store(out + 16, high);
+#endif
+  }
 #ifndef __AVX512BF16__
   static F dot_pairs(F sum, uint32_t x, const uint32_t* w);  // not on this level
   static void store_bf16(uint16_t* p, F v);                  // likewise

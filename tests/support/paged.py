@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from diptych.kernels import Kernels
+from diptych.kernels.base import KV_SCALE_BYTES
 
 __all__ = [
     "Heads",
@@ -29,11 +30,26 @@ def int32(values: list[int]) -> Tensor:
 def token_rows(k_cache: Tensor, v_cache: Tensor) -> tuple[Tensor, Tensor]:
     """The C++ backend's K and V ([blocks, heads, block_size, dim] by name) as a row per token."""
     blocks, heads, block_size, dim = k_cache.shape
+    if k_cache.dtype == torch.int8:
+        return _int8_rows(k_cache, keys=True), _int8_rows(v_cache, keys=False)
     unit = 2 if k_cache.dtype == torch.bfloat16 else 1
     panels = k_cache.reshape(blocks, heads, block_size // 16, dim // unit, 16, unit)
     pairs = v_cache.reshape(blocks, heads, block_size // unit, dim, unit)
     keys = panels.transpose(3, 4).reshape(k_cache.shape)
     return keys, pairs.transpose(3, 4).reshape(v_cache.shape)
+
+
+def _int8_rows(cache: Tensor, *, keys: bool) -> Tensor:
+    """cache: [blocks, heads, block_size, dim + 4] by name; each 16 tokens end with their scales."""
+    blocks, heads, block_size, dim = cache.shape
+    dim -= KV_SCALE_BYTES
+    pieces = cache.reshape(blocks, heads, block_size // 16, -1)
+    values, scales = pieces[..., : 16 * dim], pieces[..., 16 * dim :]
+    shape = (dim // 2, 16, 2) if keys else (8, dim, 2)
+    values = values.unflatten(-1, shape).transpose(-3, -2) if keys else values.unflatten(-1, shape)
+    rows = values.reshape(*pieces.shape[:3], 16, dim) if keys else values.transpose(-2, -1)
+    rows = rows.reshape(blocks, heads, block_size, dim)
+    return torch.cat([rows, scales.reshape(blocks, heads, block_size, KV_SCALE_BYTES)], -1)
 
 
 @dataclass(frozen=True)
@@ -98,7 +114,10 @@ def build_pool(
     counts = [-(-s.kv_len // heads.block_size) for s in sequences]
     num_blocks = sum(counts) + 3
     shape = (num_blocks, 2, 2, heads.num_kv, heads.block_size, heads.dim)  # two layers
-    pool = torch.full(shape, float("nan"), dtype=heads.dtype)
+    if heads.dtype == torch.int8:  # a scale of ones alone is NaN
+        pool = torch.full((*shape[:-1], heads.dim + KV_SCALE_BYTES), -1, dtype=torch.int8)
+    else:
+        pool = torch.full(shape, float("nan"), dtype=heads.dtype)
     k_cache, v_cache = pool[:, 1, 0], pool[:, 1, 1]
     free = torch.randperm(num_blocks, generator=generator).tolist()
     tables = []

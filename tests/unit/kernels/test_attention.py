@@ -10,7 +10,7 @@ from diptych.kernels.cpp import CppKernels
 from diptych.kernels.reference import ReferenceKernels
 from tests.support.paged import Heads, Sequence, build_pool, int32, random_sequences, run_attention
 
-F32, BF16, F16 = torch.float32, torch.bfloat16, torch.float16
+F32, BF16, F16, I8 = torch.float32, torch.bfloat16, torch.float16, torch.int8
 
 CASES = [
     Heads(4, 4, 64),
@@ -21,6 +21,10 @@ CASES = [
     Heads(2, 2, 8, F16, block_size=16, window=1),
     Heads(5, 1, 256, F32, block_size=48),
     Heads(2, 1, 6, BF16, block_size=32, window=64),
+    Heads(8, 2, 64, I8),
+    Heads(3, 3, 40, I8, window=37, block_size=48),
+    Heads(8, 1, 128, I8, block_size=32),
+    Heads(2, 1, 6, I8, window=1),
 ]
 
 
@@ -40,7 +44,7 @@ def _expected(
     """The reference's rows and how far others may be. With bf16 dot products queries are rounded
     to bf16 (here too, before the reference sees them), and so are the softmax's weights.
     """
-    dot = cpp.level == "avx512_bf16" and heads.dtype == BF16
+    dot = cpp.level == "avx512_bf16" and heads.dtype in (BF16, I8)
     if dot:
         scale = heads.dim**-0.5 * 1.4426950408889634  # as the kernels do: powers of two
         rounded = [((s.q * scale).bfloat16().float() / scale) for s in sequences]
@@ -59,8 +63,11 @@ def test_equals_the_reference(cpp: CppKernels, reference: ReferenceKernels, head
         torch.testing.assert_close(out, right, rtol=error, atol=error)
 
 
-def test_long_contexts_equal_the_reference(cpp: CppKernels, reference: ReferenceKernels) -> None:
-    heads = Heads(4, 2, 32, BF16)
+@pytest.mark.parametrize("dtype", [BF16, I8])
+def test_long_contexts_equal_the_reference(
+    cpp: CppKernels, reference: ReferenceKernels, dtype: torch.dtype
+) -> None:
+    heads = Heads(4, 2, 32, dtype)
     sequences = random_sequences(heads, [(3, 1500), (1, 513)], torch.Generator().manual_seed(3))
     expected, error = _expected(cpp, reference, heads, sequences)
     for threads in (1, 3):
@@ -85,7 +92,13 @@ def _in_chunks(
 
 @pytest.mark.parametrize(
     "heads",
-    [Heads(4, 4, 64, BF16), Heads(6, 2, 40, F32, window=50), Heads(8, 1, 64, F16)],
+    [
+        Heads(4, 4, 64, BF16),
+        Heads(6, 2, 40, F32, window=50),
+        Heads(8, 1, 64, F16),
+        Heads(8, 2, 64, I8),
+        Heads(3, 1, 40, I8, window=50),
+    ],
     ids=str,
 )
 def test_chunks_neighbours_and_blocks_change_no_bit(cpp: CppKernels, heads: Heads) -> None:
@@ -99,10 +112,13 @@ def test_chunks_neighbours_and_blocks_change_no_bit(cpp: CppKernels, heads: Head
     assert torch.equal(_in_chunks(cpp, wide_blocks, sequence, 50, others), whole)
 
 
+@pytest.mark.parametrize("dtype", [BF16, I8])
 @pytest.mark.parametrize("window", [0, 600])
-def test_threads_and_splits_change_no_bit(cpp: CppKernels, window: int) -> None:
+def test_threads_and_splits_change_no_bit(
+    cpp: CppKernels, window: int, dtype: torch.dtype
+) -> None:
     """With several threads a few long rows are cut along their keys, with one they are not."""
-    heads = Heads(4, 2, 64, BF16, window=window)
+    heads = Heads(4, 2, 64, dtype, window=window)
     generator = torch.Generator().manual_seed(5)
     [sequence] = random_sequences(heads, [(70, 1700)], generator)
     whole = run_attention(cpp, heads, [sequence], generator)[0]
@@ -116,7 +132,7 @@ def test_threads_and_splits_change_no_bit(cpp: CppKernels, window: int) -> None:
         assert torch.equal(last, whole[69:])
 
 
-@pytest.mark.parametrize("dtype", [F32, BF16])
+@pytest.mark.parametrize("dtype", [F32, BF16, I8])
 @pytest.mark.parametrize("at", [30, 31])
 def test_a_later_nan_does_not_reach_an_earlier_row(
     cpp: CppKernels, at: int, dtype: torch.dtype
@@ -134,8 +150,9 @@ def test_a_later_nan_does_not_reach_an_earlier_row(
     assert after[at:].isnan().all()
 
 
-def test_what_left_the_window_does_not_matter(cpp: CppKernels) -> None:
-    heads = Heads(4, 2, 32, BF16, window=75)
+@pytest.mark.parametrize("dtype", [BF16, I8])
+def test_what_left_the_window_does_not_matter(cpp: CppKernels, dtype: torch.dtype) -> None:
+    heads = Heads(4, 2, 32, dtype, window=75)
     [clean] = random_sequences(heads, [(150, 200)], torch.Generator().manual_seed(8))
     spoiled = dataclasses.replace(clean, k=clean.k.clone(), v=clean.v.clone())
     spoiled.k[:77] = spoiled.v[:77] = float("nan")

@@ -131,6 +131,27 @@ def test_kv_is_rounded_to_nearest_even(cpp: CppKernels, dtype: torch.dtype) -> N
         torch.testing.assert_close(stored, expected, rtol=0, atol=0, equal_nan=True)
 
 
+@pytest.mark.parametrize("dim", [6, 40, 128])
+def test_int8_kv_is_the_reference_s(
+    cpp: CppKernels, reference: ReferenceKernels, dim: int
+) -> None:
+    """Every integer and every scale, whatever the size of the values; NaN and infinity too."""
+    rows, generator = 61, torch.Generator().manual_seed(dim)
+    k, v = (torch.randn(rows, 2, dim, generator=generator) for _ in range(2))
+    k *= 10.0 ** torch.randint(-45, 38, (rows, 2, 1), generator=generator)
+    v = (v * 40).round() / 2  # many ties
+    v[3], v[4, 1, 2], k[5, 0, 1], v[6] = 0.0, torch.nan, torch.inf, 1e-35
+    slots = torch.randperm(64, generator=generator)[:rows].to(torch.int32)
+    slots[7] = -1
+    mine, right = (torch.zeros(2, 2, 2, 32, dim + 4, dtype=torch.int8) for _ in range(2))
+    cpp.write_kv(mine[0], mine[1], k, v, slots)
+    reference.write_kv(right[0], right[1], k, v, slots)
+    for cache, wanted in zip(token_rows(mine[0], mine[1]), right, strict=True):
+        assert torch.equal(cache[..., :dim], wanted[..., :dim])
+        scales, expected = (c[..., dim:].contiguous().view(torch.float32) for c in (cache, wanted))
+        torch.testing.assert_close(scales, expected, rtol=0, atol=0, equal_nan=True)
+
+
 def test_slot_minus_one_writes_nothing(cpp: CppKernels) -> None:
     k_cache, v_cache = torch.zeros(2, 1, 16, 8), torch.zeros(2, 1, 16, 8)
     rows = torch.ones(3, 1, 8)
