@@ -10,6 +10,7 @@ from collections.abc import Sequence as Seq
 
 from torch import Tensor
 
+from diptych.engine.core.model_config import KVDtype
 from diptych.engine.core.params import SamplingParams
 from diptych.engine.core.plan import Sample, StepPlan, StepResult, StepRow
 from diptych.engine.core.request import Request, SeqRef, Sequence
@@ -39,10 +40,15 @@ class Driver:
     """Adds prompts, then steps until each has its tokens."""
 
     def __init__(
-        self, model: LoadedModel, num_blocks: int = 256, block_size: int = 16, threads: int = 1
+        self,
+        model: LoadedModel,
+        num_blocks: int = 256,
+        block_size: int = 16,
+        threads: int = 1,
+        kv_dtype: KVDtype | None = None,
     ) -> None:
         model.kernels.set_num_threads(threads)
-        self.pool = KVPool.over(None, model.config, num_blocks, block_size)
+        self.pool = KVPool.over(None, model.config, num_blocks, block_size, dtype=kv_dtype)
         self.recorder = GreedyRecorder(model.kernels)
         self.runner = Runner(model, self.pool, self.recorder)
         self.seqs: list[Sequence] = []

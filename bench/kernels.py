@@ -18,8 +18,8 @@ from time import perf_counter
 import torch
 
 from bench.record import spread, write
+from diptych.engine.core.types import KV_SCALE_BYTES
 from diptych.kernels import NARROW, Narrow, library
-from diptych.kernels.base import KV_SCALE_BYTES
 from diptych.kernels.cpp import CppKernels, available_levels, level_index
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
@@ -112,8 +112,8 @@ def random_pool(cpp: CppKernels, dtype: torch.dtype, num_blocks: int) -> torch.T
 
 
 def attention(cpp: CppKernels, dtypes: list[str]) -> list[dict[str, object]]:
-    """Decode: rows of many sequences, or one long one; prefill: one chunk after a past. Each over KV
-    of every dtype in turn."""
+    """Decode: rows of many sequences, or one long one; prefill: one chunk after a past. Each
+    over KV of every dtype in turn."""
     cases = {
         "decode 16 x 1024": (16, 1, 1024),
         "decode 16 x 4096": (16, 1, 4096),

@@ -1,9 +1,9 @@
 """The losslessness matrix: what a client gets never depends on how it was computed.
 
 {inline, 1P1D, 2P2D, mixed, separate pools over shm, tcp and (where installed) nixl, with blocks of
-one size and of 16 > 32 tokens, prefill and decode workers of one and two ranks ("tp2:1": two for
-prefill, one for decode)} x {chunk 16, 64, whole} x {alone, 16 others} x {cold, prefix hit} x
-{undisturbed, worker killed, preempted} x {greedy, seeded, n=3}.
+one size and of 16 > 32 tokens, KV of the model's dtype and of int8, prefill and decode workers of
+one and two ranks ("tp2:1": two for prefill, one for decode)} x {chunk 16, 64, whole} x {alone, 16
+others} x {cold, prefix hit} x {undisturbed, worker killed, preempted} x {greedy, seeded, n=3}.
 Every cell must give token ids and log-probabilities that equal, bit for bit, those of one
 undisturbed request alone in the inline engine (with as many shards of the model).
 `python -m bench.losslessness` runs the whole product, `--pairwise` a cover of all pairs.
@@ -53,8 +53,10 @@ _TOPOLOGIES: Final = (
     "2P2D tp2:2 tcp",
     "2P2D shm 16>32",
     "1P1D tcp 16>32",
+    "2P2D int8",
+    "1P1D tp2:1 tcp 16>32 int8",
 )
-"""Workers; how blocks move between separate pools; tokens of a block there, prefill > decode."""
+"""Workers; how blocks move between separate pools; tokens of a block there; dtype of KV."""
 _WITH_NIXL: Final = ("2P2D nixl", "1P1D nixl 16>32")
 AXES: Final[dict[str, tuple[str, ...]]] = {
     "topology": (*_TOPOLOGIES, *(_WITH_NIXL if nixl_installed() else ())),
@@ -262,6 +264,10 @@ def block_sizes_of(topology: str) -> tuple[int, int]:
     return 16, 16
 
 
+def is_int8(topology: str) -> bool:
+    return "int8" in topology.split(" ")
+
+
 def engine_options(folder: Path, key: tuple[str, str, bool]) -> EngineOptions:
     topology, chunk, small = key
     prefill, decode, mixed = _WORKERS[topology.split(" ")[0]]
@@ -273,6 +279,7 @@ def engine_options(folder: Path, key: tuple[str, str, bool]) -> EngineOptions:
         cache=CacheOptions(
             num_blocks=(_BLOCKS_SMALL if small else _BLOCKS_LARGE) * 16 // decode_size,
             block_size=decode_size,
+            kv_cache_dtype="int8" if is_int8(topology) else "auto",
         ),
         batch=BatchOptions(
             max_num_batched_tokens=4096 if chunk == "whole" else 256,
@@ -291,9 +298,9 @@ def engine_options(folder: Path, key: tuple[str, str, bool]) -> EngineOptions:
     )
 
 
-async def references(folder: Path, num_shards: int) -> dict[str, Answer]:
+async def references(folder: Path, num_shards: int, int8: bool) -> dict[str, Answer]:
     """One request alone in the inline engine, the whole prompt in one chunk."""
-    topology = f"inline tp{num_shards}:{num_shards}"
+    topology = f"inline tp{num_shards}:{num_shards}{' int8' if int8 else ''}"
     hosted = await host_engine(engine_options(folder, (topology, "whole", False)), inline=True)
     try:
         prompt = prompt_of("target", _NUM_PROMPT)
@@ -311,14 +318,16 @@ Row = tuple[Cell, Outcome, str]
 
 async def run_cells(cells: list[Cell], folder: Path) -> list[Row]:
     """Runs the cells grouped by engine; one row of outcome each."""
-    expected = {shards: await references(folder, shards) for shards in (1, 2)}
+    variants = {(max(ranks_of(cell.topology)), is_int8(cell.topology)) for cell in cells}
+    expected = {variant: await references(folder, *variant) for variant in variants}
     rows: list[Row] = []
     serial = itertools.count()
     ordered = sorted(cells, key=lambda cell: cell.engine_key)
     for key, group in itertools.groupby(ordered, key=lambda cell: cell.engine_key):
-        hosted = await host_engine(engine_options(folder, key), inline=key[0] == "inline")
+        inline = key[0].startswith("inline")
+        hosted = await host_engine(engine_options(folder, key), inline=inline)
         engine = MatrixEngine(hosted, sum(_WORKERS[key[0].split(" ")[0]]))
-        right = expected[max(ranks_of(key[0]))]
+        right = expected[max(ranks_of(key[0])), is_int8(key[0])]
         stats: Stats | None = None
         try:
             for cell in group:

@@ -21,7 +21,7 @@ from diptych.engine.batch import build_input
 from diptych.engine.collectives import Collectives
 from diptych.engine.core.config import ModelOptions
 from diptych.engine.core.errors import ConfigError
-from diptych.engine.core.model_config import ModelConfig, load_model_config
+from diptych.engine.core.model_config import KVDtype, ModelConfig, load_model_config
 from diptych.engine.core.plan import Sample, StepPlan, StepResult, StepRow, TokenLogprobs
 from diptych.engine.core.request import Sequence
 from diptych.engine.follower import encode_step, follow
@@ -64,6 +64,13 @@ class LoadedModel:
     kernels: Kernels
     fingerprint: str  # equal fingerprints compute equal bits
     prepared: Prepared  # how the weights came here
+
+    def fingerprint_over(self, kv_dtypes: Seq[KVDtype]) -> str:
+        """Of results over pools of these dtypes, which it names where they are not the model's."""
+        if all(dtype == self.config.dtype for dtype in kv_dtypes):
+            return self.fingerprint
+        names = kv_dtypes[:1] if len(set(kv_dtypes)) == 1 else kv_dtypes
+        return f"{self.fingerprint} kv {' '.join(names)}"
 
 
 def load_model(

@@ -12,16 +12,13 @@ a decode row equals the same row of a prefill chunk.
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Final, Protocol
+from typing import Protocol
 
 from torch import Tensor, dtype
 
 from diptych.kernels.narrow import Narrow
 
-__all__ = ["KV_SCALE_BYTES", "Kernels", "PackedLinear"]
-
-KV_SCALE_BYTES: Final = 4
-"""Of int8 KV: each token's row of a head has an fp32 scale of its own, which lies in the pool too."""
+__all__ = ["Kernels", "PackedLinear"]
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -156,9 +153,10 @@ class Kernels(Protocol):
 
         k_cache, v_cache: [num_blocks, Hk, block_size, D] model dtype, strided over blocks, dense
         inside a block (one layer's views of the pool), or int8 with D + KV_SCALE_BYTES: each row of
-        D is rounded to integers with a scale of its own (`narrow.round_rows`, 8 bits). Where an element of a head's piece of a
-        block lies is the backend's (equal on all its levels); 16 tokens from a multiple of 16 on
-        are one piece of it. k, v: [T, Hk, D] fp32, rows may be strided.
+        D is rounded to integers with a scale of its own (`narrow.round_rows`, 8 bits). Where an
+        element of a head's piece of a block lies is the backend's (equal on all its levels); 16
+        tokens from a multiple of 16 on are one piece of it. k, v: [T, Hk, D] fp32, rows may be
+        strided.
         slot_mapping: [T] int32, block * block_size + offset; -1 skips the row; no slot twice.
         """
         ...

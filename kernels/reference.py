@@ -11,7 +11,8 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from diptych.kernels.base import KV_SCALE_BYTES, PackedLinear
+from diptych.engine.core.types import KV_SCALE_BYTES
+from diptych.kernels.base import PackedLinear
 from diptych.kernels.narrow import Narrow, round_int4, round_int8, round_rows
 
 __all__ = ["ReferenceKernels"]

@@ -3,8 +3,9 @@
 Both sides meet in units of 16 tokens, of which every layout is made whole: [unit, layers, 2,
 kv_heads, 16 * head_dim], all heads whatever the tensor-parallel size. Inside a unit the elements
 lie as the kernels want them, which depends on the dtype; so another dtype goes through tokens,
-[16, head_dim]. Owns nothing. Invariant: a conversion to the same dtype changes no bit of any token;
-to a narrower one it rounds to the nearest, ties to even.
+[16, head_dim]. int8 meets int8 only: a token's row there ends with its scale, which belongs to the
+unit. Owns nothing. Invariant: a conversion to the same dtype changes no bit of any token; to a
+narrower one it rounds to the nearest, ties to even.
 """
 
 from collections.abc import Sequence
@@ -13,7 +14,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from diptych.engine.core.types import HASH_UNIT_TOKENS
+from diptych.engine.core.types import HASH_UNIT_TOKENS, KV_SCALE_BYTES
 
 __all__ = ["BlockLayout", "Converter"]
 
@@ -21,7 +22,7 @@ __all__ = ["BlockLayout", "Converter"]
 @dataclass(frozen=True, slots=True)
 class BlockLayout:
     """What the bytes of one block mean: `num_parts` neighbouring blocks of the kernels, each
-    [num_layers, 2, num_kv_heads, block_size * head_dim]."""
+    [num_layers, 2, num_kv_heads, block_size * row]."""
 
     num_layers: int
     num_kv_heads: int
@@ -37,16 +38,21 @@ class BlockLayout:
 
     @property
     def num_bytes(self) -> int:
-        row = self.num_layers * 2 * self.num_kv_heads * self.head_dim * self.dtype.itemsize
-        return self.num_tokens * row
+        rows = self.num_layers * 2 * self.num_kv_heads * self.num_tokens
+        return rows * self.row * self.dtype.itemsize
+
+    @property
+    def row(self) -> int:
+        """Elements of one token of one head."""
+        return self.head_dim + (KV_SCALE_BYTES if self.dtype == torch.int8 else 0)
 
     def units(self, memory: memoryview) -> Tensor:
-        """[num_blocks, num_parts, layers, 2, heads, units of a part, 16 * head_dim]."""
+        """[num_blocks, num_parts, layers, 2, heads, units of a part, 16 * row]."""
         count = len(memory) // self.num_bytes
         raw = torch.frombuffer(memory, dtype=torch.uint8, count=count * self.num_bytes)
         units = self.block_size // HASH_UNIT_TOKENS
         rows = (self.num_layers, 2, self.num_kv_heads)
-        shape = (count, self.num_parts, *rows, units, HASH_UNIT_TOKENS * self.head_dim)
+        shape = (count, self.num_parts, *rows, units, HASH_UNIT_TOKENS * self.row)
         return raw.view(self.dtype).view(shape)
 
     @property
@@ -82,6 +88,7 @@ class Converter:
         assert source.num_tokens == own.num_tokens, "blocks of another number of tokens"
         assert (source.num_layers, source.num_kv_heads) == (own.num_layers, own.num_kv_heads)
         assert (source.head_dim, source.panels) == (own.head_dim, own.panels)
+        assert source.dtype == own.dtype or torch.int8 not in (source.dtype, own.dtype)
         self._source, self._own = source, own
         self._from, self._to = source.units(source_memory), own.units(memory)
 

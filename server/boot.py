@@ -9,7 +9,7 @@ from pathlib import Path
 import msgspec
 
 from diptych.engine.core.config import EngineOptions, WorkerSpec
-from diptych.engine.core.model_config import StoredDtype
+from diptych.engine.core.model_config import KVDtype
 from diptych.engine.core.types import ApiId, Epoch, PoolId, WorkerId
 from diptych.server.client import EngineInfo
 from diptych.server.ray_plan import RayOptions
@@ -25,7 +25,7 @@ class PoolLayout(msgspec.Struct, frozen=True, kw_only=True):
     pool_fd: int
     page_fd: int
     num_parts: int = 1  # blocks of the kernels in one block of the scheduler
-    dtype: StoredDtype
+    dtype: KVDtype
     block_bytes: int
 
 

@@ -19,6 +19,7 @@ from diptych.engine.core.config import (
     CacheOptions,
     Dtype,
     EngineOptions,
+    KVCacheDtype,
     ModelOptions,
     Quantization,
     SchedulerOptions,
@@ -50,6 +51,8 @@ class Engine:
     model: a folder with a Hugging Face checkpoint, a hub name, or None for the built-in model.
     inline: True runs everything in this process (one worker); False starts `prefill` + `decode`
         + `mixed` worker processes under a supervisor.
+    kv_cache_dtype: of the KV pools; "int8" holds about twice the tokens of "bfloat16" in the same
+        memory, with a scale per token and head.
     separate_pools: prefill and decode workers each have their own KV memory; blocks move between
         them by `transfer` ("auto", "shm", "tcp" or "nixl").
     tensor_parallel_size: processes over which each worker's model is spread; `prefill_tp` and
@@ -74,6 +77,7 @@ class Engine:
         block_size: int = 16,
         num_blocks: int | None = None,
         kv_cache_memory_bytes: int = 1 << 30,
+        kv_cache_dtype: KVCacheDtype = "auto",
         enable_prefix_caching: bool = True,
         max_num_seqs: int = 256,
         max_num_batched_tokens: int = 512,
@@ -96,7 +100,13 @@ class Engine:
         scale = None if inline else autoscale
         slo_s = (ttft_slo_s, itl_slo_s)
         scheduler = _scheduler_options(max_num_seqs, slo_s, scale, scale_down_delay_s)
-        cache = _cache_options(block_size, num_blocks, kv_cache_memory_bytes, enable_prefix_caching)
+        cache = CacheOptions(
+            block_size=block_size,
+            num_blocks=num_blocks,
+            memory_bytes=kv_cache_memory_bytes,
+            kv_cache_dtype=kv_cache_dtype,
+            enable_prefix_caching=enable_prefix_caching,
+        )
         options = EngineOptions(
             model=_model_options(folder, dtype, max_model_len, load_format, quantization),
             cache=cache,
@@ -312,17 +322,6 @@ def _model_options(
         max_model_len=max_model_len,
         load_format=_load_format(load_format),
         quantization=quantization,
-    )
-
-
-def _cache_options(
-    block_size: int, num_blocks: int | None, memory_bytes: int, enable_prefix_caching: bool
-) -> CacheOptions:
-    return CacheOptions(
-        block_size=block_size,
-        num_blocks=num_blocks,
-        memory_bytes=memory_bytes,
-        enable_prefix_caching=enable_prefix_caching,
     )
 
 

@@ -46,6 +46,11 @@ def parse_seconds(text: str) -> float:
     return value if match[2] == "s" else value / 1e3
 
 
+def parse_kv_dtype(text: str) -> str:
+    """A dtype, also by its short name."""
+    return {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}.get(text, text)
+
+
 def parse_range(text: str) -> tuple[int, int]:
     """ "0:4": fewest and most. Raises argparse.ArgumentTypeError."""
     match = re.fullmatch(r"(\d+):(\d+)", text.strip())
@@ -93,6 +98,14 @@ def _add_memory_arguments(parser: argparse.ArgumentParser) -> None:
         action="store_true",
         help="prefill, decode and mixed workers each have a memory of their own, of the size above",
     )
+    memory(
+        "--kv-cache-dtype",
+        type=parse_kv_dtype,
+        choices=get_args(KVCacheDtype),
+        default="auto",
+        help="dtype of the KV pools, also bf16, fp16, fp32; int8 holds about twice the tokens of"
+        " bf16 in the same memory (auto: the model's)",
+    )
     for side in ("prefill", "decode"):
         memory(
             f"--{side}-block-size",
@@ -102,9 +115,10 @@ def _add_memory_arguments(parser: argparse.ArgumentParser) -> None:
         )
         memory(
             f"--{side}-kv-cache-dtype",
+            type=parse_kv_dtype,
             choices=get_args(KVCacheDtype),
             default="auto",
-            help=f"dtype of the {side} pool, with --separate-pools (auto: the model's)",
+            help=f"dtype of the {side} pool, with --separate-pools (auto: --kv-cache-dtype)",
         )
     memory(
         "--transfer",
@@ -233,6 +247,7 @@ def engine_options(
             block_size=block_size,
             num_blocks=args.num_gpu_blocks_override,
             memory_bytes=args.kv_cache_memory_bytes,
+            kv_cache_dtype=args.kv_cache_dtype,
             enable_prefix_caching=args.enable_prefix_caching,
         ),
         scheduler=scheduler,

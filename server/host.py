@@ -16,10 +16,10 @@ from typing import Final
 
 import zmq
 
-from diptych.engine.core.config import WORKERS_MAX, EngineOptions, PoolOptions, WorkerSpec
+from diptych.engine.core.config import WORKERS_MAX, EngineOptions, WorkerSpec
 from diptych.engine.core.errors import ConfigError
 from diptych.engine.core.messages import Address
-from diptych.engine.core.model_config import ModelConfig, StoredDtype, load_model_config
+from diptych.engine.core.model_config import load_model_config
 from diptych.engine.core.sharding import cut
 from diptych.server.boot import HostBoot, HostLayout, PoolLayout
 from diptych.server.children import Children
@@ -197,10 +197,6 @@ class Host:
         os.close(self._signal_write)
 
 
-def kv_dtype(special: PoolOptions, config: ModelConfig) -> StoredDtype:
-    return config.dtype if special.kv_cache_dtype == "auto" else special.kv_cache_dtype
-
-
 def plan_layout(options: EngineOptions, workers: Sequence[WorkerSpec]) -> HostLayout:
     """Sizes the memory from the model's configuration alone, and creates it."""
     if options.transfer == "nixl":
@@ -215,9 +211,11 @@ def plan_layout(options: EngineOptions, workers: Sequence[WorkerSpec]) -> HostLa
         pool: options.pool_options(spec.dial for spec in workers if spec.pool == pool)
         for pool in sorted({spec.pool for spec in workers})
     }
-    dtypes = {pool: kv_dtype(found, config) for pool, found in special.items()}
+    common = cache.kv_cache_dtype
+    dtypes = {p: config.kv_dtype(found.kv_cache_dtype, common) for p, found in special.items()}
     block_bytes = {pool: config.block_bytes(cache.block_size, dtypes[pool]) for pool in special}
-    largest = max(block_bytes.values(), default=config.block_bytes(cache.block_size))
+    alone = config.block_bytes(cache.block_size, config.kv_dtype(common))
+    largest = max(block_bytes.values(), default=alone)
     num_blocks = cache.blocks(largest)
     return HostLayout(
         num_blocks=num_blocks,

@@ -61,8 +61,9 @@ class InlineClient:
             keep_packed(model.prepared, model.prepared.cache_path)
         config = model.config
         block_size = options.cache.block_size
-        num_blocks = options.cache.blocks(config.block_bytes(block_size))
-        pool = KVPool.over(None, config, num_blocks, block_size)
+        kv_dtype = config.kv_dtype(options.cache.kv_cache_dtype)
+        num_blocks = options.cache.blocks(config.block_bytes(block_size, kv_dtype))
+        pool = KVPool.over(None, config, num_blocks, block_size, dtype=kv_dtype)
         self._runner: Runner = make_runner(model, pool, options.threads or 1)
         self.info = EngineInfo(
             model_path=options.model.path,
@@ -72,7 +73,7 @@ class InlineClient:
             eos_token_ids=sorted(config.eos_token_ids),
             block_size=block_size,
             num_blocks=num_blocks,
-            fingerprint=self._runner.fingerprint,
+            fingerprint=model.fingerprint_over([kv_dtype]),
         )
         self._scheduler = Scheduler(_EPOCH, options.scheduler, options.cache)
         self._epochs = {spec.worker: _EPOCH for spec in options.workers()}

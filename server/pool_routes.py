@@ -14,7 +14,7 @@ from typing import Final
 from diptych.engine.core.handoff import TransferNews
 from diptych.engine.core.messages import Address, Send
 from diptych.engine.core.types import PoolId
-from diptych.engine.loader import TORCH_DTYPES
+from diptych.engine.pool import KV_TORCH_DTYPES
 from diptych.engine.runner import LoadedModel
 from diptych.kernels.cpp import CppKernels
 from diptych.kernels.relayout import BlockLayout, Converter
@@ -87,7 +87,7 @@ class _Ways:
                 head_dim=config.head_dim,
                 block_size=host.block_size // pool.num_parts,
                 num_parts=pool.num_parts,
-                dtype=TORCH_DTYPES[pool.dtype],
+                dtype=KV_TORCH_DTYPES[pool.dtype],
                 panels=isinstance(model.kernels, CppKernels),
             )
             for pool in host.pools

@@ -23,7 +23,7 @@ import torch
 from diptych.engine.core.errors import ConfigError, DiptychError
 from diptych.engine.packing import Prepared, keep_packed
 from diptych.engine.runner import LoadedModel, load_model
-from diptych.server.boot import HostBoot, HostLayout
+from diptych.server.boot import HostBoot
 from diptych.server.client import EngineInfo
 from diptych.server.lifeline import EXIT_FAULT, die_by_kernel, leave_signals_to_supervisor
 from diptych.server.logs import configure_logs
@@ -177,16 +177,8 @@ def engine_info(boot: HostBoot, model: LoadedModel) -> EngineInfo:
         eos_token_ids=sorted(config.eos_token_ids),
         block_size=layout.block_size,
         num_blocks=layout.num_blocks,
-        fingerprint=engine_fingerprint(model, layout),
+        fingerprint=model.fingerprint_over([pool.dtype for pool in layout.pools]),
     )
-
-
-def engine_fingerprint(model: LoadedModel, layout: HostLayout) -> str:
-    """The model's, and the KV dtypes where they are not the model's: results then differ."""
-    dtypes = [pool.dtype for pool in layout.pools]
-    if all(dtype == model.config.dtype for dtype in dtypes):
-        return model.fingerprint
-    return f"{model.fingerprint} kv {' '.join(dtypes)}"
 
 
 def main() -> None:

@@ -17,7 +17,7 @@ Dtype = Literal["auto", "float32", "bfloat16", "float16"]
 Quantization = Literal[
     "int8", "int4", "int4-g32", "int4-g64", "int4-g128", "w8a8", "w4a8", "w4a8-g32", "w4a8-g128"
 ]
-KVCacheDtype = Literal["auto", "float32", "bfloat16", "float16"]
+KVCacheDtype = Literal["auto", "float32", "bfloat16", "float16", "int8"]
 Transfer = Literal["auto", "shm", "tcp", "nixl"]
 RankLink = Literal["auto", "shm", "gloo"]
 
@@ -44,6 +44,7 @@ class CacheOptions(msgspec.Struct, frozen=True, kw_only=True):
     block_size: int = 16  # tokens
     num_blocks: int | None = None  # None: from `memory_bytes`
     memory_bytes: int = 1 << 30
+    kv_cache_dtype: KVCacheDtype = "auto"  # of every pool that does not say; auto: the model's
     enable_prefix_caching: bool = True
 
     def blocks(self, block_bytes: int) -> int:
@@ -120,7 +121,7 @@ class PoolOptions(msgspec.Struct, frozen=True, kw_only=True):
     """Where the pool of one kind of workers differs from what the engine says."""
 
     block_size: int | None = None  # tokens of the kernels' blocks; None: `CacheOptions.block_size`
-    kv_cache_dtype: KVCacheDtype = "auto"  # auto: the model's
+    kv_cache_dtype: KVCacheDtype = "auto"  # auto: `CacheOptions.kv_cache_dtype`
 
     def verify(self, flag: str, block_size: int) -> None:
         if self.block_size is None:
@@ -202,6 +203,7 @@ class EngineOptions(msgspec.Struct, frozen=True, kw_only=True):
                 raise ConfigError(
                     f"a {flag} pool of its own kind needs --separate-pools, and a single host"
                 )
+        self._verify_kv_dtypes()
         if min(self.prefill, self.decode, self.mixed) < 0:
             raise ConfigError("worker counts cannot be negative")
         if not self.mixed and not (self.prefill and self.decode):
@@ -227,3 +229,15 @@ class EngineOptions(msgspec.Struct, frozen=True, kw_only=True):
             raise ConfigError(f"a share is 0 to 100 percent, got {self.prefill_core_share}")
         if self.batch.max_num_batched_tokens < 1:
             raise ConfigError("max_num_batched_tokens must be at least 1")
+
+    def _verify_kv_dtypes(self) -> None:
+        """Pools may differ, but for int8: its scales have no partner in another dtype."""
+        pools = [self.prefill_pool, self.decode_pool, *([PoolOptions()] if self.mixed else [])]
+        own = [pool.kv_cache_dtype for pool in pools]
+        dtypes = {self.cache.kv_cache_dtype if dtype == "auto" else dtype for dtype in own}
+        if self.separate_pools and "int8" in dtypes and len(dtypes) > 1:
+            other = ", ".join(sorted(dtypes - {"int8"}))
+            raise ConfigError(
+                f"a pool of int8 KV exchanges blocks with int8 ones only, not with {other}:"
+                " give all pools one --kv-cache-dtype"
+            )

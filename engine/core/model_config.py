@@ -10,15 +10,17 @@ from typing import Final, Literal
 
 import msgspec
 
-from diptych.engine.core.config import Dtype
+from diptych.engine.core.config import Dtype, KVCacheDtype
 from diptych.engine.core.errors import ConfigError, DiptychError, ModelLoadError
 from diptych.engine.core.json_fields import JsonFields
 from diptych.engine.core.params import SamplingParams
 from diptych.engine.core.rope_config import RopeConfig, parse_rope
+from diptych.engine.core.types import KV_SCALE_BYTES
 
 StoredDtype = Literal["float32", "bfloat16", "float16"]
+KVDtype = Literal["float32", "bfloat16", "float16", "int8"]
 
-DTYPE_BYTES: Final[dict[str, int]] = {"float32": 4, "bfloat16": 2, "float16": 2}
+DTYPE_BYTES: Final[dict[str, int]] = {"float32": 4, "bfloat16": 2, "float16": 2, "int8": 1}
 LAYERS_MAX: Final = 1024
 POSITIONS_MAX: Final = 1 << 24  # tokens; the rope table has a row for each
 _DTYPE_NAMES: Final[dict[str, StoredDtype]] = {
@@ -54,7 +56,7 @@ class ModelConfig(msgspec.Struct, frozen=True, kw_only=True):
     """One decoder: grouped-query attention, RMS norms, gated SiLU."""
 
     architecture: str
-    dtype: StoredDtype  # of weights and KV
+    dtype: StoredDtype  # of weights, and of KV where nothing else is asked for
     vocab_size: int
     hidden_size: int
     intermediate_size: int
@@ -87,9 +89,18 @@ class ModelConfig(msgspec.Struct, frozen=True, kw_only=True):
     def dtype_bytes(self) -> int:
         return DTYPE_BYTES[self.dtype]
 
-    def block_bytes(self, block_size: int, dtype: StoredDtype | None = None) -> int:
+    def kv_dtype(self, *wanted: KVCacheDtype) -> KVDtype:
+        """The first of `wanted` that is not "auto"; then the model's."""
+        return next((dtype for dtype in wanted if dtype != "auto"), self.dtype)
+
+    def kv_row(self, dtype: KVDtype | None = None) -> int:
+        """Elements of one token's row of one KV head in the pool: of int8, its scale too."""
+        return self.head_dim + (KV_SCALE_BYTES if dtype == "int8" else 0)
+
+    def block_bytes(self, block_size: int, dtype: KVDtype | None = None) -> int:
         """Bytes of one block: all layers, keys and values. dtype: None is the model's."""
-        return self.num_layers * 2 * self.kv_size * block_size * DTYPE_BYTES[dtype or self.dtype]
+        rows = self.num_layers * 2 * self.num_kv_heads * block_size
+        return rows * self.kv_row(dtype) * DTYPE_BYTES[dtype or self.dtype]
 
     def num_blocks_for(self, memory_bytes: int, block_size: int) -> int:
         return memory_bytes // self.block_bytes(block_size)

@@ -22,6 +22,9 @@ Epoch = int
 HASH_UNIT_TOKENS: Final = 16
 """The prefix cache hashes units of this many tokens; a block size is a multiple of it."""
 
+KV_SCALE_BYTES: Final = 4
+"""Of int8 KV: each token's row of a head has an fp32 scale of its own, which is in the pool too."""
+
 
 class FinishReason(StrEnum):
     """Why a choice ended, in OpenAI's words (`abort` and `error` are ours)."""

@@ -115,6 +115,27 @@ def test_close_ends_every_process(folder: Path) -> None:
         engine.generate("a")
 
 
+def test_int8_kv(folder: Path) -> None:
+    """More blocks in the same memory, under a name of its own, and equal answers inline and not."""
+    memory = 1 << 20
+    answers, infos = [], []
+    for inline, dtype in ((True, "auto"), (True, "int8"), (False, "int8")):
+        with Engine(
+            folder,
+            inline=inline,
+            load_format="dummy",
+            threads=1,
+            kv_cache_dtype=dtype,
+            kv_cache_memory_bytes=memory,
+        ) as engine:
+            infos.append(engine.info)
+            answers.append(engine.generate(["abc", "xyz"], SEEDED, progress=False))
+    model, inline, processes = infos
+    assert inline.num_blocks == processes.num_blocks > 1.5 * model.num_blocks  # heads of 16
+    assert inline.fingerprint == processes.fingerprint == f"{model.fingerprint} kv int8"
+    assert [output.outputs for output in answers[1]] == [output.outputs for output in answers[2]]
+
+
 def test_impossible_options_are_refused(folder: Path) -> None:
     with pytest.raises(ConfigError, match="prefill"):
         Engine(folder, prefill=0, decode=1)

@@ -191,6 +191,24 @@ def test_pools_of_other_dtypes(tmp_path: Path, prefill: KVCacheDtype, decode: KV
     asyncio.run(other_dtypes(tmp_path, prefill, decode))
 
 
+def test_int8_pools_meet_int8_ones_only(tmp_path: Path) -> None:
+    common = msgspec.structs.replace
+    options = separate(tmp_path, "shm", 16, 32)
+    narrow = common(options, cache=common(options.cache, kv_cache_dtype="int8"))
+    narrow.verify()
+    for pool in ("prefill_pool", "decode_pool"):
+        one = common(getattr(options, pool), kv_cache_dtype="int8")
+        with pytest.raises(ConfigError, match="not with auto"):
+            common(options, **{pool: one}).verify()
+        other = common(getattr(options, pool), kv_cache_dtype="bfloat16")
+        with pytest.raises(ConfigError, match="not with bfloat16"):
+            common(narrow, **{pool: other}).verify()
+    sides = {p: PoolOptions(kv_cache_dtype="int8") for p in ("prefill_pool", "decode_pool")}
+    common(options, **sides).verify()
+    with pytest.raises(ConfigError, match="int8"):
+        common(options, mixed=1, **sides).verify()
+
+
 def test_pools_that_cannot_be_converted_are_refused(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="multiple of the smaller"):
         separate(tmp_path, "shm", 48, 32).verify()

@@ -9,8 +9,8 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor
 
+from diptych.engine.core.types import KV_SCALE_BYTES
 from diptych.kernels import Kernels
-from diptych.kernels.base import KV_SCALE_BYTES
 
 __all__ = [
     "Heads",

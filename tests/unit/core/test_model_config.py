@@ -74,6 +74,9 @@ def test_facts_of_published_models() -> None:
     llama = load_model_config(CONFIGS / "Llama-3.1-8B-Instruct")
     assert llama.block_bytes(16) == 2 << 20
     assert llama.num_blocks_for(1 << 30, 16) == 512
+    assert llama.block_bytes(16, "int8") == (1 << 20) * (128 + 4) // 128
+    assert llama.kv_dtype("auto", "int8", "float32") == "int8"
+    assert llama.kv_dtype("auto") == llama.dtype == "bfloat16"
     assert (llama.rope.type, llama.rope.factor, llama.rope.original_len) == ("llama3", 8.0, 8192)
     assert llama.sampling_defaults == {"temperature": 0.6, "top_p": 0.9}
     mistral = load_model_config(CONFIGS / "Mistral-7B-v0.1")

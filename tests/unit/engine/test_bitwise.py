@@ -11,6 +11,7 @@ from torch import Tensor
 from bench.drive import Driver
 from bench.oracle import VOCAB_SIZE
 from diptych.engine.core.config import ModelOptions, Quantization
+from diptych.engine.core.model_config import KVDtype
 from diptych.engine.runner import LoadedModel, load_model
 from tests.unit.engine.models import BACKEND, all_logits, tiny_model
 
@@ -119,13 +120,34 @@ def test_quantized_weights_on_every_level(
     assert_any_batching(load_model(options))
 
 
-def assert_any_batching(model: LoadedModel) -> None:
+@pytest.mark.parametrize("level", levels())
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_int8_kv_on_every_level(tmp_path: Path, level: str, dtype: str) -> None:
+    (tmp_path / "config.json").write_text(json.dumps(LONG | {"dtype": dtype}))
+    options = ModelOptions(path=str(tmp_path), load_format="dummy", kernel_level=level)
+    assert_any_batching(load_model(options), kv_dtype="int8")
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_int8_kv_rows_and_block_sizes(family: str) -> None:
+    """A chunk sees its own tokens as later steps will: rounded."""
+    model = tiny_model(family, torch.bfloat16)
+    ids = prompt_of(70, seed=5)
+    results = []
+    for block_size, cuts in ((16, []), (32, [33]), (16, list(range(30, 70)))):
+        driver = Driver(model, 64, block_size, kv_dtype="int8")
+        results.append(all_logits(model, driver.pool, driver.add(ids, 1), cuts))
+    assert torch.equal(results[0], results[1])
+    assert torch.equal(results[0], results[2])
+
+
+def assert_any_batching(model: LoadedModel, kv_dtype: KVDtype | None = None) -> None:
     prompts = [
         [token % 96 for token in prompt_of(length, seed=length)] for length in (700, 33, 517)
     ]
 
     def run(chosen: list[int], chunk: int, threads: int) -> list[list[Tensor]]:
-        driver = Driver(model, threads=threads)
+        driver = Driver(model, threads=threads, kv_dtype=kv_dtype)
         names = [driver.add(prompts[index], 3).ref.request for index in chosen]
         driver.finish(chunk=chunk, budget=600)
         return [driver.recorder.logits[name] for name in names]

@@ -114,9 +114,7 @@ def test_chunks_neighbours_and_blocks_change_no_bit(cpp: CppKernels, heads: Head
 
 @pytest.mark.parametrize("dtype", [BF16, I8])
 @pytest.mark.parametrize("window", [0, 600])
-def test_threads_and_splits_change_no_bit(
-    cpp: CppKernels, window: int, dtype: torch.dtype
-) -> None:
+def test_threads_and_splits_change_no_bit(cpp: CppKernels, window: int, dtype: torch.dtype) -> None:
     """With several threads a few long rows are cut along their keys, with one they are not."""
     heads = Heads(4, 2, 64, dtype, window=window)
     generator = torch.Generator().manual_seed(5)

@@ -18,6 +18,7 @@ DTYPES = [
     (torch.float32, torch.bfloat16),
     (torch.bfloat16, torch.float32),
     (torch.float16, torch.bfloat16),
+    (torch.int8, torch.int8),
 ]
 
 
@@ -28,7 +29,7 @@ def layout(block_size: int, num_tokens: int, dtype: torch.dtype, panels: bool) -
 
 def write(kernels: Kernels, shape: BlockLayout, memory: memoryview, values: Tensor) -> None:
     """values: [layers, 2, blocks * tokens, heads, dim] fp32, by the kernels themselves."""
-    sizes = (BLOCKS * shape.num_parts, LAYERS, 2, HEADS, shape.block_size, DIM)
+    sizes = (BLOCKS * shape.num_parts, LAYERS, 2, HEADS, shape.block_size, shape.row)
     pool = torch.frombuffer(memory, dtype=shape.dtype).view(sizes)
     slots = torch.arange(BLOCKS * shape.num_tokens, dtype=torch.int32)
     for layer in range(LAYERS):
@@ -47,7 +48,9 @@ def test_blocks_are_as_if_they_had_been_written_here(
     theirs = layout(sizes[0], num_tokens, dtypes[0], panels)
     mine = layout(sizes[1], num_tokens, dtypes[1], panels)
     torch.manual_seed(sum(sizes))
-    values = torch.randn(LAYERS, 2, BLOCKS * num_tokens, HEADS, DIM).to(dtypes[0]).float()
+    values = torch.randn(LAYERS, 2, BLOCKS * num_tokens, HEADS, DIM)
+    if dtypes[0] != torch.int8:
+        values = values.to(dtypes[0]).float()
     source = memoryview(bytearray(BLOCKS * theirs.num_bytes))
     own, right = (memoryview(bytearray(BLOCKS * mine.num_bytes)) for _ in range(2))
     write(kernels, theirs, source, values)
@@ -68,6 +71,7 @@ def test_layouts_of_other_shapes_do_not_meet() -> None:
         BlockLayout(LAYERS, HEADS + 1, DIM, 16, 1, torch.float32, True),
         layout(32, 32, torch.float32, True),
         layout(16, 16, torch.float32, False),
+        layout(16, 16, torch.int8, True),
     ]
     for mine in others:
         source = memoryview(bytearray(BLOCKS * theirs.num_bytes))

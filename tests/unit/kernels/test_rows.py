@@ -132,9 +132,7 @@ def test_kv_is_rounded_to_nearest_even(cpp: CppKernels, dtype: torch.dtype) -> N
 
 
 @pytest.mark.parametrize("dim", [6, 40, 128])
-def test_int8_kv_is_the_reference_s(
-    cpp: CppKernels, reference: ReferenceKernels, dim: int
-) -> None:
+def test_int8_kv_is_the_reference_s(cpp: CppKernels, reference: ReferenceKernels, dim: int) -> None:
     """Every integer and every scale, whatever the size of the values; NaN and infinity too."""
     rows, generator = 61, torch.Generator().manual_seed(dim)
     k, v = (torch.randn(rows, 2, dim, generator=generator) for _ in range(2))

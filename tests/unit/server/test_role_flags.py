@@ -1,4 +1,4 @@
-"""Flags of moving roles and of autoscaling."""
+"""Flags of moving roles, of autoscaling and of KV dtypes."""
 
 import argparse
 from pathlib import Path
@@ -27,6 +27,18 @@ def test_times_are_milliseconds_unless_they_say_otherwise() -> None:
     for text in ("", "0", "-1", "1m", "fast", "1..2"):
         with pytest.raises(argparse.ArgumentTypeError):
             parse_seconds(text)
+
+
+def test_kv_dtypes_have_short_names(tmp_path: Path) -> None:
+    assert options_of(tmp_path).cache.kv_cache_dtype == "auto"
+    for text, dtype in (("bf16", "bfloat16"), ("fp32", "float32"), ("int8", "int8")):
+        assert options_of(tmp_path, "--kv-cache-dtype", text).cache.kv_cache_dtype == dtype
+    with pytest.raises(SystemExit):
+        options_of(tmp_path, "--kv-cache-dtype", "int4")
+    one_side = ("--separate-pools", "--decode-kv-cache-dtype", "int8")
+    with pytest.raises(ConfigError, match="--kv-cache-dtype"):
+        options_of(tmp_path, *one_side)
+    options_of(tmp_path, *one_side, "--kv-cache-dtype", "int8")
 
 
 def test_a_range_has_two_ends_in_order() -> None:
