@@ -1,8 +1,9 @@
 """What rounding weights or KV costs in accuracy: logits of quantised models against bf16's.
 
 Run: python -m bench.quantized [--model FOLDER | --size bench-360m] [--schemes int8 int4] [--kv
-int8]. Over prompts of random tokens (a model of random weights) or of the text given: mean KL divergence of the
-next-token distribution in nats, how often the best token is the same, and bytes of the layers.
+int8]. Over prompts of random tokens (a model of random weights) or of the text given: mean KL
+divergence of the next-token distribution in nats, how often the best token is the same, and bytes
+of the layers or of the KV.
 """
 
 import argparse
