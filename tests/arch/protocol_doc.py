@@ -11,7 +11,13 @@ import re
 import sys
 from pathlib import Path
 
-from diptych.engine.core import messages
+from diptych.engine.core import (
+    client_messages,
+    envelope,
+    fleet_messages,
+    messages,
+    worker_messages,
+)
 from diptych.scheduler import lifecycle
 from diptych.scheduler.lifecycle import HOLDING, TABLE, RowEvent, RowState
 
@@ -27,11 +33,18 @@ def _first_sentence(node: ast.ClassDef) -> str:
 
 
 def message_table() -> str:
-    """One line per struct of messages.py, in its order, grouped by who sends it to whom."""
-    source = inspect.getsource(messages)
+    """One line per struct of messages.py's parts, in their order, grouped by who sends it to
+    whom."""
+    rows = ["| struct | fields | what it says |", "|---|---|---|"]
+    for part in (envelope, client_messages, worker_messages, fleet_messages):
+        rows += _rows_of(inspect.getsource(part))
+    return "\n".join(rows)
+
+
+def _rows_of(source: str) -> list[str]:
     lines = source.splitlines()
     classes = [node for node in ast.parse(source).body if isinstance(node, ast.ClassDef)]
-    rows = ["| struct | fields | what it says |", "|---|---|---|"]
+    rows: list[str] = []
     section, at = "", 0
     for node in classes:
         if node.name in ("Message", "Send"):
@@ -52,7 +65,7 @@ def message_table() -> str:
         name = f"**{node.name}**" if is_message else f"{node.name} (part)"
         says = _first_sentence(node).replace("|", "\\|")
         rows.append(f"| {name} | {', '.join(f'`{field}`' for field in fields)} | {says} |")
-    return "\n".join(rows)
+    return rows
 
 
 def state_table() -> str:
