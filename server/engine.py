@@ -100,16 +100,10 @@ class Engine:
         scale = None if inline else autoscale
         slo_s = (ttft_slo_s, itl_slo_s)
         scheduler = _scheduler_options(max_num_seqs, slo_s, scale, scale_down_delay_s)
-        cache = CacheOptions(
-            block_size=block_size,
-            num_blocks=num_blocks,
-            memory_bytes=kv_cache_memory_bytes,
-            kv_cache_dtype=kv_cache_dtype,
-            enable_prefix_caching=enable_prefix_caching,
-        )
+        memory = (num_blocks, kv_cache_memory_bytes)
         options = EngineOptions(
             model=_model_options(folder, dtype, max_model_len, load_format, quantization),
-            cache=cache,
+            cache=_cache_options(block_size, memory, kv_cache_dtype, enable_prefix_caching),
             scheduler=scheduler,
             batch=_batch_options(scheduler, max_num_batched_tokens, max_chunk_tokens),
             prefill=0 if inline else prefill,
@@ -322,6 +316,19 @@ def _model_options(
         max_model_len=max_model_len,
         load_format=_load_format(load_format),
         quantization=quantization,
+    )
+
+
+def _cache_options(
+    block_size: int, memory: tuple[int | None, int], dtype: KVCacheDtype, prefix_caching: bool
+) -> CacheOptions:
+    num_blocks, memory_bytes = memory
+    return CacheOptions(
+        block_size=block_size,
+        num_blocks=num_blocks,
+        memory_bytes=memory_bytes,
+        kv_cache_dtype=dtype,
+        enable_prefix_caching=prefix_caching,
     )
 
 

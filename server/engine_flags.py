@@ -215,6 +215,16 @@ def _pool_options(args: argparse.Namespace) -> tuple[int, PoolOptions, PoolOptio
     )
 
 
+def _cache_options(args: argparse.Namespace, block_size: int) -> CacheOptions:
+    return CacheOptions(
+        block_size=block_size,
+        num_blocks=args.num_gpu_blocks_override,
+        memory_bytes=args.kv_cache_memory_bytes,
+        kv_cache_dtype=args.kv_cache_dtype,
+        enable_prefix_caching=args.enable_prefix_caching,
+    )
+
+
 def engine_options(
     args: argparse.Namespace, model_path: str, *, several_hosts: bool = False
 ) -> EngineOptions:
@@ -243,13 +253,7 @@ def engine_options(
             kernels=args.kernels,
             kernel_level=args.kernel_level or os.environ.get("DIPTYCH_KERNEL_LEVEL"),
         ),
-        cache=CacheOptions(
-            block_size=block_size,
-            num_blocks=args.num_gpu_blocks_override,
-            memory_bytes=args.kv_cache_memory_bytes,
-            kv_cache_dtype=args.kv_cache_dtype,
-            enable_prefix_caching=args.enable_prefix_caching,
-        ),
+        cache=_cache_options(args, block_size),
         scheduler=scheduler,
         batch=BatchOptions(
             max_num_batched_tokens=args.max_num_batched_tokens,
