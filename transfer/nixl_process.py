@@ -57,7 +57,7 @@ from diptych.transfer.tcp_wire import (
 )
 
 _POLL_S: Final = 0.0002  # between two looks at transfers under way
-_BATCH_BYTES_MAX: Final = 32 << 20
+_BATCH_BYTES_MAX: Final = 64 << 20
 _CARD_BYTES_MAX: Final = 1 << 20
 
 _log = logging.getLogger("diptych")
@@ -80,10 +80,10 @@ class Peer:
     pool: RemotePool | None = None
 
     def next_batch(self, block_bytes: int) -> list[NixlRead]:
-        """Half of the reads that wait, in one transfer: fewer of them cost less, and what was
-        read first is digested while the rest is being read."""
+        """Three quarters of the reads that wait, in one transfer: fewer of them cost less, and
+        what was read first is digested, some five times as fast, while the rest is being read."""
         waiting, batch, num_bytes = self.waiting, [self.waiting.popleft()], 0
-        for _ in range((len(waiting) + 1) // 2 - 1):
+        for _ in range((len(waiting) + 1) * 3 // 4 - 1):
             num_bytes += len(batch[-1].own) // 4 * block_bytes
             if num_bytes >= _BATCH_BYTES_MAX:
                 break
