@@ -6,12 +6,20 @@
 import logging
 from typing import Literal
 
-from diptych.kernels.base import Kernels, PackedLinear
+from diptych.kernels.base import FusedLayers, Kernels, LayerParts, PackedLinear
 from diptych.kernels.narrow import NARROW, Narrow
 
 assert __name__ == "diptych.kernels", "import diptych.kernels, never the bare folder"
 
-__all__ = ["NARROW", "Kernels", "Narrow", "PackedLinear", "load"]
+__all__ = [
+    "NARROW",
+    "FusedLayers",
+    "Kernels",
+    "LayerParts",
+    "Narrow",
+    "PackedLinear",
+    "load",
+]
 
 _log = logging.getLogger(__name__)
 

@@ -18,7 +18,7 @@ from torch import Tensor, dtype
 
 from diptych.kernels.narrow import Narrow
 
-__all__ = ["Kernels", "PackedLinear"]
+__all__ = ["FusedLayers", "Kernels", "LayerParts", "PackedLinear"]
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -36,6 +36,47 @@ class PackedLinear:
     dtype: dtype  # model dtype: fp32, bf16 or fp16
     narrow: Narrow | None = None  # None: weights in the model's dtype
     scales: Tensor | None = None  # [backend's layout], of narrow weights
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class LayerParts:
+    """All that one decoder layer computes with."""
+
+    attn_norm: Tensor  # [hidden] fp32
+    mlp_norm: Tensor  # [hidden] fp32
+    q_norm: Tensor | None  # [D] fp32
+    k_norm: Tensor | None  # [D] fp32
+    qkv: PackedLinear  # hidden -> q, k and v heads
+    o: PackedLinear  # q heads -> hidden
+    gate_up: PackedLinear  # hidden -> gate, up
+    down: PackedLinear  # F -> hidden
+    k_cache: Tensor  # as in `Kernels.write_kv`
+    v_cache: Tensor
+    window: int  # as in `Kernels.attention`
+
+
+class FusedLayers(Protocol):
+    """The layers of a decoder over one pool; owns what they compute in. Not for two threads."""
+
+    def run(
+        self,
+        begin: int,
+        end: int,
+        residual: Tensor,
+        positions: Tensor,
+        slot_mapping: Tensor,
+        qo_indptr: Tensor,
+        kv_indptr: Tensor,
+        kv_indices: Tensor,
+        kv_len: Tensor,
+    ) -> None:
+        """Layers [begin, end) of a step, whose layers are run in order, all with these tensors.
+
+        residual: [T, hidden] fp32, the embeddings before layer 0 and the hidden states after the
+        last one; between them something else. The others as in `Kernels.rope`, `write_kv` and
+        `attention`. Every bit as by single calls.
+        """
+        ...
 
 
 class Kernels(Protocol):
@@ -186,6 +227,14 @@ class Kernels(Protocol):
         written).
         window > 0: a query at position p sees keys [p - window + 1, p]; window <= 0: all of [0, p].
         A slot that no query may see is never read into a result, whatever it holds.
+        """
+        ...
+
+    def fuse_layers(
+        self, layers: Sequence[LayerParts], cos_sin: Tensor, eps: float, scale: float
+    ) -> FusedLayers | None:
+        """These layers as one object, or None where this backend has single calls only; cos_sin as
+        in `rope`, scale as in `attention`.
         """
         ...
 

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from diptych.engine.core.types import KV_SCALE_BYTES
-from diptych.kernels.base import PackedLinear
+from diptych.kernels.base import LayerParts, PackedLinear
 from diptych.kernels.narrow import Narrow, round_int4, round_int8, round_rows
 
 __all__ = ["ReferenceKernels"]
@@ -154,6 +154,11 @@ class ReferenceKernels:
                 scores = query @ keys[:, start:end].transpose(1, 2) * scale
                 weights = torch.softmax(scores, dim=-1)  # [Hk, group, seen]
                 out[t] = (weights @ values[:, start:end]).flatten(0, 1)
+
+    def fuse_layers(
+        self, layers: Sequence[LayerParts], cos_sin: Tensor, eps: float, scale: float
+    ) -> None:
+        """Single calls only."""
 
     def argmax_logprob(self, logits: Tensor) -> tuple[Tensor, Tensor]:
         ids = torch.empty(logits.shape[0], dtype=torch.int32)

@@ -3,10 +3,7 @@
 //
 // No function keeps a tensor. A failed check is a bug of the caller and raises ValueError with the
 // broken condition.
-#include <tvm/ffi/container/tensor.h>
-#include <tvm/ffi/error.h>
 #include <tvm/ffi/function.h>
-#include <tvm/ffi/optional.h>
 #include <tvm/ffi/string.h>
 
 #include "blocks.h"
@@ -15,18 +12,12 @@
 #include "machine.h"
 #include "pool.h"
 #include "ranks.h"
+#include "tensors.h"
 
 namespace diptych::cpu {
 namespace {
 
-using tvm::ffi::Optional;
 using tvm::ffi::String;
-using tvm::ffi::TensorView;
-
-#define CHECK(condition)                                                                           \
-  do {                                                                                             \
-    if (__builtin_expect(!(condition), 0)) TVM_FFI_THROW(AssertionError) << "not so: " #condition; \
-  } while (0)
 
 const KernelTable* const kLevels[] = {  // in the order of `Level`
     &kPlain,
@@ -39,83 +30,17 @@ const KernelTable* const kLevels[] = {  // in the order of `Level`
 };
 constexpr int64_t kNumLevels = sizeof kLevels / sizeof kLevels[0];
 
+}  // namespace
+
 const KernelTable& table(int64_t level) {
   CHECK(level >= 0 && level < kNumLevels);
   return *kLevels[level];
 }
 
-bool is_type(const TensorView& t, uint8_t code, uint8_t bits) {
-  const DLDataType d = t.dtype();
-  return d.code == code && d.bits == bits && d.lanes == 1;
-}
+namespace {
 
-DType model_dtype(const TensorView& t) {
-  if (is_type(t, kDLFloat, 32)) return DType::kF32;
-  if (is_type(t, kDLBfloat, 16)) return DType::kBF16;
-  CHECK(is_type(t, kDLFloat, 16));
-  return DType::kF16;
-}
-
-DType kv_dtype(const TensorView& t) {
-  return is_type(t, kDLInt, 8) ? DType::kI8 : model_dtype(t);
-}
-
-// Elements between neighbours along the first dimension; all other dimensions are dense.
-int64_t row_stride(const TensorView& t) {
-  int64_t dense = 1;
-  for (int32_t d = t.ndim() - 1; d > 0; --d) {
-    CHECK(t.size(d) == 1 || t.stride(d) == dense);
-    dense *= t.size(d);
-  }
-  return t.size(0) == 1 ? dense : t.stride(0);
-}
-
-template <class T>
-T* data(const TensorView& t) {
-  return reinterpret_cast<T*>(static_cast<char*>(t.data_ptr()) + t.byte_offset());
-}
-
-float* floats(const TensorView& t, int32_t ndim) {
-  CHECK(is_type(t, kDLFloat, 32) && t.ndim() == ndim && t.device().device_type == kDLCPU);
-  return data<float>(t);
-}
-
-float* dense_floats(const TensorView& t, int32_t ndim) {
-  CHECK(t.IsContiguous());
-  return floats(t, ndim);
-}
-
-const int32_t* ints(const TensorView& t, int64_t size) {
-  CHECK(is_type(t, kDLInt, 32) && t.ndim() == 1 && t.IsContiguous() &&
-        t.device().device_type == kDLCPU);
-  CHECK(t.size(0) == size);
-  return data<const int32_t>(t);
-}
-
-// Every index in [low, end). A wrong one would read or write foreign memory.
-void check_range(const int32_t* indices, int64_t size, int64_t low, int64_t end) {
-  bool inside = true;
-  for (int64_t i = 0; i < size; ++i) inside &= indices[i] >= low && indices[i] < end;
-  CHECK(inside);
-}
-
-CacheView cache_view(const TensorView& t) {
-  CHECK(t.ndim() == 4 && t.device().device_type == kDLCPU);
-  const DType dtype = kv_dtype(t);
-  const int64_t dim = t.size(3) - (dtype == DType::kI8 ? 4 : 0);  // a row ends with its scale
-  CHECK(t.size(2) % kPanel == 0 && dim > 0 && dim % 2 == 0);
-  return {data<char>(t), row_stride(t), t.size(2), t.size(1), dim, dtype};
-}
-
-void check_same_cache(const TensorView& k, const TensorView& v) {
-  for (int32_t d = 0; d < 4; ++d) CHECK(k.size(d) == v.size(d));
-  CHECK(kv_dtype(k) == kv_dtype(v));
-}
-
-int64_t round_up(int64_t n, int64_t unit) { return (n + unit - 1) / unit * unit; }
-
-int64_t packed_size(int64_t num_out, int64_t num_in, bool bf16) {
-  return round_up(num_out, kPanel) * (bf16 ? round_up(num_in, kPairInputs) : num_in);
+int64_t size_of_packed(int64_t num_out, int64_t num_in, bool bf16) {
+  return packed_size(num_out, num_in, bf16);
 }
 
 void pack_linear(int64_t level, TensorView packed, TensorView weight) {
@@ -127,44 +52,22 @@ void pack_linear(int64_t level, TensorView packed, TensorView weight) {
   table(level).pack({data<void>(packed), data<void>(weight), num_out, num_in, dtype});
 }
 
-const float* bias_of(const Optional<TensorView>& bias, int64_t num_out) {
-  if (!bias.has_value()) return nullptr;
-  CHECK((*bias).size(0) == num_out);
-  return dense_floats(*bias, 1);
-}
-
 void linear(int64_t level, TensorView out, TensorView x, TensorView packed,
             Optional<TensorView> bias) {
-  const int64_t rows = x.size(0), num_in = x.size(1), num_out = out.size(1);
-  const DType dtype = model_dtype(packed);
-  float* to = dense_floats(out, 2);
-  const float* from = dense_floats(x, 2);
-  CHECK(out.size(0) == rows &&
-        packed.numel() == packed_size(num_out, num_in, dtype == DType::kBF16));
-  table(level).linear({to, from, data<void>(packed), bias_of(bias, num_out), rows, num_out, num_in,
-                       dtype, Width::kModel, nullptr, 0, 0});
+  const int64_t rows = x.size(0);
+  CHECK(out.size(0) == rows);
+  table(level).linear({model_weights(packed, bias, out.size(1), x.size(1)), dense_floats(out, 2),
+                       dense_floats(x, 2), rows, {}});
 }
 
-// Weights of `bits` bits, see integers.h; packed: bytes. scales are per output (bits 8) or per group
-// of inputs.
 void linear_narrow(int64_t level, TensorView out, TensorView x, TensorView packed,
                    TensorView scales, Optional<TensorView> bias, int64_t bits, int64_t group,
                    int64_t act_bits) {
-  const int64_t rows = x.size(0), num_in = x.size(1), num_out = out.size(1);
-  CHECK((act_bits == 8 || act_bits == 16) && num_in <= kNarrowInputsMax);
-  CHECK(bits == 8 || (bits == 4 && (group == 32 || group == 64 || group == 128)));
-  const int64_t padded = round_up(num_in, bits == 4 && group == 128 ? 128 : kNarrowInputs);
-  const int64_t outputs = round_up(num_out, kPanel);
-  float* to = dense_floats(out, 2);
-  const float* from = dense_floats(x, 2);
-  CHECK(out.size(0) == rows && is_type(packed, kDLUInt, 8) && packed.IsContiguous());
-  CHECK(packed.device().device_type == kDLCPU && packed.numel() == outputs * padded * bits / 8);
-  CHECK(scales.ndim() == 1 && scales.IsContiguous() && scales.device().device_type == kDLCPU);
-  CHECK(model_dtype(scales) == (bits == 8 ? DType::kF32 : DType::kBF16));
-  CHECK(scales.size(0) == (bits == 8 ? num_out : outputs * (padded / group)));
-  table(level).linear({to, from, data<void>(packed), bias_of(bias, num_out), rows, num_out, num_in,
-                       DType::kBF16, bits == 8 ? Width::kInt8 : Width::kInt4,
-                       data<void>(scales), group, act_bits});
+  const int64_t rows = x.size(0);
+  CHECK(out.size(0) == rows);
+  table(level).linear(
+      {narrow_weights(packed, scales, bias, out.size(1), x.size(1), bits, group, act_bits),
+       dense_floats(out, 2), dense_floats(x, 2), rows, {}});
 }
 
 void embedding(int64_t level, TensorView out, TensorView weights, TensorView ids) {
@@ -254,15 +157,8 @@ void attention(int64_t level, TensorView out, TensorView q, TensorView k_cache, 
                      heads,
                      static_cast<float>(scale),
                      window};
-  const int64_t first = args.kv_indptr[0], end = args.kv_indptr[seqs];
-  CHECK(args.qo_indptr[0] == 0 && args.qo_indptr[seqs] == rows);
-  CHECK(first >= 0 && first <= end && end <= kv_indices.size(0));
-  check_range(args.kv_indices + first, end - first, 0, k_cache.size(0));
-  for (int64_t s = 0; s < seqs; ++s) {
-    const int64_t tokens = args.qo_indptr[s + 1] - args.qo_indptr[s],
-                  blocks = args.kv_indptr[s + 1] - args.kv_indptr[s];
-    CHECK(tokens >= 0 && tokens <= args.kv_len[s] && blocks * keys.block_size >= args.kv_len[s]);
-  }
+  check_sequences(args.qo_indptr, args.kv_indptr, args.kv_indices, kv_indices.size(0),
+                  args.kv_len, seqs, rows, k_cache.size(0), keys.block_size);
   table(level).attention(args);
 }
 
@@ -399,7 +295,7 @@ TVM_FFI_DLL_EXPORT_TYPED_FUNC(set_num_threads, diptych::cpu::set_threads)
 TVM_FFI_DLL_EXPORT_TYPED_FUNC(share_cores, diptych::cpu::share)
 TVM_FFI_DLL_EXPORT_TYPED_FUNC(core_span, diptych::cpu::span)
 TVM_FFI_DLL_EXPORT_TYPED_FUNC(items_of_cores, diptych::cpu::count_items)
-TVM_FFI_DLL_EXPORT_TYPED_FUNC(packed_size, diptych::cpu::packed_size)
+TVM_FFI_DLL_EXPORT_TYPED_FUNC(packed_size, diptych::cpu::size_of_packed)
 TVM_FFI_DLL_EXPORT_TYPED_FUNC(pack_linear, diptych::cpu::pack_linear)
 TVM_FFI_DLL_EXPORT_TYPED_FUNC(linear, diptych::cpu::linear)
 TVM_FFI_DLL_EXPORT_TYPED_FUNC(linear_narrow, diptych::cpu::linear_narrow)

@@ -22,17 +22,30 @@ constexpr int kTile = 64;   // keys of one attention tile, aligned to the sequen
 constexpr int kSplit = 8 * kTile;  // keys of one independently computed part of a row's softmax
 constexpr int kVocabChunk = 2048;  // logits of one independently computed part of a row's logsumexp
 
-struct LinearArgs {
-  float* out;         // [rows, num_out]
-  const float* x;     // [rows, num_in]
-  const void* w;      // packed, see linear.h
+// A packed linear layer, see linear.h and integers.h.
+struct LinearWeights {
+  const void* w;
   const float* bias;  // [num_out] or null
-  int64_t rows, num_out, num_in;
+  int64_t num_out, num_in;
   DType dtype;          // of w, where width is kModel
   Width width;
   const void* scales;   // kInt8: [num_out] fp32; kInt4: [panels][groups][kPanel] bf16
   int64_t group;        // kInt4: inputs that share a scale
   int64_t act_bits;     // narrow: what x is rounded to, 8 or 16
+};
+
+// Makes row `row` of a linear layer's input just before it is read, so that it is still in the cache.
+struct RowMaker {
+  void (*make)(const void* args, int64_t row);  // null: the input is there
+  const void* args;
+  int64_t values;  // that it reads and computes for one row
+};
+
+struct LinearArgs : LinearWeights {
+  float* out;         // [rows, num_out]
+  const float* x;     // [rows, num_in]
+  int64_t rows;
+  RowMaker maker;     // of x
 };
 
 struct PackArgs {
@@ -113,6 +126,40 @@ struct LogitsArgs {
   float* out;       // [rows, vocab] or null
 };
 
+// One decoder layer, whole: its packed weights and its part of the pool.
+struct LayerWeights {
+  LinearWeights qkv, o, gate_up, down;
+  const float *attn_norm, *mlp_norm;  // [hidden]
+  const float *q_norm, *k_norm;       // [dim], or null: heads are not normed
+  CacheView k_cache, v_cache;
+  int64_t window;  // <= 0: none
+};
+
+// What all layers of a decoder share.
+struct DecoderShape {
+  const float* cos_sin;  // [positions, dim]
+  int64_t positions, hidden, inner, q_heads, kv_heads, dim;
+  float eps, scale;
+};
+
+// A step's tokens, as in RopeArgs, WriteKvArgs and AttentionArgs, and the memory it computes in.
+struct StepArgs {
+  float* residual;  // [rows, hidden]
+  float *hidden, *qkv, *attention, *gate_up, *inner;  // [rows, ...], nothing in them before a layer
+                                                      // but `hidden`: what the last layer added
+  const int32_t *positions, *slots;
+  const int32_t *qo_indptr, *kv_indptr, *kv_indices, *kv_len;
+  int64_t rows, num_seqs;
+};
+
+struct LayerArgs {
+  const LayerWeights& weights;
+  const DecoderShape& shape;
+  const StepArgs& step;
+  bool first;  // of the step: nothing is in `hidden`
+  bool last;   // `hidden` is added to `residual` in the end
+};
+
 struct ProbeArgs {
   const float* data;  // [size]: read it all; null: multiply and add instead
   int64_t size;       // floats, or rounds of probe_operations()
@@ -133,6 +180,7 @@ struct KernelTable {
   void (*write_kv)(const WriteKvArgs&);
   void (*attention)(const AttentionArgs&);
   void (*logits)(const LogitsArgs&);
+  void (*layer)(const LayerArgs&);
   void (*probe)(const ProbeArgs&);
   int64_t (*probe_operations)(bool pairs);  // floating-point operations of one round
 };

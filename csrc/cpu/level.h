@@ -2,15 +2,14 @@
 // level's table.
 #pragma once
 
-#include "attention.h"
-#include "linear.h"
+#include "layer.h"
 #include "logits.h"
 #include "probe.h"
-#include "rows.h"
 
 #define DIPTYCH_LEVEL_TABLE(variable, name)                               \
   namespace diptych::cpu {                                                \
   const KernelTable variable = {                                          \
       name,     pack,     linear,    embedding, norm,  rope,              \
-      silu_mul, write_kv, attention, logits,    probe, probe_operations}; \
+      silu_mul, write_kv, attention, logits,    layer, probe,             \
+      probe_operations};                                                  \
   }

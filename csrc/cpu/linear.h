@@ -6,6 +6,7 @@
 #include "gemm.h"
 #include "integers.h"
 #include "pool.h"
+#include "rows.h"
 #ifdef __AMX_BF16__
 #include "narrow.h"
 #endif
@@ -18,6 +19,7 @@ constexpr int64_t kGroupPanelsMax = 16;  // on tiles, with many rows
 constexpr int64_t kRowsPerItem = 96;     // where columns alone give too few items
 constexpr int64_t kRowsPerItemMax = 512;
 constexpr int64_t kInlineProducts = 1 << 15;  // smaller problems are not worth waking a thread for
+constexpr int64_t kRowValuesPerItem = 1 << 12;  // that are made or rounded
 constexpr int64_t kFewRows = 32;              // of an item
 constexpr int64_t kPieceFewRows = 128;  // inputs of narrow weights widened at once: first cache
 // Inputs of one pass over an item with many rows: on tiles, 32 rows of a pass stay in the first
@@ -191,6 +193,32 @@ void linear_with(const LinearArgs& a, const typename Operand<E>::Act* x, int64_t
   run_unless_small(items, LinearJob<E>::item, &job, a.rows * a.num_out * a.num_in);
 }
 
+// Makes (where asked) and rounds every row of x, some neighbouring rows per work item.
+struct EachRow {
+  const LinearArgs& a;
+  ItemFn round;
+  void* context;
+  int64_t rows_per_item;
+
+  static void item(void* context, int64_t index) {
+    const auto& job = *static_cast<const EachRow*>(context);
+    const LinearArgs& a = job.a;
+    const int64_t first = index * job.rows_per_item, left = a.rows - first;
+    const int64_t end = first + (left < job.rows_per_item ? left : job.rows_per_item);
+    for (int64_t row = first; row < end; ++row) {
+      if (a.maker.make != nullptr) a.maker.make(a.maker.args, row);
+      if (job.round != nullptr) job.round(job.context, row);
+    }
+  }
+};
+
+inline void round_rows(const LinearArgs& a, ItemFn round, void* context) {
+  const int64_t values = (round == nullptr ? 0 : a.num_in) + a.maker.values;
+  const int64_t per_item = kRowValuesPerItem / values + 1;
+  EachRow job{a, round, context, per_item};
+  run_unless_small((a.rows + per_item - 1) / per_item, EachRow::item, &job, a.rows * values);
+}
+
 // bf16: every row of x rounded once, as pairs or as the floats that the level multiplies.
 struct RoundJob {
   const LinearArgs& a;
@@ -229,7 +257,7 @@ void linear_bf16(const LinearArgs& a) {
   const int64_t stride = padded_inputs(a);
   void* rounded = scratch(kScratchCall, static_cast<size_t>(a.rows * stride) * (kPairs ? 2 : 4));
   RoundJob job{a, rounded, stride};
-  run_unless_small(a.rows, RoundJob::item, &job, a.rows * a.num_in);
+  round_rows(a, RoundJob::item, &job);
   if constexpr (kPairs) {
     linear_with<BF16Pairs>(a, static_cast<const uint32_t*>(rounded), stride / 2);
   } else {
@@ -259,7 +287,7 @@ void linear_integers(const LinearArgs& a) {
   if (rows_per_item > a.rows) rows_per_item = a.rows;
   IntegerJob job{a, q, kGroupPanels, row_groups, rows_per_item};
   const int64_t items = row_groups * ((a.rows + rows_per_item - 1) / rows_per_item);
-  run_unless_small(a.rows, IntegerRowsJob::item, &rounding, a.rows * a.num_in);
+  round_rows(a, IntegerRowsJob::item, &rounding);
   run_unless_small(items, IntegerJob::item, &job, a.rows * a.num_out * a.num_in);
 }
 
@@ -268,6 +296,7 @@ void linear(const LinearArgs& a) {
   const bool integers = a.width != Width::kModel && !(kTiles && a.act_bits == 16);
   if (integers) return linear_integers(a);
   if (a.width != Width::kModel || a.dtype == DType::kBF16) return linear_bf16(a);
+  if (a.maker.make != nullptr) round_rows(a, nullptr, nullptr);  // only made: read as it is
   if (a.dtype == DType::kF32) return linear_with<F32>(a, a.x, a.num_in);
   linear_with<F16>(a, a.x, a.num_in);
 }

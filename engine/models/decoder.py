@@ -1,9 +1,8 @@
 """The decoder: token ids to hidden states to logits, over the kernels and the paged pool.
 
-Owns the activation buffers of one rank (grown to the largest step seen, never shrunk). A rank
-computes its shards one after another; what all shards add up to, every rank has. Invariant: a row's
-result depends on its own sequence only, so any batch, any chunking and any number of ranks give the
-same bits.
+Owns the hidden states and logits of one rank (grown to the largest step seen, never shrunk).
+Invariant: a row's result depends on its own sequence only, so any batch, any chunking and any
+number of ranks give the same bits.
 """
 
 from collections.abc import Callable
@@ -15,92 +14,14 @@ from torch import Tensor
 from diptych.engine.batch import ModelInput
 from diptych.engine.collectives import Collectives, Solo
 from diptych.engine.core.model_config import ModelConfig
-from diptych.engine.core.sharding import Shard
-from diptych.engine.models.weights import DecoderWeights, LayerShard, LayerWeights
+from diptych.engine.models.layers import Layers, SingleCalls, fused_layers
+from diptych.engine.models.weights import DecoderWeights
 from diptych.engine.pool import KVPool
 from diptych.kernels import Kernels
 
 __all__ = ["Decoder"]
 
-_ROWS_MIN: Final = 16  # rows of the smallest buffers
-
-_OwnShard = tuple[LayerShard, Tensor, Tensor]  # and its heads' keys and values
-
-
-class _Buffers:
-    """Activations of up to `rows` tokens, all fp32; those inside a shard are of one shard."""
-
-    __slots__ = (
-        "attention",
-        "gate_up",
-        "head_dim",
-        "hidden",
-        "inner",
-        "num_kv",
-        "num_q",
-        "qk",
-        "qkv",
-        "residual",
-    )
-
-    def __init__(self, config: ModelConfig, shard: Shard, rows: int) -> None:
-        def buffer(width: int) -> Tensor:
-            return torch.empty(rows, width, dtype=torch.float32)
-
-        self.head_dim = config.head_dim
-        self.num_q, self.num_kv = len(shard.q_heads), len(shard.kv_heads)
-        q_size, kv_size = self.num_q * self.head_dim, self.num_kv * self.head_dim
-        self.residual = buffer(config.hidden_size)
-        self.hidden = buffer(config.hidden_size)
-        self.qkv = buffer(q_size + 2 * kv_size)
-        self.attention = buffer(q_size)
-        self.gate_up = buffer(2 * len(shard.inner))
-        self.inner = buffer(len(shard.inner))
-        # The norm of q and k wants dense heads, so these leave the fused rows.
-        self.qk = torch.empty(rows * (q_size + kv_size if config.qk_norm else 0))
-
-
-class _Views:
-    """The first T rows of the buffers, in every shape that a layer needs; made once per T."""
-
-    __slots__ = (
-        "attention",
-        "attention_heads",
-        "gate_up",
-        "hidden",
-        "inner",
-        "k",
-        "k_dense",
-        "k_heads",
-        "q",
-        "q_dense",
-        "q_heads",
-        "qkv",
-        "residual",
-        "v",
-    )
-
-    def __init__(self, buffers: _Buffers, rows: int) -> None:
-        dim, num_q, num_kv = buffers.head_dim, buffers.num_q, buffers.num_kv
-        self.residual = buffers.residual[:rows]  # [T, hidden]
-        self.hidden = buffers.hidden[:rows]  # [T, hidden]
-        self.qkv = buffers.qkv[:rows]  # [T, q_size + 2 * kv_size]
-        self.attention = buffers.attention[:rows]  # [T, q_size]
-        self.attention_heads = self.attention.view(rows, -1, dim)  # [T, Hq, D]
-        self.gate_up = buffers.gate_up[:rows]  # [T, 2 * inner]
-        self.inner = buffers.inner[:rows]  # [T, inner]
-        heads = self.qkv.view(rows, -1, dim)  # [T, Hq + 2 * Hk, D]
-        self.q = heads[:, :num_q]  # [T, Hq, D], rows strided
-        self.k = heads[:, num_q : num_q + num_kv]  # [T, Hk, D], rows strided
-        self.v = heads[:, num_q + num_kv :]  # [T, Hk, D], rows strided
-        self.q_dense = self.k_dense = self.q_heads = self.k_heads = buffers.qk
-        if buffers.qk.numel():
-            split = rows * num_q * dim
-            end = split + rows * num_kv * dim
-            self.q_heads = buffers.qk[:split].view(-1, dim)  # [T * Hq, D]
-            self.k_heads = buffers.qk[split:end].view(-1, dim)  # [T * Hk, D]
-            self.q_dense = self.q_heads.view(rows, num_q, dim)  # [T, Hq, D]
-            self.k_dense = self.k_heads.view(rows, num_kv, dim)  # [T, Hk, D]
+_ROWS_MIN: Final = 16  # rows of the smallest buffer
 
 
 class Decoder:
@@ -113,68 +34,31 @@ class Decoder:
         kernels: Kernels,
         pool: KVPool,
         ranks: Collectives | None = None,
+        *,
+        fuse: bool = True,
     ) -> None:
-        """ranks: None where this rank computes all shards."""
+        """ranks: None where this rank computes all shards. fuse: let the backend compute whole
+        layers in one call where it can; changes no bit.
+        """
         self._config = config
         self._weights = weights
         self._kernels = kernels
         self._ranks: Collectives = Solo(len(weights.shards)) if ranks is None else ranks
-        self._whole = len(weights.shards) == 1  # nothing is added up or put together
-        self._shards = [weights.shards[index] for index in self._ranks.shards]
-        self._layers = [
-            (layer, window or 0, self._own(layer, pool, index))
-            for index, (layer, window) in enumerate(
-                zip(weights.layers, config.windows, strict=True)
-            )
-        ]
-        self._scale = config.head_dim**-0.5
-        self._buffers = _Buffers(config, self._shards[0], _ROWS_MIN)
-        self._views = _Views(self._buffers, 1)
+        self._whole = len(weights.shards) == 1  # nothing is put together
+        fused = fused_layers(config, weights, kernels, pool) if fuse else None
+        self._layers: Layers = fused or SingleCalls(config, weights, kernels, pool, self._ranks)
+        self._residual = torch.empty(_ROWS_MIN, config.hidden_size, dtype=torch.float32)
         self._logits = torch.empty(1, config.vocab_size, dtype=torch.float32)
-
-    def _own(self, layer: LayerWeights, pool: KVPool, index: int) -> list[_OwnShard]:
-        """The shards of this rank in one layer, with the keys and values of their heads."""
-        return [
-            (layer.shards[number], *pool.layer(index, shard.kv_heads))
-            for number, shard in zip(self._ranks.shards, self._shards, strict=True)
-        ]
 
     def forward(self, inputs: ModelInput, on_layer: Callable[[], None] | None = None) -> Tensor:
         """Hidden states before the last norm, [T, hidden] fp32; valid until the next call."""
-        kernels, eps = self._kernels, self._config.rms_norm_eps
-        b = self._views_of(inputs.ids.shape[0])
-        self._embed(b.residual, inputs.ids)
-        for index, (layer, window, shards) in enumerate(self._layers):
-            if index == 0:
-                kernels.rms_norm(b.hidden, b.residual, layer.attn_norm, eps)
-            else:
-                kernels.add_rms_norm(b.hidden, b.residual, b.hidden, layer.attn_norm, eps)
-            parts = self._parts(b.hidden)
-            for part, (shard, k_cache, v_cache) in zip(parts, shards, strict=True):
-                self._attend(layer, shard, inputs, b, k_cache, v_cache, window)
-                kernels.linear(part, b.attention, shard.o)
-            self._sum(b.hidden)
-            kernels.add_rms_norm(b.hidden, b.residual, b.hidden, layer.mlp_norm, eps)
-            parts = self._parts(b.hidden)
-            for part, (shard, _, _) in zip(parts, shards, strict=True):
-                kernels.linear(b.gate_up, b.hidden, shard.gate_up)
-                kernels.silu_mul(b.inner, b.gate_up)
-                kernels.linear(part, b.inner, shard.down)
-            self._sum(b.hidden)
-            if on_layer is not None:
-                on_layer()
-        return b.residual.add_(b.hidden)
-
-    def _parts(self, out: Tensor) -> list[Tensor]:
-        """Where each shard of this rank puts its part of `out`."""
-        if self._whole:
-            return [out]
-        return [part.view(out.shape) for part in self._ranks.parts(out.numel())]
-
-    def _sum(self, out: Tensor) -> None:
-        """Adds up the parts of all shards of all ranks."""
-        if not self._whole:
-            self._kernels.sum_parts(out, self._ranks.gather())
+        rows, capacity = inputs.ids.shape[0], self._residual.shape[0]
+        if rows > capacity:
+            self._residual = torch.empty(max(rows, 2 * capacity), self._config.hidden_size)
+        residual = self._residual[:rows]
+        self._embed(residual, inputs.ids)
+        self._layers.run(residual, inputs, on_layer)
+        return residual
 
     def _embed(self, out: Tensor, ids: Tensor) -> None:
         """out: [T, hidden]; ids: [T]."""
@@ -191,53 +75,6 @@ class Decoder:
                     rows = torch.empty(mine.numel(), out.shape[1], dtype=torch.float32)
                     self._kernels.embedding(rows, packed, ids[mine] - shard.vocab.start)
                     out.index_copy_(0, mine, rows)
-
-    def _views_of(self, rows: int) -> _Views:
-        """Decode steps of one batch size follow each other: their views are made once."""
-        if rows != self._views.hidden.shape[0]:
-            capacity = self._buffers.hidden.shape[0]
-            if rows > capacity:
-                rows_max = max(rows, 2 * capacity)
-                self._buffers = _Buffers(self._config, self._shards[0], rows_max)
-            self._views = _Views(self._buffers, rows)
-        return self._views
-
-    def _attend(
-        self,
-        layer: LayerWeights,
-        shard: LayerShard,
-        inputs: ModelInput,
-        b: _Views,
-        k_cache: Tensor,
-        v_cache: Tensor,
-        window: int,
-    ) -> None:
-        """b.hidden -> b.attention; k_cache, v_cache: [num_blocks, Hk, block_size, D].
-
-        Where neighbouring shards have one KV head, each writes it: the same bytes, so that none has
-        to wait for another's.
-        """
-        kernels, eps = self._kernels, self._config.rms_norm_eps
-        kernels.linear(b.qkv, b.hidden, shard.qkv)
-        q, k = b.q, b.k
-        if layer.q_norm is not None and layer.k_norm is not None:
-            q, k = b.q_dense.copy_(q), b.k_dense.copy_(k)
-            kernels.rms_norm(b.q_heads, b.q_heads, layer.q_norm, eps)
-            kernels.rms_norm(b.k_heads, b.k_heads, layer.k_norm, eps)
-        kernels.rope(q, k, inputs.positions, self._weights.cos_sin)
-        kernels.write_kv(k_cache, v_cache, k, b.v, inputs.slot_mapping)
-        kernels.attention(
-            b.attention_heads,
-            q,
-            k_cache,
-            v_cache,
-            inputs.qo_indptr,
-            inputs.kv_indptr,
-            inputs.kv_indices,
-            inputs.kv_len,
-            self._scale,
-            window,
-        )
 
     def logits(self, hidden: Tensor) -> Tensor:
         """[R, vocab] fp32 of hidden states [R, hidden] (overwritten); valid until the next call.

@@ -1,0 +1,98 @@
+// One whole decoder layer in one call: what Python would otherwise ask for in a dozen.
+//
+// Owns no memory. The steps between matrix products are done row by row where a row is next read:
+// norms and SiLU just before a row is rounded, norms of heads, RoPE and the write into the pool in
+// one pass. Invariant: each value goes through the same operations in the same order as by single
+// calls of the kernels, so the bits are theirs.
+#pragma once
+
+#include "attention.h"
+#include "linear.h"
+#include "rows.h"
+
+namespace diptych::cpu {
+namespace {
+
+template <class Args, void (*row)(const Args&, int64_t)>
+RowMaker maker_of(const Args& args, int64_t values) {
+  auto make = [](const void* args, int64_t t) { row(*static_cast<const Args*>(args), t); };
+  return {make, &args, values};
+}
+
+void norm_heads(float* heads, int64_t count, const float* weight, const DecoderShape& shape) {
+  const NormArgs args{heads, nullptr, heads, weight, count, shape.dim, shape.eps};
+  for (int64_t h = 0; h < count; ++h) norm_row(args, h);
+}
+
+struct PlaceArgs {
+  const LayerArgs& layer;
+  WriteKvArgs kv;
+};
+
+// Queries and keys of one token made ready, its keys and values written into the pool.
+template <void (*write)(const WriteKvArgs&, int64_t)>
+void place_row(const PlaceArgs& a, int64_t t) {
+  const DecoderShape& shape = a.layer.shape;
+  const LayerWeights& w = a.layer.weights;
+  const int64_t dim = shape.dim, half = dim / 2;
+  float *q = a.layer.step.qkv + t * w.qkv.num_out, *k = q + shape.q_heads * dim;
+  if (w.q_norm != nullptr) {
+    norm_heads(q, shape.q_heads, w.q_norm, shape);
+    norm_heads(k, shape.kv_heads, w.k_norm, shape);
+  }
+  const float *cos = shape.cos_sin + a.layer.step.positions[t] * dim, *sin = cos + half;
+  for (int64_t h = 0; h < shape.q_heads + shape.kv_heads; ++h)  // keys lie behind queries
+    rope_head(q + h * dim, cos, sin, half);
+  write(a.kv, t);
+}
+
+void place(const LayerArgs& a) {
+  const LayerWeights& w = a.weights;
+  const int64_t rows = a.step.rows, values = w.qkv.num_out;
+  const float* k = a.step.qkv + a.shape.q_heads * a.shape.dim;
+  const float* v = k + a.shape.kv_heads * a.shape.dim;
+  const PlaceArgs args{a, {w.k_cache, w.v_cache, k, v, values, values, a.step.slots, rows}};
+  const DType dtype = w.k_cache.dtype;
+  if (dtype == DType::kF32)
+    run_rows<PlaceArgs, place_row<write_kv_row<F32>>>(args, rows, values);
+  if (dtype == DType::kBF16)
+    run_rows<PlaceArgs, place_row<write_kv_row<BF16>>>(args, rows, values);
+  if (dtype == DType::kF16)
+    run_rows<PlaceArgs, place_row<write_kv_row<F16>>>(args, rows, values);
+  if (dtype == DType::kI8)
+    run_rows<PlaceArgs, place_row<write_kv_row_int8>>(args, rows, values);
+}
+
+void add_row(const LayerArgs& a, int64_t t) {
+  const int64_t dim = a.shape.hidden;
+  float* to = a.step.residual + t * dim;
+  const float* x = a.step.hidden + t * dim;
+  each_vec(dim, [&](int64_t i, int n) {
+    Vec::store_n(to + i, Vec::load_n(to + i, n) + Vec::load_n(x + i, n), n);
+  });
+}
+
+void layer(const LayerArgs& a) {
+  const LayerWeights& w = a.weights;
+  const DecoderShape& shape = a.shape;
+  const StepArgs& s = a.step;
+  const int64_t rows = s.rows;
+  const NormArgs before{s.hidden, a.first ? nullptr : s.residual, a.first ? s.residual : s.hidden,
+                        w.attn_norm, rows, shape.hidden, shape.eps};
+  linear({w.qkv, s.qkv, s.hidden, rows, maker_of<NormArgs, norm_row>(before, 2 * shape.hidden)});
+  place(a);
+  attention({s.attention, s.qkv, w.qkv.num_out, w.k_cache, w.v_cache, s.qo_indptr, s.kv_indptr,
+             s.kv_indices, s.kv_len, s.num_seqs, shape.q_heads, shape.scale, w.window});
+  linear({w.o, s.hidden, s.attention, rows, {}});
+  const NormArgs between{s.hidden,   s.residual, s.hidden, w.mlp_norm,
+                         rows,       shape.hidden, shape.eps};
+  linear({w.gate_up, s.gate_up, s.hidden, rows,
+          maker_of<NormArgs, norm_row>(between, 2 * shape.hidden)});
+  const SiluArgs silu{s.inner, s.gate_up, rows, shape.inner};
+  linear({w.down, s.hidden, s.inner, rows,
+          maker_of<SiluArgs, silu_row>(silu, 4 * shape.inner)});
+  if (a.last) run_rows<LayerArgs, add_row>(a, rows, shape.hidden);
+}
+
+}  // namespace
+}  // namespace diptych::cpu
