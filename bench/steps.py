@@ -22,20 +22,32 @@ from diptych.engine.core.params import SamplingParams
 from diptych.engine.core.plan import StepPlan, StepRow
 from diptych.engine.runner import LoadedModel, Runner, load_model, make_runner
 from diptych.kernels.cpp import CppKernels
+from diptych.kernels.cpp_layers import CppLayers
 from diptych.server.builtin import BUILTIN_MODEL
 
+_RUN = "run"  # of whole layers, a method
 CONTEXT = 128  # tokens of each sequence before the first step
 
 
 class Clock:
-    """Adds up the time inside every C++ function of one backend."""
+    """Adds up the time inside every C++ function of one backend, while it is entered."""
 
     def __init__(self, kernels: CppKernels) -> None:
         self.seconds = 0.0
-        for name in vars(kernels):
-            function = getattr(kernels, name)
+        self._kernels = kernels
+        self._before = dict(vars(kernels))
+        self._run = CppLayers.run
+
+    def __enter__(self) -> "Clock":
+        for name, function in self._before.items():
             if callable(function):
-                setattr(kernels, name, self._timed(function))
+                setattr(self._kernels, name, self._timed(function))
+        setattr(CppLayers, _RUN, self._timed(self._run))
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        vars(self._kernels).update(self._before)
+        setattr(CppLayers, _RUN, self._run)
 
     def _timed(self, function: Callable[..., object]) -> Callable[..., object]:
         def timed(*arguments: object) -> object:
@@ -134,14 +146,12 @@ def _decode(
     for name, variant in variants.items():
         kernels = models[name].kernels
         assert isinstance(kernels, CppKernels), "build the C++ kernels first"
-        before = dict(vars(kernels))
-        clock = Clock(kernels)
         outside = []
-        for _ in range(steps):
-            clock.seconds = 0.0
-            whole = variant.step()
-            outside.append((whole - clock.seconds) / whole)
-        vars(kernels).update(before)
+        with Clock(kernels) as clock:
+            for _ in range(steps):
+                clock.seconds = 0.0
+                whole = variant.step()
+                outside.append((whole - clock.seconds) / whole)
         ratios = [a / b for a, b in zip(times[first], times[name], strict=True)]
         rows.append(
             {
