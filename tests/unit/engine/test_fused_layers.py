@@ -3,6 +3,7 @@
 import json
 import random
 from pathlib import Path
+from typing import get_args
 
 import pytest
 import torch
@@ -12,6 +13,7 @@ from bench.drive import Driver
 from bench.oracle import FAMILIES, VOCAB_SIZE
 from diptych.engine.batch import ModelInput, build_input
 from diptych.engine.core.config import ModelOptions, Quantization
+from diptych.engine.core.model_config import KVDtype
 from diptych.engine.core.plan import StepPlan, StepRow
 from diptych.engine.models.decoder import Decoder
 from diptych.engine.pool import KVPool
@@ -41,9 +43,11 @@ def _steps(model: LoadedModel, driver: Driver) -> list[ModelInput]:
     ]
 
 
-def _computed(model: LoadedModel, *, fuse: bool, watched: bool = False) -> tuple[Tensor, Tensor]:
+def _computed(
+    model: LoadedModel, *, fuse: bool, watched: bool = False, kv_dtype: KVDtype | None = None
+) -> tuple[Tensor, Tensor]:
     """The hidden states of all steps, and what is in the pool in the end."""
-    driver = Driver(model, threads=2)
+    driver = Driver(model, threads=2, kv_dtype=kv_dtype)
     decoder = Decoder(model.config, model.weights, model.kernels, driver.pool, fuse=fuse)
     seen: list[int] = []
     on_layer = (lambda: seen.append(0)) if watched else None
@@ -54,9 +58,9 @@ def _computed(model: LoadedModel, *, fuse: bool, watched: bool = False) -> tuple
     return hidden, driver.pool.data.view(torch.uint8)
 
 
-def _assert_equal(model: LoadedModel) -> None:
-    hidden, pool = _computed(model, fuse=True)
-    single, single_pool = _computed(model, fuse=False)
+def _assert_equal(model: LoadedModel, kv_dtype: KVDtype | None = None) -> None:
+    hidden, pool = _computed(model, fuse=True, kv_dtype=kv_dtype)
+    single, single_pool = _computed(model, fuse=False, kv_dtype=kv_dtype)
     assert hidden.isfinite().all()
     assert torch.equal(hidden, single)
     assert torch.equal(pool, single_pool)
@@ -72,6 +76,12 @@ def test_every_family(family: str, dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_every_level(level: str, dtype: torch.dtype) -> None:
     _assert_equal(tiny_model("qwen3", dtype, level=level))
+
+
+@pytest.mark.parametrize("level", levels())
+@pytest.mark.parametrize("kv_dtype", get_args(KVDtype))
+def test_every_dtype_of_kv(level: str, kv_dtype: KVDtype) -> None:
+    _assert_equal(tiny_model("llama3", torch.bfloat16, level=level), kv_dtype)
 
 
 @pytest.mark.parametrize("level", levels())
