@@ -1,29 +1,32 @@
 """Which workers move between prefill and decode: one message each, no drain, no flush. Pure.
 
-Owns the hysteresis of the moves. Invariants: as long as anybody serves, somebody prefills and
-somebody decodes; a worker moves half a step (50 of 100) at a time, so that it does both while it
-changes sides; after a move one way no move goes the other way for `TURN_PERIODS`, unless urgent.
+Owns the choice of the split and its hysteresis. Candidates are compared by the share of requests
+that each is expected to serve within the targets (`forecast.py`), all workers doing both among
+them. Invariants: as long as anybody serves, somebody prefills and somebody decodes; a split is
+left only for one that promises more by `GAIN`, and within `TURN_PERIODS` of a move by `URGENT`.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Final
 
-from diptych.scheduler.load import Load
+from diptych.scheduler.demand import Scenarios
+from diptych.scheduler.forecast import PACED, Costs, Demand, Split, forecast
 from diptych.scheduler.members import Worker
 
 HALF: Final = 50
-ACTS_AT: Final = 0.8
-"""Pressure below which nothing moves for a target's sake: it is met."""
-GAIN: Final = 0.9
-"""A move must bring the worst pressure below this share of what it is."""
-CALM_AT: Final = 0.4
-CALM_PERIODS: Final = 10
-"""So many quiet periods, and workers go back to the roles that they were started in."""
+"""The dial of a worker that does both."""
+GAIN: Final = 0.02
+"""Of the score, that is about two in a hundred requests more within their targets."""
+URGENT: Final = 0.2
 TURN_PERIODS: Final = 3
-URGENT: Final = 2.0
-"""Pressure above which two half steps, or those of a quarter of the workers, are taken at once, and
-a move may be turned back after one period."""
+PATIENCE: Final = 3
+"""Looks in a row at which fewer workers that do both must promise more: those suit any turn of the
+load at once, the others only the one that was seen."""
+UNKNOWN: Final = 0.15
+"""Weight of each load that was not seen and could come, beside what is asked now."""
+GRID: Final = 8
+"""Up to so many workers every split is looked at; of more, a grid and the neighbours of this one."""
 
 
 @dataclass(slots=True, frozen=True)
@@ -35,51 +38,100 @@ class Move:
 class DialController:
     """`decide` once per period, `repair` whenever somebody came or went."""
 
-    def __init__(self) -> None:
-        self._direction = 0  # of the last move: +1 to prefill, -1 to decode
+    def __init__(self, slo_s: tuple[float, float], seats_max: int) -> None:
+        self._slo_s = slo_s
+        self._seats_max = seats_max
         self._since_move = TURN_PERIODS
-        self._calm = 0
+        self._apart = 0  # looks in a row that wanted fewer workers to do both
 
-    def decide(self, workers: list[Worker], load: Load) -> list[Move]:
+    def decide(
+        self, workers: list[Worker], scenarios: Scenarios, costs: Costs | None
+    ) -> list[Move]:
         """`workers`: those that take new rows."""
         self._since_move += 1
-        self._calm = self._calm + 1 if load.worst < CALM_AT else 0
-        if len(workers) < 2:
+        if len(workers) < 2 or costs is None or all(demand.none for _, demand in scenarios):
             return []
-        if load.worst < ACTS_AT:
-            return self._home(workers, load) if self._calm >= CALM_PERIODS else []
-        direction = 1 if load.prefill > load.decode else -1
-        urgent = load.worst >= URGENT
-        turns = direction == -self._direction
-        if turns and self._since_move <= (1 if urgent else TURN_PERIODS):
+        here = split_of(workers)
+        if not here.covers:
+            return []  # `repair` comes first
+        scenarios = scenarios + self._unknown(len(workers), scenarios[0][1], costs)
+        scores = {split: self._score(split, scenarios, costs) for split in candidates(here)}
+        best = max(scores, key=scores.__getitem__)
+        if not self._worth(scores[best] - scores[here], best.mixed - here.mixed):
             return []
-        moves: list[Move] = []
-        dials = {worker.id: worker.dial for worker in workers}
-        for _ in range(max(2, len(workers) // 4) if urgent else 1):
-            shift = direction * HALF / 100.0 * (len(moves) + 1)
-            if load.after(shift, -shift) > GAIN * load.worst:
-                break
-            move = _next(workers, dials, direction)
-            if move is None:
-                break
-            dials[move.worker.id] = move.dial
-            moves.append(move)
-        if moves:
-            self._direction, self._since_move = direction, 0
-        return moves
+        self._since_move = 0
+        return moves_to(best, workers)
 
-    def _home(self, workers: list[Worker], load: Load) -> list[Move]:
-        """One worker half a step back to its first role, if that leaves the targets met."""
-        for worker in workers:
-            towards = (worker.home_dial > worker.dial) - (worker.home_dial < worker.dial)
-            shift = towards * HALF / 100.0
-            if not towards or load.after(shift, -shift) >= CALM_AT:
-                continue
-            dial = worker.dial + towards * min(HALF, abs(worker.home_dial - worker.dial))
-            dials = {other.id: other.dial for other in workers} | {worker.id: dial}
-            if covers(dials.values()):
-                return [Move(worker, dial)]
-        return []
+    def _unknown(self, count: int, now: Demand, costs: Costs) -> Scenarios:
+        """What nobody has asked for yet: half of what all can do, of prompts alone, of answers
+        alone."""
+        work = 0.5 * count
+        step_s = min(PACED * self._slo_s[1], 2.0 * costs.base_s)
+        rows = max(0.0, (step_s - costs.base_s) / costs.row_s)
+        prefill, decode = work / costs.prefill_s, work * min(rows, self._seats_max) / step_s
+        return [
+            (UNKNOWN, Demand(prefill, now.prompt_tokens, 0.0, 0.0)),
+            (UNKNOWN, Demand(0.0, now.prompt_tokens, 0.0, decode)),
+        ]
+
+    def _worth(self, gain: float, mixed_more: int) -> bool:
+        """Whether a better split is so much better, and has been for long enough."""
+        least = URGENT if self._since_move <= TURN_PERIODS else GAIN
+        apart = gain >= least and mixed_more < 0
+        self._apart = self._apart + 1 if apart else 0
+        patience = PATIENCE - 1 if gain >= URGENT else PATIENCE
+        return gain >= least and (not apart or self._apart >= patience)
+
+    def _score(self, split: Split, scenarios: Scenarios, costs: Costs) -> float:
+        total = sum(
+            weight * forecast(split, demand, costs, self._slo_s, self._seats_max).score
+            for weight, demand in scenarios
+        )
+        return total / sum(weight for weight, _ in scenarios)
+
+
+def split_of(workers: list[Worker]) -> Split:
+    prefill = sum(worker.dial >= 100 for worker in workers)
+    decode = sum(worker.dial <= 0 for worker in workers)
+    return Split(prefill, len(workers) - prefill - decode, decode)
+
+
+def candidates(here: Split) -> Iterator[Split]:
+    """Splits of as many workers that cover both roles, `here` first: it wins a draw."""
+    count = here.prefill + here.mixed + here.decode
+    yield here
+    stride = -(-count // GRID)
+    for prefill in range(0, count + 1, stride):
+        for decode in range(0, count + 1 - prefill, stride):
+            yield from _covering(count, prefill, decode)
+    if stride == 1:
+        return
+    for prefill in range(here.prefill - 2, here.prefill + 3):
+        for decode in range(here.decode - 2, here.decode + 3):
+            yield from _covering(count, prefill, decode)
+
+
+def _covering(count: int, prefill: int, decode: int) -> Iterator[Split]:
+    split = Split(prefill, count - prefill - decode, decode)
+    if min(prefill, split.mixed, decode) >= 0 and split.covers:
+        yield split
+
+
+def moves_to(split: Split, workers: list[Worker]) -> list[Move]:
+    """As few and as short moves as the split needs: the order of dials stays; of equals, those
+    with more prompts to compute and fewer rows are nearer to prefill."""
+    order = sorted(workers, key=lambda w: (-w.dial, -w.backlog_tokens, len(w.assigned), w.id))
+    moves = []
+    for index, worker in enumerate(order):
+        if index < split.prefill:
+            dial = 100
+        elif index >= len(order) - split.decode:
+            dial = 0
+        else:
+            dial = worker.dial if 0 < worker.dial < 100 else HALF
+        if dial != worker.dial:
+            moves.append(Move(worker, dial))
+    return moves
 
 
 def repair(workers: list[Worker]) -> list[Move]:
@@ -87,21 +139,6 @@ def repair(workers: list[Worker]) -> list[Move]:
     if not workers or covers([worker.dial for worker in workers]):
         return []
     return [Move(min(workers, key=lambda w: (w.backlog_tokens, len(w.assigned), w.id)), HALF)]
-
-
-def _next(workers: list[Worker], dials: dict[int, int], direction: int) -> Move | None:
-    """The cheapest half step: a worker that does both already, else the least busy one."""
-
-    def order(worker: Worker) -> tuple[bool, int, int, int]:
-        whole = dials[worker.id] in (0, 100)
-        queue = worker.backlog_tokens if direction < 0 else 0
-        return whole, queue, len(worker.assigned), worker.id
-
-    for worker in sorted(workers, key=order):
-        dial = min(100, max(0, dials[worker.id] + direction * HALF))
-        if dial != dials[worker.id] and covers((dials | {worker.id: dial}).values()):
-            return Move(worker, dial)
-    return None
 
 
 def covers(dials: Iterable[int]) -> bool:

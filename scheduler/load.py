@@ -25,6 +25,7 @@ class Load:
     prefill_capacity: float  # sum of dials / 100
     decode_capacity: float
     num_rows: int  # on workers or waiting
+    lacks_room: bool = False  # what waits only lacks blocks or seats to decode
 
     @property
     def worst(self) -> float:
@@ -68,7 +69,9 @@ def measure(
     decode_capacity = len(workers) - prefill_capacity
     if num_rows and decode_capacity <= 0.0:
         decode = inf
-    return Load(prefill_s / slo_s[0], decode, prefill_capacity, decode_capacity, num_rows)
+    return Load(
+        prefill_s / slo_s[0], decode, prefill_capacity, decode_capacity, num_rows, lacks_room
+    )
 
 
 def _prefill_s(workers: list[Worker], waiting_tokens: int) -> float | None:

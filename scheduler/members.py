@@ -34,7 +34,6 @@ class Worker:
     pool: PoolId
     dial: int
     address: Address
-    home_dial: int = 0  # that it was started with
     joined: bool = False
     assigned: dict[RowKey, Row] = field(default_factory=dict)  # may touch blocks of these
     finished: dict[RowKey, Row] = field(default_factory=dict)  # ended here, not closed yet
@@ -44,7 +43,9 @@ class Worker:
     backlog_tokens: int = 0  # assigned for prefill and not reported as computed
     steps: int = 0
     step_s: float = 0.0  # mean of the last report
-    decoded_tokens: int = 0  # since the load was last measured
+    decoded_tokens: int = 0  # since the load was last measured, like the next two
+    placed_tokens: int = 0  # prompt tokens to be computed, of rows given to it
+    placed_squares: int = 0  # sum of the squares of the same
     decode_tokens: int = 0  # since it started
     prefill_tokens: int = 0  # since it started
     leaving: bool = False  # is given nothing new
@@ -60,6 +61,12 @@ class Worker:
     def is_empty(self) -> bool:
         """Nothing depends on it any more."""
         return not (self.assigned or self.finished or self.sealed)
+
+    def expect_prefill(self, tokens: int) -> None:
+        """A row given to it has so many prompt tokens to compute here."""
+        self.backlog_tokens += tokens
+        self.placed_tokens += tokens
+        self.placed_squares += tokens * tokens
 
 
 @dataclass(slots=True, eq=False)
@@ -127,7 +134,6 @@ class Members:
         address = Address("worker", message.worker, message.worker_epoch)
         first = message.dial if dial is None else dial
         worker = Worker(message.worker, message.worker_epoch, message.pool, first, address)
-        worker.home_dial = message.dial
         worker.start = message.start
         for other in self.workers.values():
             worker.cost.guess_like(other.cost)

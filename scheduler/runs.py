@@ -90,9 +90,9 @@ class Runs:
         row.alone, row.poison, row.finished_on = alone, False, None
         decoder = seats.decoder if seats.decoder is not None else seats.first
         row.decoder = decoder.id
-        seats.first.backlog_tokens += placement.uncached_tokens
+        seats.first.expect_prefill(placement.uncached_tokens)
         if prefill is not None and prefill.tail_tokens is not None:
-            decoder.backlog_tokens += prefill.tail_tokens
+            decoder.expect_prefill(prefill.tail_tokens)
         self._rows.move(row, RowEvent.PLACE)
         pool.num_running += 1
         if row.preemptions < self._options.preemptions_max:

@@ -8,6 +8,7 @@ no role changes, but for a lost one where workers may leave.
 from diptych.engine.core.config import SchedulerOptions
 from diptych.engine.core.messages import SetDial, WorkerUp
 from diptych.engine.core.types import WorkerId
+from diptych.scheduler.demand import DemandMeter, costs_of
 from diptych.scheduler.dials import DialController, Move, covers, repair
 from diptych.scheduler.load import Load, measure
 from diptych.scheduler.members import Members, PoolPhase, Worker
@@ -36,11 +37,13 @@ class Steering:
         self._runs = runs
         self._placer = placer
         self._outbox = outbox
-        self._dials = DialController()
+        self._meter = DemandMeter()
+        self._dials = DialController(options.slo_s, options.max_num_seqs)
         self._remembered: dict[WorkerId, int] = {}
         self._lent: dict[WorkerId, int] = {}  # repaired: the dial it had before
         self._recheck = False  # somebody came or left: a role may have no worker
         self._due_at: float | None = None
+        self._looked_at: float | None = None
         self._active = options.steers or options.autoscale is not None
         self.scaling = (
             Scaling(options, members, room, runs, placer, outbox)
@@ -94,10 +97,12 @@ class Steering:
     def _look(self, now: float) -> None:
         options = self._options
         self.load = measure(self._members, self._room, options.max_num_seqs, options.slo_s)
-        for worker in self._members.workers.values():
-            worker.decoded_tokens = 0
+        elapsed_s = options.steer_s if self._looked_at is None else now - self._looked_at
+        self._looked_at = now
+        scenarios = self._meter.look(self._members, self._room, elapsed_s, self.load.lacks_room)
         if options.steers:
-            self._apply(self._dials.decide(self._serving(), self.load))
+            workers = self._serving()
+            self._apply(self._dials.decide(workers, scenarios, costs_of(workers)))
         if self.scaling is not None:
             self.scaling.look(self.load, now)
             self._recheck = True  # somebody may leave, or stay after all

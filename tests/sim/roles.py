@@ -1,8 +1,8 @@
 """Who prefills and who decodes, followed from outside: from what the scheduler hears and says.
 
 Owns the dial that each living worker was told last, and who leaves. Invariants that it checks: a
-dial is 0..100; where workers move, somebody prefills and somebody decodes as long as there is
-anything to do.
+dial is 0..100, and a worker that comes back has the one it had; where workers move, somebody
+prefills and somebody decodes as long as there is anything to do.
 """
 
 from dataclasses import dataclass, field
@@ -30,6 +30,7 @@ class Roles:
     told: dict[WorkerId, tuple[Epoch, int]] = field(default_factory=dict)  # (worker epoch, dial)
     joined: set[WorkerId] = field(default_factory=set)
     retired: set[tuple[WorkerId, Epoch]] = field(default_factory=set)
+    last: dict[WorkerId, int] = field(default_factory=dict)  # dial, of the dead ones too
     moved_at: dict[WorkerId, float] = field(default_factory=dict)
 
     def hears(self, message: Message) -> None:
@@ -47,6 +48,8 @@ class Roles:
         if isinstance(message, Join):
             if self.told.get(to.number, (0, 0))[0] != to.epoch:
                 self.joined.discard(to.number)
+            last = self.last.setdefault(to.number, message.dial)
+            check(message.dial == last, "worker {} had dial {}, not {}", to.number, last, message)
             self.told[to.number] = (to.epoch, message.dial)
         elif isinstance(message, SetDial):
             check(self.steers, "worker {} moves, though nothing may", to.number)
@@ -54,6 +57,7 @@ class Roles:
             check(known is not None and known[0] == to.epoch, "worker {} is not there", to.number)
             check(0 <= message.dial <= 100, "worker {} gets dial {}", to.number, message.dial)
             self.told[to.number] = (to.epoch, message.dial)
+            self.last[to.number] = message.dial
             self.moved_at[to.number] = now
         elif isinstance(message, Retire):
             check(message.worker in self.told, "worker {} is not there", message.worker)

@@ -48,14 +48,8 @@ def dial_to_old_incarnation(stack: ExitStack) -> None:
 
 @mutant("dials", "burst")
 def role_emptied(stack: ExitStack) -> None:
-    """The last worker of a role is moved away from it."""
-    edit(
-        stack,
-        dials,
-        "_next",
-        " and covers((dials | {worker.id: dial}).values())",
-        "",
-    )
+    """Those that should do both decode only, though nobody else prefills."""
+    edit(stack, dials, "moves_to", "len(order) - split.decode:", "split.prefill:")
 
 
 @mutant("dials", "worker_crash", "crash_loop", "burst")
@@ -67,19 +61,13 @@ def lost_role_not_taken_over(stack: ExitStack) -> None:
 @mutant("dials", "worker_crash", "burst")
 def dial_forgotten_at_restart(stack: ExitStack) -> None:
     """A worker that comes back is told the dial that it was started with, not the one it has."""
-    edit(stack, Scheduler, "_on_worker_up", "worker.dial)", "worker.home_dial)")
+    edit(stack, Scheduler, "_on_worker_up", "self._steering.dial_of(message)", "None")
 
 
 @mutant("dials", "burst")
 def dial_out_of_range(stack: ExitStack) -> None:
-    """Half a step is taken past the end of the scale."""
-    edit(
-        stack,
-        dials,
-        "_next",
-        "min(100, max(0, dials[worker.id] + direction * HALF))",
-        "dials[worker.id] + direction * HALF",
-    )
+    """A move goes past the end of the scale."""
+    edit(stack, dials, "moves_to", "dial = 100", "dial = 100 + HALF")
 
 
 @mutant("autoscale", "burst")
