@@ -136,32 +136,51 @@ async def calibrate(options: EngineOptions, args: argparse.Namespace) -> Plan:
     return Plan(6.0 * prefill_s, 1.5 * itl_s, arrivals)
 
 
-async def run(options: EngineOptions, plan: Plan) -> dict[str, object]:
+@dataclass(slots=True)
+class Played:
+    """One way to run, over all its rounds."""
+
+    rounds: list[list[Answer]] = field(default_factory=list)
+    dial_moves: int = 0
+    losses: int = 0
+
+
+async def run(options: EngineOptions, plan: Plan, played: Played) -> None:
     hosted = await host_engine(options, inline=False)
     try:
         await ask(hosted.client, "0-w-roles", Arrival(0.0, list(range(3, 99)), 8, "warm"))
-        answers = await play(hosted.client, plan.arrivals)
+        played.rounds.append(await play(hosted.client, plan.arrivals))
         stats = hosted.client.stats()
         assert stats is not None
+        played.dial_moves += stats.dial_moves
+        played.losses += stats.losses
     finally:
         await hosted.close()
+
+
+def summary(played: Played, plan: Plan) -> dict[str, object]:
     targets = (plan.ttft_slo_s, plan.itl_slo_s)
+    answers = [answer for round_ in played.rounds for answer in round_]
     good = [answer for answer in answers if answer.times_s]
     share = {
-        phase: sum(a.attains(*targets) for a in group) / len(group)
+        phase: attained([a for a in answers if a.arrival.phase == phase], targets)
         for phase in ("prefill", "decode")
-        if (group := [a for a in answers if a.arrival.phase == phase])
     }
     return {
-        "attained": sum(answer.attains(*targets) for answer in answers) / len(answers),
+        "attained": attained(answers, targets),
+        "attained_by_round": [attained(round_, targets) for round_ in played.rounds],
         "attained_by_phase": share,
         "ttft_ms": _percentiles([answer.ttft_s * 1e3 for answer in good]),
         "itl_ms": _percentiles([answer.itl_s * 1e3 for answer in good]),
         "requests": len(answers),
         "lost": sum(a.error is not None or len(a.times_s) != a.arrival.max_tokens for a in answers),
-        "dial_moves": stats.dial_moves,
-        "losses": stats.losses,
+        "dial_moves": played.dial_moves,
+        "losses": played.losses,
     }
+
+
+def attained(answers: Sequence[Answer], targets: tuple[float, float]) -> float:
+    return round(sum(answer.attains(*targets) for answer in answers) / max(1, len(answers)), 4)
 
 
 def _percentiles(values: list[float]) -> dict[str, float]:
@@ -256,12 +275,15 @@ async def main_async(args: argparse.Namespace) -> dict[str, object]:
                 "share_of_capacity": args.load,
                 "phase_s": args.phase_s,
                 "periods": args.periods,
+                "rounds": args.rounds,
             }
-            split = {}
-            for name, each in runs(options, args.workers, plan).items():
-                split[name] = await run(each, plan)
-                print(name, split[name], flush=True)
-            result["runs"] = split
+            ways = runs(options, args.workers, plan)
+            played = {name: Played() for name in ways}
+            for _ in range(args.rounds):
+                for name, each in ways.items():
+                    await run(each, plan, played[name])
+                    print(name, summary(played[name], plan), flush=True)
+            result["runs"] = {name: summary(each, plan) for name, each in played.items()}
     if args.zero_rounds:
         result["scale_to_zero"] = _stages(await zero(args.zero_rounds))
     return result
@@ -273,6 +295,7 @@ def main() -> None:
     parser.add_argument("--load", type=float, default=0.65, help="share of all workers' capacity")
     parser.add_argument("--phase-s", type=float, default=8.0)
     parser.add_argument("--periods", type=int, default=2)
+    parser.add_argument("--rounds", type=int, default=2, help="of all runs, taking turns")
     parser.add_argument("--zero-rounds", type=int, default=3, help="ways from no worker to one")
     parser.add_argument("--only-zero", action="store_true")
     parser.add_argument("--seed", type=int, default=1)

@@ -45,8 +45,8 @@ class StepLine:
         return line
 
     def of(self, step_s: float, token_s: float) -> tuple[float, float]:
-        """(constant, per decode) for a mean step of `step_s`. Where nothing tells, a decode is taken
-        to add what a token of a prompt costs, `token_s`, but half of the step at most."""
+        """(constant, per decode) for a mean step of `step_s`. Where nothing tells, a decode is
+        taken to add what a token of a prompt costs, `token_s`, but half of the step at most."""
         rows = max(1.0, self.mean_rows)
         guess_s = min(token_s, 0.5 * step_s / rows)
         slope_s = (self._joint_s + _GUESS_ROWS * guess_s) / (self._spread + _GUESS_ROWS)

@@ -1,4 +1,4 @@
-"""What is asked of all workers together, now and lately: what the choice of roles is made for. Pure.
+"""What is asked of all workers together, now and lately: what roles are chosen for. Pure.
 
 Owns the averages, and samples of what they were: roles that suit what is asked now should suit
 what comes back, too. Invariant: after `NUM_SAMPLES * SAMPLE_PERIODS` looks a demand is forgotten.

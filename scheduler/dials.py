@@ -26,7 +26,7 @@ load at once, the others only the one that was seen."""
 UNKNOWN: Final = 0.15
 """Weight of each load that was not seen and could come, beside what is asked now."""
 GRID: Final = 8
-"""Up to so many workers every split is looked at; of more, a grid and the neighbours of this one."""
+"""Up to so many workers every split is looked at; of more, a grid and this one's neighbours."""
 
 
 @dataclass(slots=True, frozen=True)

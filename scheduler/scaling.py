@@ -34,6 +34,8 @@ class Scaling:
         assert options.autoscale is not None
         self.wanted: int | None = None  # None: not decided yet
         self.cold_start: ColdStart | None = None
+        self.asked = 0  # how often more were wanted than there are
+        self.retired = 0
         self._leave_s = options.leave_s
         self._members = members
         self._room = room
@@ -107,6 +109,7 @@ class Scaling:
         if len(serving) < wanted:
             if self._asked_at is None:
                 self._asked_at = now
+                self.asked += 1
             self._tell(Grow(self._outbox.epoch, wanted))
         else:
             self._asked_at = None
@@ -119,6 +122,7 @@ class Scaling:
 
     def _see_off(self, worker: Worker, now: float) -> None:
         if worker.is_empty:
+            self.retired += not worker.retired
             worker.retired = True
             self._tell(Retire(self._outbox.epoch, worker.id, worker.epoch))
         elif now >= self._leave_by[worker.id]:

@@ -53,6 +53,8 @@ def take_stats(
         pressure=None if load is None else (min(load.prefill, 1e6), min(load.decode, 1e6)),
         workers_wanted=None if scaling is None else scaling.wanted,
         cold_start=None if scaling is None else scaling.cold_start,
+        workers_asked=0 if scaling is None else scaling.asked,
+        workers_retired=0 if scaling is None else scaling.retired,
     )
 
 

@@ -168,6 +168,8 @@ class Stats(Message, frozen=True):
     pressure: tuple[float, float] | None = None  # prefill, decode: 1 is on target
     workers_wanted: int | None = None  # with autoscaling
     cold_start: ColdStart | None = None
+    workers_asked: int = 0  # since start: how often more were wanted
+    workers_retired: int = 0  # since start
 
 
 # ---- worker -> API server ----------------------------------------------------------------------

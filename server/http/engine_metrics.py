@@ -20,6 +20,7 @@ from prometheus_client.registry import Collector
 from diptych.engine.core.messages import Stats
 from diptych.server.client import EngineClient
 from diptych.server.http.meters import Cells, Counter, Histogram
+from diptych.server.http.role_metrics import role_families
 
 _STEP_BUCKETS: Final = (
     *(1.0, 8.0, 16.0, 32.0, 64.0, 128.0, 256.0, 512.0),
@@ -54,6 +55,7 @@ class EngineCollector(Collector):
         yield from self._gauges(stats)
         yield from self._counters(stats)
         yield self._tokens_per_step(stats)
+        yield from role_families(stats, dict(zip(self._names, self._values, strict=True)))
         yield from self._facts()
 
     def _gauges(self, stats: Stats | None) -> Iterator[Metric]:

@@ -3,7 +3,7 @@
 import asyncio
 from collections.abc import AsyncGenerator, Callable
 
-from diptych.engine.core.messages import Stats, WorkerStats
+from diptych.engine.core.messages import ColdStart, Stats, WorkerStats
 from diptych.engine.core.params import SamplingParams
 from diptych.engine.core.plan import FinishInfo, TokenLogprobs
 from diptych.engine.core.types import FinishReason
@@ -156,6 +156,12 @@ class FakeClient:
             prefill_tokens=200,
             workers=[WorkerStats(0, 1, 100, 1, 50, 0.01), WorkerStats(1, 1, 0, 2, 70, 0.01)],
             ready=True,
+            dial_moves=6,
+            pressure=(0.5, 0.25),
+            workers_wanted=3,
+            cold_start=ColdStart(1, 0.1, 1.2, 0.02, 0.08, 0.01, 0.002, 1.412),
+            workers_asked=2,
+            workers_retired=1,
         )
 
     def health(self) -> Health:

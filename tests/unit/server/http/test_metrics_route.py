@@ -1,9 +1,12 @@
 """The names that other software reads, and values that follow what happened."""
 
+import msgspec
 from prometheus_client.parser import text_string_to_metric_families
 
 from diptych.engine.core.errors import OverloadedError
+from diptych.engine.core.messages import Stats, WorkerStats
 from diptych.server.http.metrics import token_buckets
+from diptych.server.http.role_metrics import role_families
 from tests.unit.server.http.conftest import Site
 
 TIER_A = {
@@ -21,6 +24,13 @@ TIER_A = {
     "vllm:gpu_cache_usage_perc": 0.25,
     "vllm:cpu_cache_usage_perc": 0.0,
     "vllm:num_requests_swapped": 0.0,
+}
+ROLES = {
+    "diptych:num_workers_leaving": 0.0,
+    "diptych:num_workers_wanted": 3.0,
+    "diptych:dial_moves_total": 6.0,
+    "diptych:workers_asked_total": 2.0,
+    "diptych:workers_retired_total": 1.0,
 }
 HISTOGRAMS = [
     "time_to_first_token_seconds",
@@ -59,6 +69,36 @@ def value(samples: dict, name: str, **labels: str) -> float:  # type: ignore[typ
     ]
     assert found, name
     return float(found[0])
+
+
+def test_roles_and_scaling(site: Site) -> None:
+    samples = scrape(site)
+    for name, expected in ROLES.items():
+        assert value(samples, name, model_name="tiny", engine="0") == expected
+    for worker, dial in (("0", 100.0), ("1", 0.0)):
+        assert value(samples, "diptych:worker_dial", worker=worker) == dial
+    roles = {"prefill": 1.0, "mixed": 0.0, "decode": 1.0}
+    for role, count in roles.items():
+        assert value(samples, "diptych:num_workers", role=role) == count
+    for side, pressure in (("prefill", 0.5), ("decode", 0.25)):
+        assert value(samples, "diptych:slo_pressure", side=side) == pressure
+    for stage, seconds in (("import", 1.2), ("join", 0.002), ("total", 1.412)):
+        assert value(samples, "diptych:cold_start_seconds", stage=stage) == seconds
+
+
+def test_families_of_roles_are_there_before_the_scheduler_speaks() -> None:
+    families = {family.name: family.samples for family in role_families(None, {"engine": "0"})}
+    assert {"diptych:worker_dial", "diptych:dial_moves"} < families.keys()
+    assert not families["diptych:worker_dial"]
+    assert [sample.value for sample in families["diptych:num_workers"]] == [0.0, 0.0, 0.0]
+
+
+def test_a_worker_that_does_both_counts_as_mixed() -> None:
+    stats = Stats(1, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, [], True)
+    workers = [WorkerStats(number, 1, dial, 0, 0, 0.0) for number, dial in enumerate((50, 1, 99))]
+    found = role_families(msgspec.structs.replace(stats, workers=workers), {})
+    (roles,) = (family for family in found if family.name == "diptych:num_workers")
+    assert {s.labels["role"]: s.value for s in roles.samples}["mixed"] == 3.0
 
 
 def test_names_labels_and_buckets(site: Site) -> None:
