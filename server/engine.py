@@ -10,7 +10,7 @@ import uuid
 from collections.abc import AsyncGenerator, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
-from typing import Final, Literal, Self
+from typing import Final, Literal, Self, Unpack
 
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
@@ -32,6 +32,7 @@ from diptych.engine.core.params import SamplingParams
 from diptych.engine.hub import resolve_model
 from diptych.server.builtin import BUILTIN_MODEL
 from diptych.server.client import EngineInfo
+from diptych.server.engine_arguments import MoreArguments, with_more
 from diptych.server.hosting import Hosted, host_engine
 from diptych.server.loop_thread import LoopThread
 from diptych.server.outputs import CompletionOutput, RequestOutput
@@ -61,6 +62,10 @@ class Engine:
     ttft_slo_s, itl_slo_s: targets to the first token and between tokens, in seconds; with either,
         workers move between prefill and decode as the load asks.
     autoscale: fewest and most workers; one leaves after `scale_down_delay_s` of fewer being enough.
+    And, as the CLI's flags of these names: prefill_block_size, decode_block_size,
+        prefill_kv_cache_dtype, decode_kv_cache_dtype (with separate_pools), packed_cache, kernels,
+        kernel_level, cpu_cores, prefill_core_share, rank_link, hang_timeout_s (`MoreArguments` in
+        engine_arguments.py has their types).
     Raises ConfigError and ModelLoadError.
     """
 
@@ -95,6 +100,7 @@ class Engine:
         load_format: str = "auto",
         quantization: Quantization | None = None,
         chat_template: str | Path | None = None,
+        **more: Unpack[MoreArguments],
     ) -> None:
         folder = resolve_model(str(model or BUILTIN_MODEL))
         scale = None if inline else autoscale
@@ -116,6 +122,7 @@ class Engine:
             prefill_tp=prefill_tp,
             decode_tp=decode_tp,
         )
+        options = with_more(options, more)
         self.tokenizer = Tokenizer(folder, chat_template)
         self._defaults = load_model_config(folder, dtype, max_model_len).sampling_defaults
         self._loop = LoopThread("diptych-engine")

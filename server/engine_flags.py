@@ -16,12 +16,12 @@ from diptych.engine.core.config import (
     EngineOptions,
     KVCacheDtype,
     ModelOptions,
-    PoolOptions,
     Quantization,
     SchedulerOptions,
     Transfer,
 )
 from diptych.engine.core.errors import ConfigError
+from diptych.server.engine_arguments import pool_kinds
 
 _UNITS: Final = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
 
@@ -181,7 +181,8 @@ def _add_worker_arguments(parser: argparse.ArgumentParser) -> None:
         type=parse_range,
         metavar="MIN:MAX",
         help="run MIN to MAX workers as load asks; with MIN 0 the last one goes too, weights and"
-        " all, and comes back with the next request",
+        " all, and comes back with the next request; with --ray, Ray is asked for each and given"
+        " it back",
     )
     workers(
         "--scale-down-delay",
@@ -203,15 +204,16 @@ def _add_worker_arguments(parser: argparse.ArgumentParser) -> None:
     workers("--kernel-level", help="plain, avx2, avx512, avx512_bf16 or amx (default: the best)")
 
 
-def _pool_options(args: argparse.Namespace) -> tuple[int, PoolOptions, PoolOptions]:
-    """The scheduler's block size, which is the largest, and what is special about two pools."""
-    sizes = [args.prefill_block_size, args.decode_block_size]
-    given = any(sizes)
-    prefill, decode = (size or (args.block_size if given else None) for size in sizes)
-    return (
-        max(args.block_size, prefill or 0, decode or 0),
-        PoolOptions(block_size=prefill, kv_cache_dtype=args.prefill_kv_cache_dtype),
-        PoolOptions(block_size=decode, kv_cache_dtype=args.decode_kv_cache_dtype),
+def _model_options(args: argparse.Namespace, path: str) -> ModelOptions:
+    return ModelOptions(
+        path=path,
+        dtype=args.dtype,
+        max_model_len=args.max_model_len,
+        load_format=args.load_format,
+        packed_cache=args.packed_cache,
+        quantization=args.quantization,
+        kernels=args.kernels,
+        kernel_level=args.kernel_level or os.environ.get("DIPTYCH_KERNEL_LEVEL"),
     )
 
 
@@ -226,7 +228,11 @@ def _cache_options(args: argparse.Namespace, block_size: int) -> CacheOptions:
 
 
 def engine_options(
-    args: argparse.Namespace, model_path: str, *, several_hosts: bool = False
+    args: argparse.Namespace,
+    model_path: str,
+    *,
+    several_hosts: bool = False,
+    elastic_hosts: bool = False,
 ) -> EngineOptions:
     """Raises ConfigError for combinations that cannot work."""
     split = args.prefill is None and args.decode is None and not args.mixed
@@ -241,18 +247,13 @@ def engine_options(
         autoscale=args.autoscale,
         idle_s=args.scale_down_delay,
     )
-    block_size, prefill_pool, decode_pool = _pool_options(args)
+    block_size, prefill_pool, decode_pool = pool_kinds(
+        args.block_size,
+        (args.prefill_block_size, args.decode_block_size),
+        (args.prefill_kv_cache_dtype, args.decode_kv_cache_dtype),
+    )
     options = EngineOptions(
-        model=ModelOptions(
-            path=model_path,
-            dtype=args.dtype,
-            max_model_len=args.max_model_len,
-            load_format=args.load_format,
-            packed_cache=args.packed_cache,
-            quantization=args.quantization,
-            kernels=args.kernels,
-            kernel_level=args.kernel_level or os.environ.get("DIPTYCH_KERNEL_LEVEL"),
-        ),
+        model=_model_options(args, model_path),
         cache=_cache_options(args, block_size),
         scheduler=scheduler,
         batch=BatchOptions(
@@ -267,6 +268,7 @@ def engine_options(
         separate_pools=args.separate_pools,
         transfer=args.transfer,
         several_hosts=several_hosts,
+        elastic_hosts=elastic_hosts,
         prefill_pool=prefill_pool,
         decode_pool=decode_pool,
         threads=args.threads,

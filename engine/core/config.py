@@ -146,6 +146,7 @@ class EngineOptions(msgspec.Struct, frozen=True, kw_only=True):
     separate_pools: bool = False  # prefill, decode and mixed workers each have their own memory
     transfer: Transfer = "auto"  # how blocks move between pools
     several_hosts: bool = False  # each with pools of its own
+    elastic_hosts: bool = False  # of one worker each, that come and go as autoscaling asks
     prefill_pool: PoolOptions = PoolOptions()  # of separate pools; the mixed workers' differs in
     decode_pool: PoolOptions = PoolOptions()  # nothing
     threads: int | None = None  # of one process at most; None: as many as it has cores
@@ -214,8 +215,8 @@ class EngineOptions(msgspec.Struct, frozen=True, kw_only=True):
                 f"--autoscale {scale[0]}:{scale[1]} does not hold the {self.num_started} workers"
                 " to start with (--prefill, --decode, --mixed)"
             )
-        if scale is not None and self.several_hosts:
-            raise ConfigError("--autoscale is for one host: in a cluster, hosts join and leave")
+        if scale is not None and self.several_hosts and not self.elastic_hosts:
+            raise ConfigError("--autoscale is for one host, or for --ray, which brings more hosts")
         if self.transfer != "auto" and not (self.separate_pools or self.several_hosts):
             raise ConfigError(f"--transfer {self.transfer} needs --separate-pools")
         sizes = [self.tensor_parallel_size, self.prefill_tp, self.decode_tp]

@@ -141,3 +141,27 @@ def test_impossible_options_are_refused(folder: Path) -> None:
         Engine(folder, prefill=0, decode=1)
     with pytest.raises(DiptychError, match="no such folder"):
         Engine("./does-not-exist", inline=True)
+
+
+def test_pools_of_other_kinds(folder: Path, expected: dict[str, object]) -> None:
+    with Engine(
+        folder,
+        load_format="dummy",
+        threads=1,
+        separate_pools=True,
+        prefill_block_size=32,
+        decode_block_size=16,
+        decode_kv_cache_dtype="auto",
+        prefill_core_share=70,
+        hang_timeout_s=5.0,
+    ) as engine:
+        outputs = engine.generate(["abc", "hello there"], GREEDY, progress=False)
+        assert [output.outputs for output in outputs] == expected["greedy"]
+        assert engine.generate("xyz", SEEDED)[0].outputs == expected["seeded"]
+        stats = engine.stats()
+        assert stats is not None
+        assert len(stats.pools) == 2
+    with pytest.raises(ConfigError, match="--separate-pools"):
+        Engine(folder, load_format="dummy", prefill_block_size=32)
+    with pytest.raises(TypeError, match="block_sise"):
+        Engine(folder, block_sise=32)  # type: ignore[call-arg]
