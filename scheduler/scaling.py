@@ -44,6 +44,7 @@ class Scaling:
         self._outbox = outbox
         self._autoscaler = Autoscaler(options.autoscale, options.idle_s)
         self._leave_by: dict[WorkerId, float] = {}
+        self._told = 0  # the most that the supervisor was asked for
         self._asked_at: float | None = None  # for one more than there are
         self._broken = False  # a worker ended by itself, and none joined since
         self._up_at: dict[WorkerId, float] = {}
@@ -106,13 +107,14 @@ class Scaling:
             del self._leave_by[worker.id]
             serving.append(worker)
             self._runs.room_version += 1
-        if len(serving) < wanted:
-            if self._asked_at is None:
-                self._asked_at = now
-                self.asked += 1
-            self._tell(Grow(self._outbox.epoch, wanted))
-        else:
+        if len(serving) >= wanted:
             self._asked_at = None
+        elif self._asked_at is None:
+            self._asked_at = now
+            self.asked += 1
+        if len(serving) < wanted or wanted < self._told:  # again, or it is not waited for any more
+            self._told = wanted
+            self._tell(Grow(self._outbox.epoch, wanted))
         candidates = [worker for worker in serving if worker is not self._placer.ward]
         if len(serving) > wanted and candidates:
             worker = min(candidates, key=lambda w: (len(w.assigned), -w.id))
@@ -124,7 +126,8 @@ class Scaling:
         if worker.is_empty:
             self.retired += not worker.retired
             worker.retired = True
-            self._tell(Retire(self._outbox.epoch, worker.id, worker.epoch))
+            self._told = wanted = self.wanted or 0
+            self._tell(Retire(self._outbox.epoch, worker.id, worker.epoch, wanted))
         elif now >= self._leave_by[worker.id]:
             for row in list(worker.assigned.values()):
                 if row.state is RowState.RUNNING:

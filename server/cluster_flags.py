@@ -71,6 +71,8 @@ def cluster_boot(args: argparse.Namespace) -> ClusterBoot | None:
             raise ConfigError("resources of a worker cannot be negative")
         if not args.ray_cpus_per_worker + args.ray_gpus_per_worker:
             raise ConfigError("a worker needs CPU or GPU resources of Ray")
+        if args.autoscale is not None and args.ray_api_port is not None:
+            raise ConfigError("--ray-api-port needs nodes that stay: not with --autoscale")
         options = RayOptions(
             address=args.ray,
             cpus_per_worker=args.ray_cpus_per_worker,

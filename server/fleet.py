@@ -7,11 +7,6 @@ starts only after epoch e is gone; whoever comes up is told of all that are up, 
 """
 
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
-from enum import StrEnum
-from typing import Final
-
-import msgspec
 
 from diptych.engine.core.config import WorkerSpec
 from diptych.engine.core.messages import (
@@ -30,84 +25,24 @@ from diptych.engine.core.messages import (
     WorkerUp,
 )
 from diptych.engine.core.types import DownCause
-
-START_S_MAX: Final = 120.0
-STILL_S_MAX: Final = 10.0
-"""So long a worker or scheduler may show no progress while it starts, fork included."""
-"""A process that was started and does not answer for so long is killed."""
-FAST_FAULT_S: Final = 10.0
-"""A process that lived for less ended fast."""
-FAST_FAULTS_FREE: Final = 3
-"""So many fast faults in a row are answered by an immediate restart."""
-BACKOFF_S: Final = 0.25
-BACKOFF_S_MAX: Final = 10.0
-CUT_S: Final = 1.0
-"""So long after a connection between two processes broke, one of them is known to be dead, or one
-is killed, since what was lost on the way will never come."""
-HOME: Final = 0
-"""The supervisor's own host."""
-LEAVE_S_MAX: Final = 5.0
-"""A retired worker that has not exited after so long is killed."""
-
-
-class State(StrEnum):
-    DOWN = "down"  # starts at `start_at`
-    STARTING = "starting"  # started, has not announced itself
-    UP = "up"
-    LEAVING = "leaving"  # retired, its own exit is awaited
-    FENCING = "fencing"  # killed, its exit is awaited
-
-
-class Start(msgspec.Struct, frozen=True):
-    """Start this incarnation; answered by `ready` and `exited`."""
-
-    address: Address
-
-
-class Kill(msgspec.Struct, frozen=True):
-    """Kill its process group; answered by `exited`."""
-
-    address: Address
-    reason: str
-
-
-class GiveUp(msgspec.Struct, frozen=True):
-    """It never came up and will not: the server cannot start."""
-
-    reason: str
-
-
-class Rest(msgspec.Struct, frozen=True):
-    """No worker is wanted: give back what only the next start needs (the loaded weights)."""
-
-
-class Wake(msgspec.Struct, frozen=True):
-    """A worker is wanted again: make ready to start one; answered by `model_ready`."""
-
-
-FleetCommand = Start | Kill | Send | GiveUp | Rest | Wake
-
-
-@dataclass(slots=True)
-class Member:
-    """One process over all its incarnations; `address` is the current one, or the next."""
-
-    address: Address
-    host: int = HOME
-    external: bool = False  # not ours to start: the caller of start_engine
-    wanted: bool = True  # False: a place for one more worker
-    state: State = State.DOWN
-    since_s: float = 0.0
-    start_at_s: float = 0.0
-    fast_faults: int = 0  # in a row
-    ever_up: bool = False
-    announced: bool = False  # this incarnation was up
-    hung: bool = False  # killed because it stood still
-    beat: int | None = None  # last reading of its progress counter
-    beat_at_s: float = 0.0
-    ordered_s: float = 0.0  # when this incarnation was ordered
-    forked_s: float = 0.0  # when it began to run
-    start: StartTimes | None = None
+from diptych.server.fleet_cuts import Cuts
+from diptych.server.fleet_members import (
+    FAST_FAULT_S,
+    HOME,
+    LEAVE_S_MAX,
+    START_S_MAX,
+    STILL_S_MAX,
+    FleetCommand,
+    GiveUp,
+    Kill,
+    Member,
+    Rest,
+    Start,
+    State,
+    Wake,
+    backoff_s,
+)
+from diptych.server.fleet_places import HostPlaces
 
 
 class Fleet:
@@ -126,8 +61,10 @@ class Fleet:
         hang_s: float,
         num_workers: int | None = None,
         num_started: int | None = None,
+        elastic: int | None = None,
     ) -> None:
-        """num_started: so many workers run from the start, the others when they are asked for."""
+        """num_started: so many workers run from the start, the others when they are asked for.
+        elastic: other hosts bring one worker each, so many from the start; they come and go."""
         self._specs = {spec.worker: spec for spec in workers}
         self._pools = [(HOME, pool) for pool in pools]
         self._hang_s = hang_s
@@ -136,13 +73,14 @@ class Fleet:
         self._workers = [Member(Address("worker", spec.worker, 1)) for spec in workers]
         for member in self._workers[num_started:] if num_started is not None else []:
             member.wanted = False
+        self._places = None if elastic is None else HostPlaces(elastic)
         self._resting = False
         self._load_s = (0.0, 0.0)  # of a model that no worker was started from yet
         self._apis = [
             Member(Address("api", number, 1), external=external_api) for number in range(num_apis)
         ]
         self._can_fork: set[int] = set()  # hosts
-        self._cuts: dict[tuple[Address, Address], float] = {}  # (who said so, to whom) -> when
+        self._cuts = Cuts()
         self._was_up = False
         self._model_known = False
         self._draining = False
@@ -183,6 +121,8 @@ class Fleet:
         self._workers = [member for member in self._workers if member.host != host]
         self._apis = [member for member in self._apis if member.host != host]
         self._can_fork.discard(host)
+        if self._places is not None:
+            self._places.gone(host)
         for member in gone:
             self._tell_of_exit(member, DownCause.KILLED)
             if member.address.kind == "worker":
@@ -198,22 +138,28 @@ class Fleet:
         return HOME if member is None else member.host
 
     def grow(self, scheduler_epoch: int, count: int) -> None:
-        """So many workers are wanted, as far as there are places; a leaving one comes again."""
+        """So many workers are wanted, as far as there are places; a leaving one comes again, unless
+        its host goes with it."""
         if scheduler_epoch != self._scheduler.address.epoch:
             return
-        missing = count - sum(member.wanted for member in self._workers)
-        for member in self._workers:
-            if missing > 0 and not member.wanted:
-                member.wanted = True
-                missing -= 1
+        if self._places is not None:
+            self._places.wish = count
+            return
+        free = [member for member in self._workers if not member.wanted]
+        for member in free[: max(0, count - len(self._workers) + len(free))]:
+            member.wanted = True
 
-    def retire(self, scheduler_epoch: int, address: Address, now: float) -> None:
-        """It holds nothing, is given nothing, and is not to be started again."""
+    def retire(
+        self, scheduler_epoch: int, address: Address, now: float, wanted: int | None = None
+    ) -> None:
+        """It holds nothing, is given nothing, and is not to be started again; `wanted` are left."""
         member = self._find(address)
         if scheduler_epoch != self._scheduler.address.epoch or member is None:
             return
         if member.state is State.UP and address.kind == "worker":
             member.wanted = False
+            if self._places is not None and wanted is not None:
+                self._places.wish = wanted
             self._enter(member, State.LEAVING, now)
             self._commands.append(Send(address, Drain(0.0)))
 
@@ -270,7 +216,7 @@ class Fleet:
             self._commands.append(GiveUp(f"{address.kind} {address.number} ended while starting"))
         member.address = Address(address.kind, address.number, address.epoch + 1)
         self._enter(member, State.DOWN, now)
-        member.start_at_s = now + _backoff_s(member.fast_faults)
+        member.start_at_s = now + backoff_s(member.fast_faults)
         member.announced = member.hung = False
         member.beat = None
 
@@ -301,7 +247,7 @@ class Fleet:
     def cut(self, sender: Address, peer: Address, now: float) -> None:
         """The connection from one to the other broke: messages may be lost for good."""
         if self._find(sender) is not None and self._find(peer) is not None:
-            self._cuts.setdefault((sender, peer), now)
+            self._cuts.add(sender, peer, now)
 
     def tick(self, now: float) -> None:
         """Starts what is due, kills what does not come up, and who was cut off from a living."""
@@ -316,6 +262,8 @@ class Fleet:
             elif member.state is State.LEAVING and now - member.since_s > LEAVE_S_MAX:
                 self._kill(member, f"did not leave within {LEAVE_S_MAX:g} s", now)
         self._rest_or_wake()
+        if self._places is not None:
+            self._commands += self._places.orders(self._workers)
 
     def take(self) -> list[FleetCommand]:
         commands, self._commands = self._commands, []
@@ -407,10 +355,7 @@ class Fleet:
         self._commands.append(Kill(member.address, reason))
 
     def _judge_cuts(self, now: float) -> None:
-        for (sender, peer), at in list(self._cuts.items()):
-            if now - at <= CUT_S:
-                continue
-            del self._cuts[sender, peer]
+        for sender, peer in self._cuts.due(now):
             both = [self._find(peer), self._find(sender)]
             up = [member for member in both if member is not None and member.state is State.UP]
             workers = [member for member in up if member.address.kind == "worker"]
@@ -451,9 +396,3 @@ class Fleet:
     def _worker_up(self, member: Member) -> WorkerUp:
         spec = self._specs[member.address.number]
         return WorkerUp(spec.worker, member.address.epoch, spec.pool, spec.dial, member.start)
-
-
-def _backoff_s(fast_faults: int) -> float:
-    if fast_faults <= FAST_FAULTS_FREE:
-        return 0.0
-    return min(BACKOFF_S_MAX, BACKOFF_S * 2.0 ** min(fast_faults - FAST_FAULTS_FREE, 10))

@@ -25,7 +25,7 @@ from diptych.server.boot import HostBoot, HostLayout, PoolLayout
 from diptych.server.children import Children
 from diptych.server.companion import Companion
 from diptych.server.cpu_cores import host_cores
-from diptych.server.fleet import State
+from diptych.server.fleet_members import State
 from diptych.server.launcher import Launcher, LauncherEvent, ProcessExited, ProcessStarted
 from diptych.server.lifeline import adopt_orphans
 from diptych.server.process_table import ProcessTable

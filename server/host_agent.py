@@ -26,7 +26,7 @@ from diptych.engine.hub import resolve_model
 from diptych.server.boot import AgentBoot, ApiBoot, ApiProcessBoot
 from diptych.server.builtin import BUILTIN_MODEL, BUILTIN_NAME
 from diptych.server.cluster_link import BEAT_S, AgentLink, LinkLost
-from diptych.server.fleet import State
+from diptych.server.fleet_members import State
 from diptych.server.host import TICK_S, Host
 from diptych.server.http.listening import open_socket
 from diptych.server.http.settings import HttpSettings

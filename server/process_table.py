@@ -10,7 +10,7 @@ from typing import Final
 import msgspec
 
 from diptych.engine.core.messages import Address
-from diptych.server.fleet import State
+from diptych.server.fleet_members import State
 from diptych.transfer.processes import process_name
 
 FILE_NAME: Final = "processes.json"

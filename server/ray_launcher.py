@@ -1,13 +1,16 @@
 """The only file that knows Ray: it lets Ray place and restart one agent per host, nothing else.
 
 Owns the placement groups (one per pool, one bundle per worker) and one actor per node, which runs
-the supervisor of that host (host_agent.py). A process of its own beside the head: what becomes of
-it, or of Ray's control process, touches no request. Invariant: no token, request or block ever goes
-through Ray; it carries the boot records, and the news that a process ended.
+the supervisor of that host (host_agent.py). With autoscaling there is a group and an actor for each
+worker instead, made and given back as the head orders: nodes that are not there yet may come. A
+process of its own beside the head: what becomes of it, or of Ray's control process, touches no
+request. Invariant: no token, request or block ever goes through Ray; it carries the boot records,
+and the news that a process ended.
 """
 
 import logging
 import os
+import select
 import subprocess
 import sys
 import time
@@ -16,13 +19,18 @@ from typing import Any, Final
 
 import msgspec
 import ray
-from ray.util.placement_group import PlacementGroup, placement_group, placement_group_table
+from ray.util.placement_group import (
+    PlacementGroup,
+    placement_group,
+    placement_group_table,
+    remove_placement_group,
+)
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from diptych.server.boot import AgentBoot
 from diptych.server.lifeline import die_by_thread, leave_signals_to_supervisor
 from diptych.server.logs import configure_logs
-from diptych.server.ray_plan import Part, RayBoot, bundles, parts
+from diptych.server.ray_plan import Part, RayBoot, RayOrder, Seats, bundles, parts
 from diptych.server.spawn import spawn
 from diptych.transfer.processes import name_process
 
@@ -70,13 +78,63 @@ class Seat:
         self.start_at_s = now + min(RESTART_S_MAX, RESTART_S * 2.0 ** (self.failures - 1))
 
 
+def nodes_of(group: PlacementGroup) -> list[str]:
+    """Of each bundle, "" while it has none."""
+    table = placement_group_table(group)
+    found: dict[int, str] = table.get("bundles_to_node_id") or {}
+    return [found.get(i) or "" for i in range(group.bundle_count)]
+
+
+class ElasticGroups:
+    """A placement group of one bundle for each worker that the head asks for."""
+
+    def __init__(self, boot: RayBoot) -> None:
+        assert boot.orders_fd is not None
+        self._boot = boot
+        self._fd = boot.orders_fd
+        self._rest = b""  # of a line
+        self._order: RayOrder | None = None
+        self._seats = Seats(boot.roles)
+        self._groups: dict[int, PlacementGroup] = {}
+        self._places: dict[str, int] = {}  # as the head knows them
+        os.set_blocking(self._fd, False)
+
+    def wait(self, seconds: float) -> None:
+        """Until an order comes, or so long."""
+        select.select([self._fd], [], [], seconds)
+
+    def turn(self, living: list[str]) -> tuple[dict[str, list[str]], list[Part]]:
+        """(role and number -> node of the bundle, what runs where)."""
+        with suppress(BlockingIOError):
+            *lines, self._rest = (self._rest + os.read(self._fd, 1 << 16)).split(b"\n")
+            for line in lines:
+                self._order = msgspec.json.decode(line, type=RayOrder)
+        nodes = {seat: nodes_of(group)[0] for seat, group in self._groups.items()}
+        if self._order is not None:
+            new, gone = self._seats.obey(self._order, nodes, self._places)
+            for seat in gone:
+                _log.info("the bundle of worker place %d is given back", seat)
+                remove_placement_group(self._groups.pop(seat))
+            for seat in new:
+                self._groups[seat] = placement_group(
+                    bundles(self._boot.ray, 1),
+                    strategy=self._boot.ray.strategy,
+                    name=f"diptych-{self._seats.roles[seat]}-{os.getpid()}-{seat}",
+                )
+        found = self._seats.parts(nodes, living)
+        self._places = {part.place: part.seat for part in found if part.seat is not None}
+        names = {seat: f"{role} {seat}" for seat, role in self._seats.roles.items()}
+        return {name: [nodes.get(seat, "")] for seat, name in names.items()}, found
+
+
 class RayLauncher:
     """`run` until its supervisor ends."""
 
     def __init__(self, boot: RayBoot) -> None:
         self._boot = boot
-        self._seats: dict[str, Seat] = {}  # by node
+        self._seats: dict[str, Seat] = {}  # by place
         self._groups: dict[str, PlacementGroup] = {}
+        self._elastic = ElasticGroups(boot) if boot.orders_fd is not None else None
         self._started_s = time.monotonic()
         self._complete = False
         self._complained = False
@@ -89,7 +147,7 @@ class RayLauncher:
             logging_level=logging.WARNING,
         )
         for pool, count in self._boot.counts.items():
-            if count:
+            if count and self._elastic is None:
                 self._groups[pool] = placement_group(
                     bundles(self._boot.ray, count),
                     strategy=self._boot.ray.strategy,
@@ -97,18 +155,25 @@ class RayLauncher:
                 )
         while True:
             self._turn(time.monotonic())
-            time.sleep(TURN_S)
+            if self._elastic is None:
+                time.sleep(TURN_S)
+            else:
+                self._elastic.wait(TURN_S)
 
     def _turn(self, now: float) -> None:
         """Brings the actors in line with where Ray has put the bundles by now."""
         living = [node["NodeID"] for node in ray.nodes() if node["Alive"]]
-        placed = {pool: self._nodes_of(group) for pool, group in self._groups.items()}
-        wanted = {part.node: part for part in parts(placed, living)}
+        if self._elastic is None:
+            placed = {pool: nodes_of(group) for pool, group in self._groups.items()}
+            wanted = {part.place: part for part in parts(placed, living)}
+        else:
+            placed, found = self._elastic.turn(living)
+            wanted = {part.place: part for part in found}
         self._complain(placed, now)
-        for node in self._seats.keys() - wanted.keys():
-            self._end(self._seats.pop(node), "its node is gone, or has no part any more")
-        for node, part in wanted.items():
-            seat = self._seats.setdefault(node, Seat(part))
+        for place in self._seats.keys() - wanted.keys():
+            self._end(self._seats.pop(place), "its node is gone, or has no part any more")
+        for place, part in wanted.items():
+            seat = self._seats.setdefault(place, Seat(part))
             if seat.part != part:
                 self._end(seat, "its part changed")
                 seat.part, seat.failures, seat.start_at_s = part, 0, now
@@ -116,11 +181,6 @@ class RayLauncher:
                 self._look_after(seat, now)
             if seat.actor is None and now >= seat.start_at_s:
                 self._start(seat, now)
-
-    def _nodes_of(self, group: PlacementGroup) -> list[str]:
-        table = placement_group_table(group)
-        found: dict[int, str] = table.get("bundles_to_node_id") or {}
-        return [found.get(i) or "" for i in range(group.bundle_count)]
 
     def _start(self, seat: Seat, now: float) -> None:
         part, boot = seat.part, self._boot

@@ -4,12 +4,14 @@ Owns no state and knows nothing of Ray. Invariant: every bundle that has a node 
 a node's part is named by what it is, so that a changed part is another one.
 """
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Final
 
 import msgspec
 
 BUNDLES_MAX: Final = 4096
+POOLS: Final = ("prefill", "decode", "mixed")
 
 
 class RayOptions(msgspec.Struct, frozen=True, kw_only=True):
@@ -31,22 +33,32 @@ class RayBoot(msgspec.Struct, frozen=True, kw_only=True):
     secret: str
     model: str  # as the user called it, to be found on each host
     counts: dict[str, int]  # pool ("prefill", "decode", "mixed") -> workers
+    roles: list[str] = []  # elastic: the pool of each place for a worker, in order
+    orders_fd: int | None = None  # elastic: where `RayOrder`s come, a line each
     lifeline_fd: int
     log_level: str = "INFO"
 
 
+class RayOrder(msgspec.Struct, frozen=True):
+    """From the head of elastic hosts; it says all anew each time."""
+
+    count: int  # workers to have a place for, those included that are about to go
+    given_back: list[str]  # places whose worker was retired, the newest last
+
+
 class Part(msgspec.Struct, frozen=True, order=True):
-    """What one node contributes."""
+    """What one node contributes, or one worker's bundle on it."""
 
     node: str  # Ray's id of it
     prefill: int
     decode: int
     mixed: int
+    seat: int | None = None  # elastic: the bundle's number, given once
 
     @property
     def place(self) -> str:
         """The head lets a new agent of the same place replace the old one."""
-        return f"ray:{self.node}"
+        return f"ray:{self.node}" if self.seat is None else f"ray:{self.node}:{self.seat}"
 
 
 def bundles(options: RayOptions, count: int) -> list[dict[str, float]]:
@@ -69,3 +81,56 @@ def parts(placed: Mapping[str, Sequence[str]], living: Sequence[str]) -> list[Pa
         )
         for node in nodes
     ]
+
+
+class Seats:
+    """Elastic: a bundle for each worker, of numbers that are never given twice."""
+
+    def __init__(self, roles: Sequence[str]) -> None:
+        self.roles: dict[int, str] = {}  # of each seat that there is
+        self._turn = list(roles)
+        self._next = 0
+
+    def obey(
+        self, order: RayOrder, nodes: Mapping[int, str], now_at: Mapping[str, int]
+    ) -> tuple[list[int], list[int]]:
+        """(new seats, seats to give back). `nodes`: where each seat's bundle is, "" while it has
+        no place; `now_at`: the seats of the places that the head knows.
+
+        Of more than are wanted only those go that Ray found no room for: the head says itself which
+        worker leaves."""
+        gone = [now_at[place] for place in order.given_back if now_at.get(place) in self.roles]
+        waiting = [seat for seat in self.roles if seat not in gone and not nodes.get(seat)]
+        excess = len(self.roles) - len(gone) - order.count
+        gone += sorted(waiting, reverse=True)[: max(0, excess)]
+        for seat in gone:
+            del self.roles[seat]
+        new = []
+        while len(self.roles) < order.count:
+            self.roles[self._next] = self._missing_role()
+            new.append(self._next)
+            self._next += 1
+        return new, gone
+
+    def _missing_role(self) -> str:
+        """The first place whose kind of worker there is not yet."""
+        here = Counter(self.roles.values())
+        for role in self._turn:
+            if here[role] <= 0:
+                return role
+            here[role] -= 1
+        return self._turn[-1]
+
+    def parts(self, nodes: Mapping[int, str], living: Sequence[str]) -> list[Part]:
+        """One of each seat that is on a living node."""
+        return [
+            Part(
+                nodes[seat],
+                prefill=int(role == "prefill"),
+                decode=int(role == "decode"),
+                mixed=int(role == "mixed"),
+                seat=seat,
+            )
+            for seat, role in self.roles.items()
+            if nodes.get(seat) in living
+        ]

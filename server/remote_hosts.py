@@ -177,7 +177,11 @@ class RemoteHosts:
         for older in [h for h in self._hosts.values() if hello.place and h.place == hello.place]:
             self._lose(older, "another host takes its place", again=False)
         options = msgspec.structs.replace(
-            self._options, prefill=hello.prefill, decode=hello.decode, mixed=hello.mixed
+            self._options,
+            scheduler=msgspec.structs.replace(self._options.scheduler, autoscale=None),
+            prefill=hello.prefill,
+            decode=hello.decode,
+            mixed=hello.mixed,
         )
         workers = [
             msgspec.structs.replace(
@@ -281,6 +285,14 @@ class RemoteHosts:
 
     def directory(self) -> Peers:
         return Peers(list(self._endpoints.items()), [])
+
+    def dismiss(self, host: int) -> str | None:
+        """Nothing of it is wanted any more; returns its place."""
+        known = self._hosts.get(host)
+        if known is None:
+            return None
+        self._lose(known, "its worker is not wanted any more", again=False)
+        return known.place
 
     def close(self) -> None:
         for host in self._hosts.values():

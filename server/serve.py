@@ -75,7 +75,12 @@ def main(args: argparse.Namespace) -> int:
     folder = resolve_model(args.model or str(BUILTIN_MODEL))
     if cluster is not None:
         folder = str(Path(folder).resolve())  # other hosts have other working directories
-    options = engine_options(args, folder, several_hosts=cluster is not None)
+    options = engine_options(
+        args,
+        folder,
+        several_hosts=cluster is not None,
+        elastic_hosts=args.ray is not None and args.autoscale is not None,
+    )
     config = load_model_config(folder, args.dtype, args.max_model_len)
     template = None if args.chat_template is None else str(args.chat_template)
     Tokenizer(folder, template)  # a bad file is an error now, not in each API server

@@ -7,10 +7,8 @@ that it started ends, on all hosts.
 
 import logging
 import secrets
-import socket
 import sys
 import time
-from contextlib import suppress
 from typing import Final
 
 import msgspec
@@ -24,7 +22,6 @@ from diptych.engine.core.messages import (
     Drain,
     Grow,
     PageRows,
-    Peers,
     PoolUp,
     Ready,
     Retire,
@@ -36,8 +33,10 @@ from diptych.engine.core.messages import (
 from diptych.server.boot import ApiBoot, ApiProcessBoot, SupervisorBoot
 from diptych.server.client import EngineInfo
 from diptych.server.companion import ray_companion
-from diptych.server.fleet import HOME, Fleet, GiveUp, Kill, Rest, Start, Wake
+from diptych.server.fleet import Fleet
+from diptych.server.fleet_members import HOME, Dismiss, GiveUp, Kill, Places, Rest, Start, Wake
 from diptych.server.host import TICK_S, Host
+from diptych.server.introductions import Introductions
 from diptych.server.launcher import (
     LauncherEvent,
     ModelFailed,
@@ -51,7 +50,8 @@ from diptych.server.link_wire import Forward, HostHeard, StartApi
 from diptych.server.logs import configure_logs
 from diptych.server.progress_bar import ProgressBar
 from diptych.server.remote_hosts import HostEvent, HostJoined, HostLost, HostNews, RemoteHosts
-from diptych.server.status import Listening, Progressed, Started, Status
+from diptych.server.starter import Starter
+from diptych.server.status import Listening, Progressed, Started
 from diptych.transfer.processes import name_process, process_name
 
 EXIT_S_MAX: Final = 1.0  # for an orderly exit after a drain
@@ -93,23 +93,21 @@ class Supervisor:
                 self._hosts.close()
             raise
         layout = self._host.layout
-        self._control = (
-            socket.socket(fileno=boot.control_fd) if boot.control_fd is not None else None
-        )
+        self._starter = Starter(boot.control_fd)
         self._fleet = Fleet(
             workers,
             num_apis=boot.num_apis,
             external_api=boot.api_target is None,
             pools=[PoolUp(p.pool, layout.num_blocks, layout.block_size) for p in layout.pools],
             hang_s=options.hang_s,
-            num_workers=len(options.workers()),
+            num_workers=options.num_started if options.elastic_hosts else len(options.workers()),
             num_started=None if options.scheduler.autoscale is None else options.num_started,
+            elastic=options.num_started if options.elastic_hosts else None,
         )
         self._salt_key = secrets.token_hex(32)
-        self._endpoints: set[Address] = set()  # in the directory
+        self._introductions = Introductions(self._hosts, self._fleet, self._host.channels)
         self._bar = ProgressBar("packing the weights", sys.stderr, self._progress)
         self._info: EngineInfo | None = None
-        self._started = False
         self._ending = False
         self._drain_until_s: float | None = None
 
@@ -123,7 +121,7 @@ class Supervisor:
                     self._host.children.prepare_api(self._boot.api_target, fds)
             if self._hosts is not None:
                 _log.info("hosts may join at %s", self._hosts.endpoint)
-                self._tell(Listening(self._hosts.endpoint, str(self._host.run_dir)))
+                self._starter.tell(Listening(self._hosts.endpoint, str(self._host.run_dir)))
                 fd = self._host.lifeline_fd
                 self._host.companion = ray_companion(self._boot, self._hosts.endpoint, fd)
             workers = len(self._host.layout.workers)
@@ -141,10 +139,9 @@ class Supervisor:
 
     def _turn(self) -> None:
         others = [] if self._hosts is None else list[object](self._hosts.sockets())
-        if self._control is not None:
-            others.append(self._control.fileno())
+        others += self._starter.fds
         ready = self._host.wait(TICK_S, others)  # type: ignore[arg-type]
-        if self._control is not None and self._control.fileno() in ready:
+        if any(fd in ready for fd in self._starter.fds):
             self._ending = True  # it says nothing: its end is the only news
         for _ in range(self._host.take_signals()):
             self._asked_to_end()
@@ -171,7 +168,7 @@ class Supervisor:
             case Ready(name, epoch, endpoint):
                 for address, _ in self._fleet.states():
                     if (process_name(address), address.epoch) == (name, epoch):
-                        self._introduce(address, endpoint)
+                        self._introductions.introduce(address, endpoint)
                         self._fleet.ready(address, now)
             case Stuck(peer):
                 self._fleet.stuck(peer, now)
@@ -179,8 +176,9 @@ class Supervisor:
                 self._fleet.cut(sender, peer, now)
             case Grow(scheduler_epoch, count):
                 self._fleet.grow(scheduler_epoch, count)
-            case Retire(scheduler_epoch, worker, epoch):
-                self._fleet.retire(scheduler_epoch, Address("worker", worker, epoch), now)
+            case Retire(scheduler_epoch, worker, epoch, wanted):
+                address = Address("worker", worker, epoch)
+                self._fleet.retire(scheduler_epoch, address, now, wanted)
             case AskPage(scheduler_epoch, pool) if self._hosts is not None:
                 self._hosts.read_page(scheduler_epoch, pool)
 
@@ -198,7 +196,7 @@ class Supervisor:
                 gone = self._fleet.leave(host)
                 for address in gone:
                     self._host.table.exited(address)
-                self._forget(gone)
+                self._introductions.forget(gone)
             case HostEvent(host, event):
                 if isinstance(event, ProcessStarted):
                     self._host.table.started(event.address, event.pid)
@@ -257,7 +255,7 @@ class Supervisor:
                     quiet = self._drain_until_s is not None or self._fleet.leaves(address)
                     level = logging.INFO if quiet else logging.WARNING
                     _log.log(level, "%s.%d ended: %s", process_name(address), address.epoch, how)
-                self._forget([address])
+                self._introductions.forget([address])
                 self._fleet.exited(address, cause, now)
 
     def _read_pulses(self) -> dict[Address, int]:
@@ -269,31 +267,10 @@ class Supervisor:
     def _check_launcher(self) -> None:
         """Before it was up once, an engine whose launcher cannot work never will be."""
         companion = self._host.companion
-        if companion is not None and not self._started and companion.failures >= LAUNCHES_MAX:
-            raise EngineDeadError(f"The {companion.name} ends again and again; see the log above.")
-
-    # ---- who listens where
-
-    def _introduce(self, address: Address, endpoint: str) -> None:
-        """Before anybody is told that it is up, all learn where; and it learns of all others."""
-        if self._hosts is None or not endpoint:
+        if companion is None or self._starter.started:
             return
-        if self._fleet.host_of(address) == HOME:
-            self._host.channels.send_to(address, self._hosts.directory())
-        self._endpoints.add(address)
-        self._pass_on(self._hosts.publish([(address, endpoint)], []))
-
-    def _forget(self, gone: list[Address]) -> None:
-        known = [address for address in gone if address in self._endpoints]
-        self._endpoints.difference_update(known)
-        if self._hosts is not None and known:
-            self._pass_on(self._hosts.publish([], known))
-
-    def _pass_on(self, news: Peers) -> None:
-        """To the processes of this host that listen."""
-        for address, _ in self._fleet.states():
-            if address in self._endpoints and self._fleet.host_of(address) == HOME:
-                self._host.channels.send_to(address, news)
+        if companion.failures >= LAUNCHES_MAX:
+            raise EngineDeadError(f"The {companion.name} ends again and again; see the log above.")
 
     # ---- acting
 
@@ -309,6 +286,12 @@ class Supervisor:
                     raise EngineDeadError(f"The engine cannot start: {reason}; see the log above.")
                 case Send():
                     self._post(command)
+                case Places(count) if self._host.companion is not None:
+                    self._host.companion.order(count)
+                case Dismiss(host) if self._hosts is not None:
+                    place = self._hosts.dismiss(host)
+                    if place is not None and self._host.companion is not None:
+                        self._host.companion.order(given_back=place)
                 case Rest() if self._host.launcher is not None:
                     _log.info("no worker is wanted: the weights are let go")
                     self._host.launcher.rest()
@@ -380,7 +363,7 @@ class Supervisor:
         )
 
     def _announce_start(self) -> None:
-        if self._started or not self._fleet.engine_up():
+        if self._starter.started or not self._fleet.engine_up():
             return
         running = {address.number for address in self._fleet.up("worker")}
         workers = ", ".join(
@@ -391,18 +374,12 @@ class Supervisor:
         )
         self._progress(f"engine up: workers {workers}")
         if self._boot.api_target is None:
-            self._tell(Started(self._api_boot(Address("api", 0, 1))))
-        self._started = True  # from here the starter hears nothing but the end
+            self._starter.tell(Started(self._api_boot(Address("api", 0, 1))))
+        self._starter.started = True
 
     def _progress(self, text: str) -> None:
         _log.info("%s", text)
-        if not self._started:
-            self._tell(Progressed(text, str(self._host.run_dir)))
-
-    def _tell(self, status: Status) -> None:
-        if self._control is not None:
-            with suppress(OSError):  # the starter is gone, which ends this process anyway
-                self._control.send(msgspec.json.encode(status), socket.MSG_DONTWAIT)
+        self._starter.tell(Progressed(text, str(self._host.run_dir)))
 
     # ---- ending
 

@@ -28,7 +28,8 @@ class AskPage(Message, frozen=True):
 
 
 class Grow(Message, frozen=True):
-    """Run at least so many workers, if the limits allow. Said again until they are there."""
+    """Run so many workers, if the limits allow. Said again until they are there, and once when
+    fewer are wanted than were asked for; who is there stays until `Retire`."""
 
     scheduler_epoch: Epoch
     workers: int
@@ -40,6 +41,7 @@ class Retire(Message, frozen=True):
     scheduler_epoch: Epoch
     worker: WorkerId
     worker_epoch: Epoch
+    wanted: int  # so many are left
 
 
 # ---- supervisor -> scheduler -------------------------------------------------------------------

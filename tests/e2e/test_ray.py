@@ -1,9 +1,11 @@
 """`diptych serve --ray` as a Ray job on two nodes, P on one and D on the other.
 
 A node is removed under load and another one joins; at the end Ray's control process is killed.
+With autoscaling, bundles are asked for and given back, down to none and up again.
 """
 
 import asyncio
+import json
 import subprocess
 import sys
 import time
@@ -68,3 +70,50 @@ def test_p_and_d_on_two_nodes_and_one_is_removed(tmp_path: Path) -> None:
         words = ["serve", "--ray", "--prefill", "1", "--decode", "1", "--threads", "1", "--port"]
         submit(nodes, sys.executable, "-m", "diptych.server.cli", *words, str(port))
         asyncio.run(scenario(nodes, port, right))
+
+
+_GROUPS = """
+import json, ray
+from ray.util.placement_group import placement_group_table
+ray.init(address="auto", logging_level="ERROR", log_to_driver=False)
+print(json.dumps([g["state"] for g in placement_group_table().values()]))
+"""
+
+
+def bundles_held(nodes: Nodes) -> int:
+    """Placement groups that Ray has not been given back."""
+    env = {**nodes.env, "RAY_ADDRESS": nodes.address}
+    words = [sys.executable, "-c", _GROUPS]
+    done = subprocess.run(words, env=env, timeout=60, capture_output=True, text=True, check=True)
+    return sum(state != "REMOVED" for state in json.loads(done.stdout.splitlines()[-1]))
+
+
+async def to_zero_and_back(nodes: Nodes, port: int, right: list[str]) -> None:
+    async with httpx.AsyncClient(base_url=f"http://127.0.0.1:{port}", timeout=90) as client:
+
+        async def ask_all() -> list[str]:
+            return await asyncio.gather(*(answer(client, prompt, NUM_TOKENS) for prompt in PROMPTS))
+
+        await until_workers(client, [[50]])
+        assert await ask_all() == right
+        for _ in range(2):
+            await until_workers(client, [[]])
+            for _ in range(20):
+                if not (held := await asyncio.to_thread(bundles_held, nodes)):
+                    break
+            assert held == 0, "the bundles are given back"
+            assert await answer(client, PROMPTS[0], NUM_TOKENS) == right[0], "it waits for a worker"
+        assert await ask_all() == right
+
+
+@pytest.mark.timeout(240)
+def test_bundles_are_asked_for_and_given_back(tmp_path: Path) -> None:
+    greedy = SamplingParams(temperature=0, max_tokens=NUM_TOKENS, ignore_eos=True)
+    with Engine(inline=True) as engine:
+        right = [output.outputs[0].text for output in engine.generate(PROMPTS, greedy)]
+    port = free_port()
+    with ray_nodes() as nodes:
+        words = ["serve", "--ray", "--autoscale", "0:2", "--mixed", "1", "--threads", "1"]
+        words += ["--scale-down-delay", "1", "--port", str(port)]
+        submit(nodes, sys.executable, "-m", "diptych.server.cli", *words)
+        asyncio.run(to_zero_and_back(nodes, port, right))

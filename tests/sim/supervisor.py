@@ -11,7 +11,8 @@ from typing import Final
 
 from diptych.engine.core.messages import Address, Grow, Message, PoolUp, Retire, Send
 from diptych.engine.core.types import DownCause
-from diptych.server.fleet import Fleet, Kill, Rest, Start, Wake
+from diptych.server.fleet import Fleet
+from diptych.server.fleet_members import GiveUp, Kill, Rest, Start, Wake
 from tests.sim.host import SUPERVISOR, Host
 from tests.sim.world import Process, check
 
@@ -85,6 +86,7 @@ class Supervisor:
             elif isinstance(command, Rest):
                 check(not self.host.workers, "the weights go while workers run")
             else:
+                assert isinstance(command, GiveUp), command
                 check(False, "the fleet gives up: {}", command.reason)
 
     def _awake(self) -> None:
@@ -101,7 +103,7 @@ class Supervisor:
         else:
             assert isinstance(message, Retire), message
             address = Address("worker", message.worker, message.worker_epoch)
-            self.fleet.retire(message.scheduler_epoch, address, now)
+            self.fleet.retire(message.scheduler_epoch, address, now, message.wanted)
         check(self.limits is not None, "{} without autoscaling", message)
         if self.limits is not None:
             wanted = self._num_wanted()

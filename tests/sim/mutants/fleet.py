@@ -3,7 +3,8 @@
 from contextlib import ExitStack
 
 from diptych.engine.core.types import DownCause
-from diptych.server.fleet import Fleet, Member
+from diptych.server.fleet import Fleet
+from diptych.server.fleet_members import Member
 from tests.sim.mutants.registry import edit, mutant, replace
 
 

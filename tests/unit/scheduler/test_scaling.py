@@ -82,11 +82,32 @@ def test_the_first_row_brings_the_first_worker_at_once() -> None:
     assert not asked(world)
 
 
+def test_who_did_not_come_in_time_is_not_waited_for() -> None:
+    world = Quiet((50,), options=OPTIONS, num_blocks=2000)
+    for number in range(6):
+        prompt = range(1000 * number + 1000, 1000 * number + 1900)
+        world.submit(make_request(f"0-b{number}-x", prompt))
+    world.progress(0, compute_s=1.0, prefill_tokens=100)
+    for _ in range(GROW_PERIODS + 1):
+        world.tick(1.0)
+    assert asked(world) == [Grow(EPOCH, 2)]
+    for number in range(6):
+        world.abort(f"0-b{number}-x")
+    told = []
+    for _ in range(12):
+        told += asked(world)
+        for ref in list(world.held[0]):
+            world.progress(0, released=[ref])
+        world.tick(1.0)
+    assert Grow(EPOCH, 1) in told, "Ray need not look for a place any more"
+    assert told.count(Grow(EPOCH, 1)) == 1
+
+
 def test_an_empty_worker_is_retired_and_nothing_more_is_placed_on_it() -> None:
     world = Quiet((50, 50), options=OPTIONS)
     for _ in range(8):
         world.tick(1.0)
-    assert asked(world) == [Retire(EPOCH, 1, 1)]
+    assert asked(world) == [Retire(EPOCH, 1, 1, 1)]
     for number in (1, 2):
         world.submit(make_request(f"0-{number}-x", range(number * 100, number * 100 + 50)))
         assert {worker for worker, _ in world.assigns()} == {0}
@@ -115,7 +136,7 @@ def test_what_a_leaving_worker_cannot_finish_goes_on_elsewhere() -> None:
     assert isinstance(lost, Lost)
     assert (lost.ref, lost.cause) == (ref, LossCause.MOVED)
     world.tick(1.0)
-    assert asked(world) == [Retire(EPOCH, leaving, 1)]
+    assert asked(world) == [Retire(EPOCH, leaving, 1, 1)]
     world.submit(make_request(ref.request, range(40)), attempt=1, emitted=[7], recovering=True)
     assert [worker for worker, _ in world.assigns()] == [1 - leaving]
 

@@ -23,15 +23,17 @@ from diptych.engine.core.messages import (
     WorkerUp,
 )
 from diptych.engine.core.types import DownCause
-from diptych.server.fleet import (
+from diptych.server.fleet import Fleet
+from diptych.server.fleet_members import (
     CUT_S,
     FAST_FAULT_S,
     LEAVE_S_MAX,
     START_S_MAX,
     STILL_S_MAX,
-    Fleet,
+    Dismiss,
     GiveUp,
     Kill,
+    Places,
     Rest,
     Start,
     State,
@@ -540,3 +542,87 @@ def test_an_api_server_of_a_host_is_started_there_and_lost_with_it() -> None:
     assert fleet.leave(1) == [there]
     assert told(fleet) == to_scheduler(1, ApiDown(1, 1))
     assert not fleet.apis_gone()
+
+
+# ---- hosts of one worker each, that come and go
+
+
+def elastic() -> Fleet:
+    """Two hosts were asked for, joined, and serve."""
+    fleet = Fleet(
+        [], num_apis=1, external_api=True, pools=[], hang_s=HANG_S, num_workers=2, elastic=2
+    )
+    fleet.tick(0.0)
+    assert Places(2) in told(fleet)
+    fleet.ready(scheduler(), 0.5)
+    for host in (1, 2):
+        fleet.join(host, [WorkerSpec(host, host, 50)], [PoolUp(host, 64, 16)])
+        fleet.model_ready(host)
+        fleet.tick(1.0)
+        fleet.ready(worker(host), 2.0)
+    assert fleet.engine_up()
+    told(fleet)
+    return fleet
+
+
+def test_more_workers_are_places_for_hosts() -> None:
+    fleet = elastic()
+    fleet.grow(1, 3)
+    fleet.grow(1, 3)
+    fleet.tick(3.0)
+    assert told(fleet) == [Places(3)]
+    fleet.grow(1, 2)
+    fleet.tick(4.0)
+    assert told(fleet) == [Places(2)]
+
+
+def test_a_host_goes_once_its_worker_has_left() -> None:
+    fleet = elastic()
+    fleet.retire(1, worker(2), 3.0, wanted=1)
+    fleet.tick(3.0)
+    assert told(fleet) == [Send(worker(2), Drain(0.0))], "until then it has its place"
+    fleet.exited(worker(2), DownCause.KILLED, 3.5)
+    fleet.tick(3.6)
+    commands = told(fleet)
+    assert [c for c in commands if isinstance(c, Start)] == [], "it does not come again"
+    assert commands[-2:] == [Dismiss(2), Places(1)]
+    fleet.tick(3.7)
+    assert told(fleet) == []
+    assert fleet.leave(2) == [worker(2, 2)]
+    assert told(fleet) == to_scheduler(1, PoolDown(2))
+
+
+def test_a_dismissed_host_is_not_asked_for_again_but_another_is() -> None:
+    fleet = elastic()
+    fleet.retire(1, worker(2), 3.0, wanted=1)
+    fleet.grow(1, 2)
+    fleet.tick(3.1)
+    assert Places(3) in told(fleet), "the one that leaves keeps its place until it is gone"
+    fleet.exited(worker(2), DownCause.KILLED, 3.5)
+    fleet.tick(3.6)
+    assert told(fleet)[-2:] == [Dismiss(2), Places(2)]
+
+
+def test_down_to_no_host_and_back() -> None:
+    fleet = elastic()
+    for number, left in ((2, 1), (1, 0)):
+        fleet.retire(1, worker(number), 3.0, wanted=left)
+        fleet.exited(worker(number), DownCause.KILLED, 3.5)
+        fleet.tick(3.6)
+        assert told(fleet)[-2:] == [Dismiss(number), Places(left)]
+        fleet.leave(number)
+    told(fleet)
+    fleet.grow(1, 1)
+    fleet.tick(10.0)
+    assert told(fleet) == [Places(1)]
+    fleet.join(3, [WorkerSpec(3, 3, 50)], [PoolUp(3, 64, 16)])
+    fleet.model_ready(3)
+    fleet.tick(11.0)
+    assert Start(worker(3)) in told(fleet)
+
+
+def test_a_worker_that_crashes_keeps_its_host() -> None:
+    fleet = elastic()
+    fleet.exited(worker(2), DownCause.KILLED, 30.0)
+    fleet.tick(31.0)
+    assert [c for c in told(fleet) if isinstance(c, Dismiss | Places)] == []
