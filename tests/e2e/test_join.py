@@ -13,8 +13,8 @@ import httpx
 import pytest
 
 from bench.procs import descendants
+from bench.ray_nodes import free_port
 from tests.support.processes import wait_for
-from tests.support.ray_nodes import free_port
 
 WAIT_S = 60.0
 ASK = {
