@@ -9,6 +9,7 @@
 
 #include <math.h>
 
+#include "attention_bytes.h"
 #include "attention_tile.h"
 #include "pool.h"
 
@@ -42,8 +43,10 @@ template <class E>
 Workspace make_workspace(int64_t rows, int64_t dim) {
   auto padded = [](int64_t n) { return (n + 15) / 16 * 16; };
   const int64_t acc = padded(rows * dim), each = padded(rows);
-  const int64_t wide = Format<E>::kScaled ? kTile * dim : 0;
-  const int64_t floats = 3 * acc + Vec::kRows * kTile * 3 / 2 + 4 * each + wide + 2 * kTile;
+  const int64_t columns = whole_vectors(dim), wide = Format<E>::kScaled ? kTile * columns : 0;
+  const int64_t query = Format<E>::kBytes ? padded(rows * columns) : acc;
+  const int64_t floats =
+      query + 2 * acc + Vec::kRows * kTile * 3 / 2 + 7 * each + wide + 2 * kTile + 16;
   auto* p = static_cast<float*>(
       scratch(kScratchItem, static_cast<size_t>(floats) * 4 + static_cast<size_t>(each) * 16));
   auto take = [&p](int64_t n) {
@@ -52,7 +55,7 @@ Workspace make_workspace(int64_t rows, int64_t dim) {
     return taken;
   };
   Workspace w;
-  w.q = take(acc);
+  w.q = take(query);
   w.q_stride = dim;
   w.split.acc = take(acc);
   w.total.acc = take(acc);
@@ -61,6 +64,11 @@ Workspace make_workspace(int64_t rows, int64_t dim) {
   w.wide = reinterpret_cast<uint16_t*>(take(wide));
   w.k_scales = take(kTile);
   w.v_scales = take(kTile);
+  w.key_bytes = reinterpret_cast<char*>(w.wide);
+  w.value_bytes = w.key_bytes + kTile * columns;
+  w.q_steps = take(each);
+  w.q_sums = reinterpret_cast<int32_t*>(take(2 * each));
+  w.steps = take(16);
   w.split.largest = take(each);
   w.split.sum = take(each);
   w.total.largest = take(each);
@@ -129,7 +137,12 @@ void locate(const AttentionArgs& a, const RowBlock& block, int64_t head, int64_t
     const int64_t physical = table[index];
     const char* k = a.k_cache.data + physical * a.k_cache.block_stride * item + inside * row;
     const char* v = a.v_cache.data + physical * a.v_cache.block_stride * item + inside * row;
-    if constexpr (Format<E>::kScaled) {
+    if constexpr (Format<E>::kBytes) {
+      order_piece(w.key_bytes + p * kPanel * ((dim + 3) / 4 * 4),
+                  w.value_bytes + p * kPanel * whole_vectors(dim), k, v, dim);
+      memcpy(w.k_scales + p * kPanel, k + kPanel * dim, kPanel * 4);
+      memcpy(w.v_scales + p * kPanel, v + kPanel * dim, kPanel * 4);
+    } else if constexpr (Format<E>::kScaled) {
       uint16_t *wide_k = w.wide + p * kPanel * dim, *wide_v = wide_k + kTile * dim;
       widen_piece(wide_k, w.k_scales + p * kPanel, k, dim);
       widen_piece(wide_v, w.v_scales + p * kPanel, v, dim);
@@ -190,7 +203,8 @@ void softmax_rows(const Workspace& w, int64_t rows, bool full, int64_t base, int
   for (int64_t r = 0; r < rows; ++r) {
     const Range range = full ? Range{0, kTile} : row_range(w, r, base);
     if (range.low < range.high) {
-      if constexpr (Format<E>::kScaled) scale_scores(w.scores + r * kTile, w.k_scales);
+      if constexpr (Format<E>::kScaled && !Format<E>::kBytes)
+        scale_scores(w.scores + r * kTile, w.k_scales);
       mask_row(w.scores + r * kTile, range, w.split, r, &alpha[r]);
     }
     after[r] = w.split.largest[r];
@@ -207,7 +221,7 @@ void softmax_rows(const Workspace& w, int64_t rows, bool full, int64_t base, int
     for (int j = 0; j < kTile; j += Vec::W) {
       const F below = Vec::load(s + j) - shift;
       F weight;
-      if constexpr (Format<E>::kDot) {
+      if constexpr (Format<E>::kDot || (Format<E>::kBytes && Vec::kBf16Dot)) {
         weight = Vec::exp2_short(below);
       } else {
         weight = exp2_vec(below);
@@ -220,6 +234,8 @@ void softmax_rows(const Workspace& w, int64_t rows, bool full, int64_t base, int
         Vec::store(s + j, weight);
       }
     }
+    if constexpr (Format<E>::kBytes)
+      round_weights(w, r, full ? Range{0, kTile} : row_range(w, r, base));
     if constexpr (Format<E>::kScaled && Format<E>::kDot) {  // the scale beside it may be anything
       const Range range = full ? Range{0, kTile} : row_range(w, r, base);
       if (range.low % 2 != 0) pairs[range.low - 1] = 0;
@@ -234,7 +250,11 @@ void softmax_rows(const Workspace& w, int64_t rows, bool full, int64_t base, int
 template <class E>
 Workspace rows_from(const Workspace& all, int64_t row, int64_t dim) {
   Workspace w = all;
-  w.q = static_cast<char*>(all.q) + row * dim * (Format<E>::kDot ? 2 : 4);
+  const int64_t row_of_q = Format<E>::kBytes ? 2 * whole_vectors(dim)
+                                             : dim * (Format<E>::kDot ? 2 : 4);
+  w.q = static_cast<char*>(all.q) + row * row_of_q;
+  w.q_steps = all.q_steps + row;
+  w.q_sums = all.q_sums + 2 * row;
   w.split = {all.split.acc + row * dim, all.split.largest + row, all.split.sum + row};
   w.low = all.low + row;
   w.high = all.high + row;
@@ -263,11 +283,17 @@ void add_tile(const AttentionArgs& a, const RowBlock& block, int64_t base, const
     for (int64_t r = 0; r < rows; r += Vec::kRows) {
       const int64_t some = rows - r < Vec::kRows ? rows - r : Vec::kRows;
       const Workspace few = rows_from<E>(w, r, dim);
-      score_rows<Tile>(few, some, complete, dim);
+      if constexpr (Format<E>::kBytes) {
+        score_bytes(few, some, dim);
+      } else {
+        score_rows<Tile>(few, some, complete, dim);
+      }
       // Both ends of a row's range grow with the row.
       const bool full = few.low[some - 1] <= base && few.high[0] >= base + kTile;
       softmax_rows<E>(few, some, full, base, dim);
-      if (full) {
+      if constexpr (Format<E>::kBytes) {
+        weigh_bytes(few, some, base, dim);
+      } else if (full) {
         weigh_shared<Tile>(few, some, {0, kTile}, dim);
       } else {
         weigh_values<Tile>(few, some, base, dim);
@@ -284,16 +310,21 @@ Workspace open_block(const AttentionArgs& a, const RowBlock& block, int64_t rows
   const int64_t first_position = a.kv_len[block.seq] - num_tokens + block.first_token;
   const F scale = Vec::set1(a.scale * 1.44269504088896341f);  // powers of two from here on
   if (Format<E>::kDot) w.q_stride = dim / 2;
+  if (Format<E>::kBytes) w.q_stride = whole_vectors(dim);
   for (int64_t r = 0; r < rows; ++r) {
     const int64_t token = row_token(a, block, r), position = first_position + token;
     const int64_t t = a.qo_indptr[block.seq] + block.first_token + token;
     const float* q = a.q + t * a.q_stride + row_head(a, block, r) * dim;
     float* scaled = w.split.acc + r * dim;  // free until the first split
-    if (!Format<E>::kDot) scaled = static_cast<float*>(w.q) + r * dim;
+    if (!Format<E>::kDot && !Format<E>::kBytes) scaled = static_cast<float*>(w.q) + r * dim;
     each_vec(dim, [&](int64_t i, int n) {
       Vec::store_n(scaled + i, Vec::load_n(q + i, n) * scale, n);
     });
     if (Format<E>::kDot) convert_row<BF16>(static_cast<uint16_t*>(w.q) + r * dim, scaled, dim);
+    if constexpr (Format<E>::kBytes) {
+      auto* bytes = static_cast<int8_t*>(w.q) + r * 2 * w.q_stride;
+      w.q_steps[r] = round_query(bytes, w.q_stride, w.q_sums + 2 * r, scaled, dim);
+    }
     w.high[r] = position + 1;
     w.low[r] = a.window > 0 && position + 1 > a.window ? position + 1 - a.window : 0;
   }

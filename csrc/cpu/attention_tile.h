@@ -2,7 +2,8 @@
 //
 // The pool holds keys as panels and values as rows or, in bf16, as rows of pairs (kernels.h), which is
 // what the products read; nothing is copied. bf16 KV on a level with bf16 dot products: queries and
-// weights are rounded to bf16. Otherwise they stay fp32. int8 KV is widened to bf16 tile by tile. A key that a row does not see never enters
+// weights are rounded to bf16. Otherwise they stay fp32. int8 KV is widened to bf16 tile by tile, or
+// multiplied as bytes (attention_bytes.h). A key that a row does not see never enters
 // its arithmetic: half a pair is cleared where the range of a row ends inside it.
 #pragma once
 
@@ -22,21 +23,22 @@ template <class E>
 struct Format {
   using Tile = E;   // what keys and values are multiplied as
   using Query = E;  // what scores are computed with
-  static constexpr bool kScaled = false;
+  static constexpr bool kScaled = false, kBytes = false;
   static constexpr int64_t kUnit = 1;  // keys that lie side by side in V
   static constexpr bool kDot = false;
 };
 template <>
 struct Format<BF16> {
   using Tile = BF16;
-  static constexpr bool kScaled = false;
+  static constexpr bool kScaled = false, kBytes = false;
   using Query = std::conditional_t<Vec::kBf16Dot, BF16Pairs, BF16>;
   static constexpr int64_t kUnit = 2;
   static constexpr bool kDot = Vec::kBf16Dot;
 };
 template <>
 struct Format<I8> : Format<BF16> {
-  static constexpr bool kScaled = true;
+  static constexpr bool kScaled = true, kBytes = Vec::kByteDot;
+  static constexpr bool kDot = Vec::kBf16Dot && !kBytes;
 };
 
 // The running softmax of some rows: acc / sum is the result over the keys seen so far.
@@ -55,6 +57,10 @@ struct Workspace {
   const char* values[kTile];        // per key or pair of keys
   uint16_t* wide;                   // int8: [2, kTile, dim] keys and values of the tile as bf16
   float *k_scales, *v_scales;       // int8: [kTile]
+  // Byte products (attention_bytes.h): q and weights are two rows of bytes per row.
+  char *key_bytes, *value_bytes;     // of the tile
+  float *q_steps, *steps;            // scales of [rows] queries, of the tile's [kRows] weights
+  int32_t* q_sums;                   // [rows, 2]: where sums begin
 };
 
 struct Range {

@@ -2,8 +2,8 @@
 //
 // Each token's row of each KV head has one fp32 scale of its own, so what is stored never depends on
 // another token. A piece of 16 tokens is laid out as bf16's, a byte per value, and ends with its 16
-// scales. Integers of 8 bits are bf16 numbers exactly: a tile is widened into bf16 and multiplied as
-// such, and the scales go to the scores and to the weights.
+// scales, which go to the scores and to the weights. Levels without byte products (attention_bytes.h)
+// widen a tile into bf16, exactly, and multiply it as such.
 #pragma once
 
 #include <math.h>

@@ -15,6 +15,7 @@ struct Vec {
   static constexpr int kPanels = 1;     // panels of one GEMM tile
   static constexpr int kPanelsOne = 4;  // the same for a single row
   static constexpr bool kBf16Dot = false;
+  static constexpr bool kByteDot = false;
   using F = __m256;
   using I = __m256i;  // 32-bit integers
 
@@ -86,6 +87,13 @@ struct Vec {
   }
   static void widen_bytes(uint16_t* out, const int8_t* in) { widen_integers(out, in); }
   static F dot_pairs(F sum, uint32_t x, const uint32_t* w);  // not on this level
+  static I four_bytes(const int8_t* x);                      // likewise
+  static I dot_bytes(I sum, I w, I x);
+  static int32_t sum_int(I v);
+  static void order_keys(char* out, const char* in, int n);
+  static void order_values(char* out, const char* a, const char* b, int n);
+  static void split_unsigned(F x, int8_t* high, int8_t* low);
+  static void split_limbs(F x, int8_t* high, int8_t* low, I& high_sum, I& low_sum);
   static void store_bf16(uint16_t* p, F v);                  // likewise
   static F exp2_short(F x);                                  // likewise
 

@@ -20,6 +20,11 @@ struct Vec {
 #else
   static constexpr bool kBf16Dot = false;
 #endif
+#ifdef __AVX512VNNI__
+  static constexpr bool kByteDot = true;  // worth more than widening
+#else
+  static constexpr bool kByteDot = false;
+#endif
   using F = __m512;
   using I = __m512i;  // 32-bit integers
 
@@ -97,6 +102,60 @@ struct Vec {
     first = _mm512_castsi512_ps(_mm512_slli_epi32(v, 16));
     second =
         _mm512_castsi512_ps(_mm512_and_si512(v, _mm512_set1_epi32(static_cast<int>(0xffff0000u))));
+  }
+  static I four_bytes(const int8_t* x) {  // to all lanes
+    int32_t word;
+    memcpy(&word, x, sizeof word);
+    return _mm512_set1_epi32(word);
+  }
+#ifdef __AVX512VNNI__
+  static I dot_bytes(I sum, I w, I x) {
+    asm("vpdpbusd %2, %1, %0" : "+v"(sum) : "v"(w), "v"(x));
+    return sum;
+  }
+#else
+  static I dot_bytes(I sum, I w, I x);  // not on this level
+#endif
+  static int32_t sum_int(I v) { return _mm512_reduce_add_epi32(v); }
+  // Words 0..15 and 16..31 of `n` bytes at `in` in turn, as unsigned bytes with 128 for 0
+  static void order_keys(char* out, const char* in, int n) {
+    const __m512i turn = _mm512_set_epi32(
+        0x001f000f, 0x001e000e, 0x001d000d, 0x001c000c, 0x001b000b, 0x001a000a, 0x00190009,
+        0x00180008, 0x00170007, 0x00160006, 0x00150005, 0x00140004, 0x00130003, 0x00120002,
+        0x00110001, 0x00100000);
+    const __m512i both = n == 64 ? _mm512_loadu_si512(in)
+                                 : _mm512_castsi256_si512(_mm256_loadu_si256(
+                                       reinterpret_cast<const __m256i*>(in)));
+    _mm512_storeu_si512(out, _mm512_xor_si512(_mm512_permutexvar_epi16(turn, both),
+                                              _mm512_set1_epi8(-128)));
+  }
+  // n words at `a` and n at `b` in turn; whole vectors are written
+  static void order_values(char* out, const char* a, const char* b, int n) {
+    const __mmask32 mask = n == 32 ? ~0u : (1u << n) - 1;
+    const __m512i first = _mm512_maskz_loadu_epi16(mask, a), second = _mm512_maskz_loadu_epi16(mask, b);
+    const __m512i low = _mm512_set_epi32(
+        0x002f000f, 0x002e000e, 0x002d000d, 0x002c000c, 0x002b000b, 0x002a000a, 0x00290009,
+        0x00280008, 0x00270007, 0x00260006, 0x00250005, 0x00240004, 0x00230003, 0x00220002,
+        0x00210001, 0x00200000);
+    const __m512i high = _mm512_add_epi16(low, _mm512_set1_epi16(16));
+    _mm512_storeu_si512(out, _mm512_permutex2var_epi16(first, low, second));
+    if (n > 16) _mm512_storeu_si512(out + 64, _mm512_permutex2var_epi16(first, high, second));
+  }
+  // Integers of 16 bits without sign, ties to even, as 256 * high + low
+  static void split_unsigned(F x, int8_t* high, int8_t* low) {
+    const I whole = _mm512_cvtps_epi32(x);
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(high),
+                     _mm512_cvtepi32_epi8(_mm512_srli_epi32(whole, 8)));
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(low), _mm512_cvtepi32_epi8(whole));
+  }
+  // The same with a sign; the sums take them along
+  static void split_limbs(F x, int8_t* high, int8_t* low, I& high_sum, I& low_sum) {
+    const I whole = _mm512_cvtps_epi32(x);
+    const I top = _mm512_srai_epi32(_mm512_add_epi32(whole, _mm512_set1_epi32(128)), 8);
+    high_sum = _mm512_add_epi32(high_sum, top);
+    low_sum = _mm512_add_epi32(low_sum, _mm512_sub_epi32(whole, _mm512_slli_epi32(top, 8)));
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(high), _mm512_cvtepi32_epi8(top));
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(low), _mm512_cvtepi32_epi8(whole));
   }
   // 32 integers -> bf16, exactly
   static void widen_bytes(uint16_t* out, const int8_t* in) {
