@@ -5,14 +5,14 @@ plan order, and every token's slot lies in a block of its own sequence.
 """
 
 from array import array
+from collections.abc import Iterator
 from dataclasses import dataclass
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from diptych.engine.core.plan import StepPlan
-from diptych.engine.core.types import blocks_for
+from diptych.engine.core.types import BlockId, blocks_for
 
 __all__ = ["ModelInput", "build_input"]
 
@@ -35,39 +35,55 @@ def build_input(plan: StepPlan, block_size: int, num_parts: int = 1) -> ModelInp
 
     num_parts: blocks of the kernels in one block of the plan.
     """
-    ids, blocks, num_blocks = array("i"), array("i"), array("i", [0])
+    ids, positions, slots = array("i"), array("i"), array("i")
+    blocks, kv_len = array("i"), array("i")
+    qo_indptr, kv_indptr = array("i", [0]), array("i", [0])
     for row in plan.rows:
-        end = row.start + row.length
+        start, end, table = row.start, row.start + row.length, row.seq.block_table
         used = blocks_for(end, block_size)
-        assert 0 <= row.start < end <= len(row.seq.tokens), "a row outside its sequence"
-        assert used <= len(row.seq.block_table), "a row beyond its blocks"
+        assert 0 <= start < end <= len(row.seq.tokens), "a row outside its sequence"
+        assert used <= len(table), "a row beyond its blocks"
         if row.length == 1:  # a decode: no slice of its long list
-            ids.append(row.seq.tokens[row.start])
+            ids.append(row.seq.tokens[start])
+            positions.append(start)
+            slots.append(table[used - 1] * block_size + start % block_size)
         else:
-            ids.extend(row.seq.tokens[row.start : end])
-        blocks.extend(row.seq.block_table[:used])
-        num_blocks.append(used)
-    starts = np.array([row.start for row in plan.rows], dtype=np.int32)  # [S]
-    lengths = np.array([row.length for row in plan.rows], dtype=np.int32)  # [S]
-    qo_indptr = np.zeros(len(lengths) + 1, dtype=np.int32)
-    np.cumsum(lengths, out=qo_indptr[1:])
-    kv_indptr = np.cumsum(np.frombuffer(num_blocks, dtype=np.int32), dtype=np.int32)
-    kv_indices = np.frombuffer(blocks, dtype=np.int32)
-    if num_parts > 1:
-        parts = np.arange(num_parts, dtype=np.int32)
-        kv_indices = (kv_indices[:, None] * np.int32(num_parts) + parts).reshape(-1)
-        kv_indptr, block_size = kv_indptr * np.int32(num_parts), block_size // num_parts
-    first = np.repeat(starts - qo_indptr[:-1], lengths)  # [T] position of a row's token 0 - its row
-    positions = np.arange(len(ids), dtype=np.int32) + first
-    block, offset = np.divmod(positions, np.int32(block_size))
-    slots = kv_indices[np.repeat(kv_indptr[:-1], lengths) + block] * np.int32(block_size) + offset
+            ids.extend(row.seq.tokens[start:end])
+            positions.extend(range(start, end))
+            slots.extend(_slots(table, start, end, block_size))
+        blocks.extend(table[:used])
+        kv_len.append(end)
+        qo_indptr.append(len(ids))
+        kv_indptr.append(len(blocks))
     assert plan.num_tokens == len(ids), "num_tokens disagrees with the rows"
+    if num_parts > 1:
+        blocks, kv_indptr = (
+            _split(blocks, num_parts),
+            array("i", [n * num_parts for n in kv_indptr]),
+        )
     return ModelInput(
-        ids=torch.frombuffer(ids, dtype=torch.int32),
-        positions=torch.from_numpy(positions),
-        slot_mapping=torch.from_numpy(slots),
-        qo_indptr=torch.from_numpy(qo_indptr),
-        kv_indptr=torch.from_numpy(kv_indptr),
-        kv_indices=torch.from_numpy(kv_indices),
-        kv_len=torch.from_numpy(starts + lengths),
+        ids=_tensor(ids),
+        positions=_tensor(positions),
+        slot_mapping=_tensor(slots),  # of the plan's blocks: equal to those of their parts
+        qo_indptr=_tensor(qo_indptr),
+        kv_indptr=_tensor(kv_indptr),
+        kv_indices=_tensor(blocks),
+        kv_len=_tensor(kv_len),
     )
+
+
+def _slots(table: list[BlockId], start: int, end: int, block_size: int) -> Iterator[int]:
+    """Of tokens [start, end) of a sequence."""
+    for index in range(start // block_size, blocks_for(end, block_size)):
+        first = index * block_size  # token
+        low, high = max(start, first) - first, min(end - first, block_size)
+        yield from range(table[index] * block_size + low, table[index] * block_size + high)
+
+
+def _split(blocks: "array[int]", num_parts: int) -> "array[int]":
+    """The blocks of the kernels, in order."""
+    return array("i", [block * num_parts + part for block in blocks for part in range(num_parts)])
+
+
+def _tensor(numbers: "array[int]") -> Tensor:
+    return torch.frombuffer(numbers, dtype=torch.int32)
