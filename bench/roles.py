@@ -167,8 +167,7 @@ def summary(played: Played, plan: Plan) -> dict[str, object]:
         for phase in ("prefill", "decode")
     }
     return {
-        "attained": attained(answers, targets),
-        "attained_by_round": [attained(round_, targets) for round_ in played.rounds],
+        "attained": spread([attained(round_, targets) for round_ in played.rounds]),
         "attained_by_phase": share,
         "ttft_ms": _percentiles([answer.ttft_s * 1e3 for answer in good]),
         "itl_ms": _percentiles([answer.itl_s * 1e3 for answer in good]),
