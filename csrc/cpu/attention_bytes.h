@@ -12,6 +12,14 @@ namespace diptych::cpu {
 namespace {
 
 constexpr float kLimitWeight = 65535.0f;
+constexpr int kByteRows = 3;  // rows at once: two bytes each, against four vectors
+
+// fn(first, count) over at most kRows rows, shared out evenly.
+template <class Fn>
+inline void each_byte_rows(int64_t rows, Fn fn) {
+  const int64_t calls = (rows + kByteRows - 1) / kByteRows, each = (rows + calls - 1) / calls;
+  for (int64_t i = 0; i < rows; i += each) fn(i, rows - i < each ? rows - i : each);
+}
 
 inline int64_t whole_vectors(int64_t dim) { return (dim + 15) / 16 * 16; }
 
@@ -73,20 +81,20 @@ inline F join_limbs(I high, I low) {
 }
 
 // Scores of R rows against the tile.
-template <int R = Vec::kRows>
-void score_bytes(const Workspace& w, int64_t rows, int64_t dim) {
+template <int R = kByteRows>
+void score_bytes(const Workspace& w, int64_t first, int64_t rows, int64_t dim) {
   if constexpr (R > 1) {
-    if (rows < R) return score_bytes<R - 1>(w, rows, dim);
+    if (rows < R) return score_bytes<R - 1>(w, first, rows, dim);
   }
-  constexpr int V = 2;  // panels at once
+  constexpr int V = kTilePanels;
   const int64_t steps = (dim + 3) / 4, panel_bytes = steps * 4 * kPanel;
-  const auto* q = static_cast<const int8_t*>(w.q);
+  const auto* q = static_cast<const int8_t*>(w.q) + first * 2 * w.q_stride;
   for (int64_t p = 0; p < kTilePanels; p += V) {
     I acc[2 * R][V];
 #pragma GCC unroll 16
     for (int r = 0; r < 2 * R; ++r) {
 #pragma GCC unroll 4
-      for (int v = 0; v < V; ++v) acc[r][v] = Vec::set1_int(w.q_sums[r]);
+      for (int v = 0; v < V; ++v) acc[r][v] = Vec::set1_int(w.q_sums[2 * first + r]);
     }
     add_limbs<true, R, V>(acc, q, w.q_stride, w.key_bytes + p * panel_bytes, 4 * kPanel, panel_bytes,
                     steps);
@@ -95,8 +103,8 @@ void score_bytes(const Workspace& w, int64_t rows, int64_t dim) {
 #pragma GCC unroll 4
       for (int v = 0; v < V; ++v) {
         const int64_t at = (p + v) * kPanel;
-        const F y = join_limbs(acc[2 * r][v], acc[2 * r + 1][v]) * Vec::set1(w.q_steps[r]);
-        Vec::store(w.scores + r * kTile + at, y * Vec::load(w.k_scales + at));
+        const F y = join_limbs(acc[2 * r][v], acc[2 * r + 1][v]) * Vec::set1(w.q_steps[first + r]);
+        Vec::store(w.scores + (first + r) * kTile + at, y * Vec::load(w.k_scales + at));
       }
     }
   }
@@ -128,8 +136,8 @@ inline void round_weights(const Workspace& w, int64_t r, Range range) {
 }
 
 template <int R, int V>
-inline __attribute__((always_inline)) void weigh_bytes_at(const Workspace& w, int64_t base,
-                                                          int64_t d, int64_t dim) {
+inline __attribute__((always_inline)) void weigh_bytes_at(const Workspace& w, int64_t first,
+                                                          int64_t base, int64_t d, int64_t dim) {
   const int64_t row = 4 * whole_vectors(dim);
   I acc[2 * R][V];
 #pragma GCC unroll 16
@@ -137,32 +145,32 @@ inline __attribute__((always_inline)) void weigh_bytes_at(const Workspace& w, in
 #pragma GCC unroll 4
     for (int v = 0; v < V; ++v) acc[r][v] = Vec::set1_int(0);
   }
-  add_limbs<false, R, V>(acc, reinterpret_cast<const int8_t*>(w.weights), kTile, w.value_bytes + 4 * d,
+  add_limbs<false, R, V>(acc, reinterpret_cast<const int8_t*>(w.weights) + first * 2 * kTile, kTile, w.value_bytes + 4 * d,
                   row, 4 * Vec::W, kTile / 4);
 #pragma GCC unroll 16
   for (int r = 0; r < R; ++r) {
-    if (!sees_any(w, r, base)) continue;
-    float* out = w.split.acc + r * dim + d;
+    if (!sees_any(w, first + r, base)) continue;
+    float* out = w.split.acc + (first + r) * dim + d;
 #pragma GCC unroll 4
     for (int v = 0; v < V; ++v) {
       const int64_t left = dim - d - v * Vec::W;
       const int n = left < Vec::W ? static_cast<int>(left) : Vec::W;
       const F y = join_limbs(acc[2 * r][v], acc[2 * r + 1][v]);
       Vec::store_n(out + v * Vec::W,
-                   Vec::fma(Vec::set1(w.steps[r]), y, Vec::load_n(out + v * Vec::W, n)), n);
+                   Vec::fma(Vec::set1(w.steps[first + r]), y, Vec::load_n(out + v * Vec::W, n)), n);
     }
   }
 }
 
 // Adds the tile's values to the rows that see any of it.
-template <int R = Vec::kRows>
-void weigh_bytes(const Workspace& w, int64_t rows, int64_t base, int64_t dim) {
+template <int R = kByteRows>
+void weigh_bytes(const Workspace& w, int64_t first, int64_t rows, int64_t base, int64_t dim) {
   if constexpr (R > 1) {
-    if (rows < R) return weigh_bytes<R - 1>(w, rows, base, dim);
+    if (rows < R) return weigh_bytes<R - 1>(w, first, rows, base, dim);
   }
   int64_t d = 0;
-  for (; d + Vec::W < dim; d += 2 * Vec::W) weigh_bytes_at<R, 2>(w, base, d, dim);
-  if (d < dim) weigh_bytes_at<R, 1>(w, base, d, dim);
+  for (; d + 3 * Vec::W < dim; d += 4 * Vec::W) weigh_bytes_at<R, 4>(w, first, base, d, dim);
+  for (; d < dim; d += Vec::W) weigh_bytes_at<R, 1>(w, first, base, d, dim);
 }
 
 }  // namespace

@@ -284,7 +284,7 @@ void add_tile(const AttentionArgs& a, const RowBlock& block, int64_t base, const
       const int64_t some = rows - r < Vec::kRows ? rows - r : Vec::kRows;
       const Workspace few = rows_from<E>(w, r, dim);
       if constexpr (Format<E>::kBytes) {
-        score_bytes(few, some, dim);
+        each_byte_rows(some, [&](int64_t i, int64_t n) { score_bytes(few, i, n, dim); });
       } else {
         score_rows<Tile>(few, some, complete, dim);
       }
@@ -292,7 +292,7 @@ void add_tile(const AttentionArgs& a, const RowBlock& block, int64_t base, const
       const bool full = few.low[some - 1] <= base && few.high[0] >= base + kTile;
       softmax_rows<E>(few, some, full, base, dim);
       if constexpr (Format<E>::kBytes) {
-        weigh_bytes(few, some, base, dim);
+        each_byte_rows(some, [&](int64_t i, int64_t n) { weigh_bytes(few, i, n, base, dim); });
       } else if (full) {
         weigh_shared<Tile>(few, some, {0, kTile}, dim);
       } else {
