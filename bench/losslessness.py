@@ -364,8 +364,6 @@ async def _fresh_stats(hosted: Hosted) -> Stats | None:
     fresh, before = 0, hosted.client.stats()
     for _ in range(200):
         stats = hosted.client.stats()
-        if isinstance(hosted.client, InlineClient):
-            return stats
         if stats is not before:
             fresh, before = fresh + 1, stats
         if fresh >= 2:
