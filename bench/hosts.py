@@ -22,6 +22,7 @@ from typing import Final
 
 from bench.chaos import STOP_S, Tally, clean, reference, user
 from bench.local_hosts import LocalHosts
+from bench.losslessness import Answer
 from bench.models import write_model
 from bench.procs import descendants, engine_pids, shared_segments
 from bench.record import write
@@ -110,18 +111,20 @@ class Disturber:
 
 
 async def phase(
-    client: RemoteClient, disturber: Disturber, args: argparse.Namespace, **signals: int
+    client: RemoteClient,
+    disturber: Disturber,
+    expected: list[Answer],
+    args: argparse.Namespace,
+    signals: dict[str, int],
 ) -> dict[str, object]:
-    """Users ask all the while."""
-    inline = EngineOptions(model=args.model, prefill=0, decode=0, mixed=1, threads=1)
-    expected = await reference(inline, args.seed)
+    """Users ask all the while. `signals` as in `Disturber.run`."""
     tally, stop = Tally(), asyncio.Event()
     start = time.monotonic()
     users = [
         asyncio.create_task(user(i, client, args.seed, expected, tally, stop))
         for i in range(args.users)
     ]
-    sent = await disturber.run(client, {k.replace("_", " "): n for k, n in signals.items()})
+    sent = await disturber.run(client, signals)
     stop.set()
     await asyncio.gather(*users)
     result: dict[str, object] = {"seconds": time.monotonic() - start, "signals": sent}
@@ -129,26 +132,29 @@ async def phase(
 
 
 async def under_load(
-    launched: Launched, hosts: LocalHosts, args: argparse.Namespace
+    launched: Launched, hosts: LocalHosts, args: argparse.Namespace, model: ModelOptions
 ) -> tuple[dict[str, object], int | None]:
+    inline = EngineOptions(model=model, prefill=0, decode=0, mixed=1, threads=1)
+    expected = await reference(inline, args.seed)
+    wanted = {
+        "kills": {"kill": args.kills},
+        "stops_and_lost_hosts": {
+            "stop": args.stops,
+            "kill agent": args.agent_kills,
+            "stop agent": args.agent_stops,
+        },
+    }
     client = RemoteClient(launched.api)
     try:
         while not client.health().ok:
             await asyncio.sleep(0.01)
         disturber = Disturber(launched, hosts, args.seed)
         await disturber.until_complete(client)
-        phases: dict[str, object] = {}
-        if args.kills:
-            phases["kills"] = await phase(client, disturber, args, kill=args.kills)
-        if args.stops + args.agent_kills + args.agent_stops:
-            phases["stops_and_lost_hosts"] = await phase(
-                client,
-                disturber,
-                args,
-                stop=args.stops,
-                kill_agent=args.agent_kills,
-                stop_agent=args.agent_stops,
-            )
+        phases: dict[str, object] = {
+            name: await phase(client, disturber, expected, args, signals)
+            for name, signals in wanted.items()
+            if any(signals.values())
+        }
         return phases, await _blocks_at_rest(client)
     finally:
         await client.close()
@@ -166,7 +172,7 @@ async def _blocks_at_rest(client: RemoteClient) -> int | None:
 
 
 def run(folder: Path, args: argparse.Namespace) -> dict[str, object]:
-    model = args.model = ModelOptions(path=str(folder), load_format="dummy")
+    model = ModelOptions(path=str(folder), load_format="dummy")
     options = EngineOptions(
         model=model,
         cache=CacheOptions(num_blocks=args.num_blocks),
@@ -180,7 +186,7 @@ def run(folder: Path, args: argparse.Namespace) -> dict[str, object]:
     hosts = LocalHosts([(1, 1)] * args.hosts, "ERROR")
     with hosts.engine(options) as launched:
         run_dir = launched.api.path
-        phases, blocks = asyncio.run(under_load(launched, hosts, args))
+        phases, blocks = asyncio.run(under_load(launched, hosts, args, model))
         roots = [launched.supervisor_pid, *(agent.pid for agent in hosts.agents)]
         processes = [pid for root in roots for pid in descendants(root)]
     alive = [pid for pid in processes if Path(f"/proc/{pid}").exists()]

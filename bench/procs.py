@@ -3,6 +3,7 @@
 Owns nothing. A process of ours shows its name in `comm`: "dt-worker0", "dt-scheduler0", ...
 """
 
+from contextlib import suppress
 from pathlib import Path
 
 PREFIX = "dt-"
@@ -50,6 +51,18 @@ def engine_pids(supervisor: int) -> dict[int, str]:
         for pid, comm in descendants(supervisor).items()
         if comm.startswith(PREFIX)
     }
+
+
+def processes_with(variable: str, value: str) -> dict[int, str]:
+    """pid -> comm of every living process in whose environment the variable has this value; some
+    outlive their parents."""
+    wanted = f"{variable}={value}".encode()
+    found: dict[int, str] = {}
+    for entry in Path("/proc").iterdir():
+        with suppress(OSError):  # it ended just now
+            if entry.name.isdigit() and wanted in (entry / "environ").read_bytes().split(b"\0"):
+                found[int(entry.name)] = (entry / "comm").read_text().strip()
+    return found
 
 
 def shared_segments() -> set[str]:

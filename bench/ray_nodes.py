@@ -16,10 +16,9 @@ import sys
 import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
-from pathlib import Path
 from typing import Any, Final
 
-from bench.procs import descendants
+from bench.procs import descendants, processes_with
 
 MARK: Final = "DIPTYCH_RAY_MARK"
 """In the environment of every process of a cluster: some outlive their parents."""
@@ -70,7 +69,7 @@ class Nodes:
         self.process.stdin.close()
         self.process.kill()  # without a control process nothing of it would end in order
         self.process.wait()
-        below += _marked(self._mark)
+        below += processes_with(MARK, self._mark)
         for pid in below:
             with suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGKILL)
@@ -92,15 +91,6 @@ def ray_nodes() -> Iterator[Nodes]:
         yield nodes
     finally:
         nodes.close()
-
-
-def _marked(mark: str) -> list[int]:
-    wanted, found = f"{MARK}={mark}".encode(), []
-    for entry in Path("/proc").iterdir():
-        with suppress(OSError):  # it ended just now
-            if entry.name.isdigit() and wanted in (entry / "environ").read_bytes().split(b"\0"):
-                found.append(int(entry.name))
-    return found
 
 
 def main() -> None:

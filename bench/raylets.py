@@ -16,11 +16,11 @@ from typing import Any, Final
 
 import httpx
 
+from bench.chaos import Tally
 from bench.procs import shared_segments
 from bench.ray_nodes import Nodes, free_port, ray_nodes
 from bench.record import write
 from diptych import Engine, SamplingParams
-from diptych.server.load.report import percentile
 
 WAIT_S: Final = 90.0
 _PROMPTS: Final = [f"Question {i}: what is {i} + {7 * i}? " * 12 for i in range(12)]
@@ -80,14 +80,6 @@ async def until_workers(client: httpx.AsyncClient, dials: list[list[int]]) -> li
     raise AssertionError(f"not within {WAIT_S:g} s: {dials}; {seen}")
 
 
-class Tally:
-    def __init__(self) -> None:
-        self.completed = 0
-        self.wrong: list[str] = []
-        self.failed: list[str] = []
-        self.gaps_s: list[float] = []
-
-
 async def user(
     number: int, client: httpx.AsyncClient, right: list[str], tally: Tally, stop: asyncio.Event
 ) -> None:
@@ -142,14 +134,7 @@ def run(args: argparse.Namespace) -> dict[str, object]:
     return {
         "nodes_lost": args.losses,
         "seconds": time.monotonic() - start,
-        "requests_completed": tally.completed,
-        "requests_failed": tally.failed,
-        "requests_wrong": tally.wrong,
-        "longest_gap_s": {
-            "p50": percentile(tally.gaps_s, 50),
-            "p99": percentile(tally.gaps_s, 99),
-            "max": max(tally.gaps_s),
-        },
+        **tally.report(),
         "segments_left": sorted(
             name for name in shared_segments() - segments if not name.startswith("plasma")
         ),

@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+from bench.procs import processes_with
 from diptych.engine.core.config import CacheOptions, EngineOptions, ModelOptions
 from diptych.server.process_table import ProcessRow, read_processes
 
@@ -69,17 +70,8 @@ def state_of(pid: int) -> str:
 
 def marked_processes(mark: str) -> list[str]:
     """Living processes, but this one, whose environment holds the mark."""
-    wanted = f"{MARK}={mark}".encode()
-    found = []
-    for entry in Path("/proc").iterdir():
-        if not entry.name.isdigit() or int(entry.name) == os.getpid():
-            continue
-        try:
-            if wanted in (entry / "environ").read_bytes().split(b"\0"):
-                found.append(f"{entry.name} {(entry / 'comm').read_text().strip()}")
-        except OSError:
-            continue  # it ended just now
-    return found
+    found = processes_with(MARK, mark)
+    return [f"{pid} {comm}" for pid, comm in found.items() if pid != os.getpid()]
 
 
 def up(run_dir: Path, name: str, epoch: int) -> bool:
