@@ -5,6 +5,7 @@ before and after each.
 """
 
 from collections.abc import Callable
+from math import inf
 from typing import Final
 
 from diptych.engine.core.config import CacheOptions
@@ -23,7 +24,7 @@ from diptych.engine.core.messages import (
     Stats,
     Submit,
 )
-from diptych.engine.core.types import LossCause, RequestId
+from diptych.engine.core.types import LossCause, PoolId, RequestId
 from diptych.scheduler.commands import Delivered, Ended, Refused, SchedulerCommand
 from diptych.scheduler.journal import Journal
 from diptych.scheduler.scheduler import Scheduler
@@ -47,7 +48,12 @@ class SchedulerProcess(Process):
     """One incarnation of the scheduler."""
 
     def __init__(
-        self, world: World, address: Address, watch: Watch, quiet: Callable[[int, int], bool]
+        self,
+        world: World,
+        address: Address,
+        watch: Watch,
+        quiet: Callable[[PoolId, int], bool],
+        opens_at: Callable[[PoolId], float],
     ) -> None:
         super().__init__(world, address, "s")
         scenario = world.scenario
@@ -60,11 +66,13 @@ class SchedulerProcess(Process):
         self.idle_s = IDLE_S if options.autoscale is None else IDLE_S + COLD_S
         self.watch = watch
         self.quiet = quiet  # (pool, epoch) -> does no worker hold anything of an older epoch
+        self.opens_at = opens_at  # when a page of this pool can be read
         self.inbox: list[Message] = []
         self.wakes = False
         features = frozenset(scenario.features)
         self.clogged = "clog" in features
-        self.undisturbed = not scenario.faults and features.isdisjoint(("clog", "poison"))
+        disturbing = ("clog", "poison", "lost_host")
+        self.undisturbed = not scenario.faults and features.isdisjoint(disturbing)
         self.warded = "poison" in features
         self.apis_die = any(fault.slot[0] == "a" for fault in scenario.faults)
         self.closed: dict[tuple[RequestId, int | None], float] = {}  # when their end was heard
@@ -122,19 +130,24 @@ class SchedulerProcess(Process):
                 self._check_send(command.message)
                 self.send(command.to, command.message)
             else:
-                check(
-                    self.quiet(command.pool, epoch),
-                    "pool {} is read while a worker holds it",
-                    command.pool,
-                )
-                self.watch.pool_read(command.pool)
-                self.inbox.append(self.watch.memories[command.pool].read())  # type: ignore[arg-type]
-                self._wake_up()
+                self._read_pool(command.pool)
         audit = self.machine.audit()
         busy = audit.waiting + sum(bool(row.holds) for row in audit.rows)
         if not self.warded:  # a worker that is emptied for a suspect does nothing else
             workers = self.machine._members.workers.values()
             self.roles.check_cover(busy, {worker.id for worker in workers if worker.serves})
+
+    def _read_pool(self, pool: PoolId) -> None:
+        opens_at = self.opens_at(pool)
+        if opens_at > self.world.now:
+            if opens_at < inf:
+                self.world.at(opens_at - self.world.now, lambda: self._read_pool(pool), self)
+            return
+        quiet = self.quiet(pool, self.address.epoch)
+        check(quiet, "pool {} is read while a worker holds it", pool)
+        self.watch.pool_read(pool)
+        self.inbox.append(self.watch.memories[pool].read())  # type: ignore[arg-type]
+        self._wake_up()
 
     def _check_send(self, message: Message) -> None:
         if isinstance(message, Lost) and message.cause is LossCause.PREEMPTED:

@@ -7,6 +7,7 @@ ownership model as gone from the moment its exit was awaited, not before.
 from collections.abc import Callable
 from typing import Final
 
+from diptych.engine.core.config import WorkerSpec
 from diptych.engine.core.messages import Address, Message
 from diptych.engine.core.types import ApiId, PoolId, WorkerId
 from tests.sim.clients import Clients
@@ -35,6 +36,7 @@ class Host:
         self.scheduler: SchedulerProcess | None = None  # ready and not known to be dead
         self.changed_at = 0.0  # when a worker came or went last
         self.num_wanted: Callable[[], int] = lambda: len(self.setups)  # workers
+        self.opens_at: Callable[[PoolId], float] = lambda pool: 0.0  # for words about it
 
     @property
     def whole(self) -> bool:
@@ -64,7 +66,7 @@ class Host:
             process = ApiProcess(self.world, address, self.clients)
             self.apis[number] = process
         else:
-            process = SchedulerProcess(self.world, address, self.watch, self.quiet)
+            process = SchedulerProcess(self.world, address, self.watch, self.quiet, self.opens_at)
             self.scheduler = process
         self.world.processes[address] = process
         return process
@@ -81,6 +83,12 @@ class Host:
             del self.apis[number]
         else:
             self.scheduler = None
+
+    def add(self, memory: Memory, workers: list[WorkerSpec]) -> None:
+        """A further memory domain and those that will work in it."""
+        self.memories[memory.pool] = memory
+        self.watch.add_pool(memory, [setup.worker for setup in workers])
+        self.setups |= {setup.worker: setup for setup in workers}
 
     def later(self, most_s: float, action: Callable[[], None]) -> None:
         self.world.at(self.world.rng.random() * most_s, action)

@@ -46,6 +46,7 @@ FEATURES: Final = (
     "partition",
     "slow_peer",
     "zombie",
+    "lost_host",
 )
 RARE: Final = ("minimal_pool", "crowd", "crash_loop")
 
@@ -98,6 +99,21 @@ class Partition:
     until: float
 
 
+SILENT_S: Final = 0.6
+"""Virtual seconds without a word after which a host is given up."""
+
+
+@dataclass(slots=True, frozen=True)
+class HostLoss:
+    """All of a host is gone at once, or nothing gets to it or from it for a while."""
+
+    place: int
+    at: float
+    dies: bool
+    silent_s: float  # if it lives
+    back_s: float | None  # so long after it was given up the machine joins again, with nothing
+
+
 @dataclass(slots=True, frozen=True)
 class Scenario:
     seed: int
@@ -112,6 +128,8 @@ class Scenario:
     transfer_loss: float  # chance that a message about blocks is dropped, or comes twice
     transfer_faults: float  # chance that a read fails, is stale, or brings a wrong bit
     partitions: tuple[Partition, ...]
+    places: tuple[int, ...]  # pools that are on hosts of their own, at the start
+    losses: tuple[HostLoss, ...]
     slow_peers: tuple[int, ...]  # workers from which reads take very long
     zombies: bool  # what a worker had sent turns up once more after it was fenced
     reads_outlive_source: bool  # as through memory; else a read ends with the source's process
@@ -147,12 +165,16 @@ def generate(seed: int, features: frozenset[str] | None = None) -> Scenario:
     pools = 2 if "two_pools" in has else 1
     if "far" in has:
         pools = rng.choice((2, 2, 3))
+    hosts = Random(f"hosts-{seed}")
+    if "lost_host" in has:
+        pools = max(2, pools)
+    places = tuple(range(1, pools)) if "lost_host" in has else ()
     apis = rng.choice((1, 1, 2))
     max_model_len = min(160, (num_blocks - 1) * block_size)
     scheduler, batch = _options(rng, has)
     workers = _workers(rng, pools, has)
     num_started = len(workers)
-    if "autoscale" in has:
+    if "autoscale" in has and not places:
         num_started = rng.randint(1, len(workers))
         limits = (rng.choice((0, 0, 1)), len(workers))
         scheduler = msgspec.structs.replace(
@@ -175,9 +197,11 @@ def generate(seed: int, features: frozenset[str] | None = None) -> Scenario:
         transfer_loss=0.2 if "transfer_loss" in has else 0.0,
         transfer_faults=rng.choice((0.02, 0.1, 0.3)) if "transfer_faults" in has else 0.0,
         partitions=_partitions(rng, len(workers)) if "partition" in has else (),
+        places=places,
+        losses=_losses(hosts, places),
         slow_peers=(rng.randrange(len(workers)),) if "slow_peer" in has else (),
         zombies="zombie" in has,
-        reads_outlive_source=rng.random() < 0.5,
+        reads_outlive_source=rng.random() < 0.5 and not places,
         scheduler=scheduler,
         batch=batch,
         prefix_caching="no_cache" not in has,
@@ -293,6 +317,17 @@ def _partitions(rng: Random, num_workers: int) -> tuple[Partition, ...]:
         source, to = rng.randrange(num_workers), rng.randrange(num_workers)
         found.append(Partition(source, to, at, at + rng.choice((0.1, 0.5, 2.0))))
     return tuple(found)
+
+
+def _losses(rng: Random, places: tuple[int, ...]) -> tuple[HostLoss, ...]:
+    found: list[HostLoss] = []
+    for _ in range(rng.randint(1, 3) if places else 0):
+        silent_s = rng.choice((SILENT_S * rng.random(), SILENT_S + 1.5 * rng.random()))
+        back_s = rng.choice((None, rng.random() * 0.2, rng.random() * 1.5))
+        dies = rng.random() < 0.4
+        at = rng.choice((0.3, 1.0, 2.0)) * rng.random()
+        found.append(HostLoss(rng.choice(places), at, dies, silent_s, back_s))
+    return tuple(sorted(found, key=lambda loss: loss.at))
 
 
 def _requests(rng: Random, has: frozenset[str], s: Scenario) -> tuple[RequestSpec, ...]:

@@ -7,6 +7,8 @@ of them.
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
+from math import inf
 from typing import Final
 
 from diptych.engine.core.messages import Address, Grow, Message, PoolUp, Retire, Send
@@ -14,6 +16,7 @@ from diptych.engine.core.types import DownCause
 from diptych.server.fleet import Fleet
 from diptych.server.fleet_members import GiveUp, Kill, Rest, Start, Wake
 from tests.sim.host import SUPERVISOR, Host
+from tests.sim.hosts import Hosts
 from tests.sim.world import Process, check
 
 TICK_S: Final = 0.05
@@ -35,17 +38,17 @@ class Supervisor:
     def __init__(self, host: Host) -> None:
         self.host = host
         scenario = host.world.scenario
+        home = [memory for pool, memory in host.memories.items() if pool not in scenario.places]
         self.fleet = Fleet(
-            list(scenario.workers),
+            [spec for spec in scenario.workers if spec.pool not in scenario.places],
             num_apis=scenario.apis,
             external_api=False,
-            pools=[
-                PoolUp(pool, memory.num_blocks, memory.block_size)
-                for pool, memory in host.memories.items()
-            ],
+            pools=[PoolUp(memory.pool, memory.num_blocks, memory.block_size) for memory in home],
             hang_s=host.world.timing.hang_s,
+            num_workers=len(scenario.workers),
             num_started=scenario.num_started,
         )
+        self.hosts = Hosts(host, self.fleet)
         self.limits = scenario.scheduler.autoscale
         host.num_wanted = self._num_wanted
         host.world.processes[SUPERVISOR] = Inbox(host.world, SUPERVISOR, "v", hear=self._hear)
@@ -53,12 +56,14 @@ class Supervisor:
 
     def start(self) -> None:
         self.fleet.model_ready()
+        self.hosts.start()
         self._tick()
 
     def _tick(self) -> None:
         world = self.host.world
         running = (*self.host.workers.values(), *filter(None, [self.host.scheduler]))
-        beats = {p.address: -1 if p.stuck else world.num_events for p in running if p.alive}
+        heard = [p for p in running if p.alive and self.hosts.hears_at(p.address) <= world.now]
+        beats = {p.address: -1 if p.stuck else world.num_events for p in heard}
         self.fleet.beats(beats, world.now)
         self.fleet.tick(world.now)
         self._carry_out()
@@ -76,11 +81,7 @@ class Supervisor:
                 )
             elif isinstance(command, Kill):
                 process = self.host.world.processes[command.address]
-                process.cause = DownCause.HUNG
-                self.host.later(
-                    self.host.world.timing.detect_s,
-                    lambda process=process: self.host.world.kill(process),  # type: ignore[misc]
-                )
+                self._between(process.address, lambda process=process: self._kill(process))  # type: ignore[misc]
             elif isinstance(command, Wake):
                 self.host.later(self.host.world.timing.restart_s, self._awake)
             elif isinstance(command, Rest):
@@ -89,11 +90,24 @@ class Supervisor:
                 assert isinstance(command, GiveUp), command
                 check(False, "the fleet gives up: {}", command.reason)
 
+    def _between(self, address: Address, action: Callable[[], None]) -> None:
+        """An order to this process's host arrives there, or its answer here; or never."""
+        world, at = self.host.world, self.hosts.hears_at(address)
+        if at <= world.now:
+            action()
+        elif at < inf:
+            world.at(at - world.now, lambda: self._between(address, action))
+
+    def _kill(self, process: Process) -> None:
+        process.cause = DownCause.HUNG
+        world = self.host.world
+        self.host.later(world.timing.detect_s, lambda: world.kill(process))
+
     def _awake(self) -> None:
         self.fleet.model_ready()
 
     def _num_wanted(self) -> int:
-        return sum(member.wanted for member in self.fleet._workers)
+        return self.hosts.to_join + sum(member.wanted for member in self.fleet._workers)
 
     def _hear(self, message: Message) -> None:
         """From the scheduler: more workers, or one less."""
@@ -112,12 +126,16 @@ class Supervisor:
         self._carry_out()
 
     def _ready(self, address: Address) -> None:
+        self._between(address, lambda: self._announce(address))
+
+    def _announce(self, address: Address) -> None:
         self.host.create(address)
         self.fleet.ready(address, self.host.world.now)
         self._carry_out()
 
     def _on_death(self, process: Process) -> None:
-        self.host.later(self.host.world.timing.detect_s, lambda: self._exited(process))
+        gone = partial(self._between, process.address, lambda: self._exited(process))
+        self.host.later(self.host.world.timing.detect_s, gone)
 
     def _exited(self, process: Process) -> None:
         self.host.forget(process)

@@ -149,6 +149,8 @@ class Mover:
         """One block, first its first half."""
         source, own = under_way.pairs[i]
         address = self.process.address
+        if self.world.opens_at(Address("worker", *under_way.read.peer), address) > self.world.now:
+            return  # nothing comes from there
         self.watch.pull_write(address.number, address.epoch, under_way.ref, own)
         cells = list(self.memories[under_way.read.pool].cells[source])
         chance = self.world.scenario.transfer_faults
@@ -166,7 +168,7 @@ class Mover:
         peer = self.world.processes.get(Address("worker", *read.peer))
         gone = peer is None or not peer.alive
         by_wire = not self.world.scenario.reads_outlive_source
-        if by_wire and self.world.is_cut(Address("worker", *read.peer), self.process.address):
+        if by_wire and self.world.is_apart(Address("worker", *read.peer), self.process.address):
             if not under_way.cancelled and self.world.rng.random() < 0.8:
                 self.world.at(0.05, lambda: self._complete(under_way), self.process)
                 return

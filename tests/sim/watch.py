@@ -17,6 +17,7 @@ from diptych.engine.core.messages import (
     Handoff,
     Joined,
     Message,
+    PoolDown,
     Progress,
     WorkerDown,
 )
@@ -90,7 +91,14 @@ class Watch:
         self.lingering: dict[SeqRef, list[tuple[PoolId, BlockId]]] = {}  # see `_linger`
         self.epoch: Epoch = 0  # of the scheduler that runs
         self.readable: set[PoolId] = set()
-        self.gone: set[tuple[WorkerId, Epoch]] = set()  # fenced
+        self.gone: set[tuple[WorkerId, Epoch]] = set()  # fenced, or lost with their host
+        self.lost: set[WorkerId] = set()  # with their host: what they touch is nobody else's
+
+    def add_pool(self, memory: Memory, workers: list[WorkerId]) -> None:
+        """Another host joins."""
+        self.blocks[memory.pool] = [Block() for _ in range(memory.num_blocks)]
+        self.names[memory.pool] = Names()
+        self.pool_of |= dict.fromkeys(workers, memory.pool)
 
     # ---- what the scheduler says ---------------------------------------------------------------
 
@@ -166,6 +174,7 @@ class Watch:
         handoff, ref = message.handoff, message.ref
         assert handoff is not None
         check(handoff.pool != hold.pool, "{}: handoff inside pool {}", ref, handoff.pool)
+        check(handoff.pool in self.readable, "{}: handoff from pool {}", ref, handoff.pool)
         check(handoff.first == hold.num_shared, "{}: pulls what is here", ref)
         size = self.memories[hold.pool].block_size
         num_tokens = message.request.num_prompt + len(message.emitted) // 4
@@ -185,6 +194,7 @@ class Watch:
     ) -> None:
         """It begins with blocks of the other pool: cached there, or computed there for it."""
         check(prefix.first == hold.num_shared, "{}: pulls what is here", key)
+        check(prefix.pool in self.readable, "{}: reads in pool {}", key, prefix.pool)
         hold.source, hold.reads = prefix.pool, list(prefix.blocks)
         generations = zip(prefix.blocks, prefix.generations, strict=True)
         for i, (block, generation) in enumerate(generations, prefix.first):
@@ -296,6 +306,8 @@ class Watch:
             gone = (message.worker, message.worker_epoch) in self.gone
             check(gone, "worker {} is called down before its exit", message.worker)
             self._drop_all(message.worker, message.worker_epoch, before=None)
+        elif isinstance(message, PoolDown):
+            self.readable.discard(message.pool)
 
     def fenced(self, worker: WorkerId, worker_epoch: Epoch) -> None:
         """A worker is gone: what older schedulers gave it, no newer one will hear of."""
@@ -338,6 +350,8 @@ class Watch:
         """A read from another pool writes into `block`."""
         key = (worker, worker_epoch, ref)
         hold = self.holds.get(key)
+        if worker in self.lost:
+            return
         if hold is None or block not in hold.table:
             check(False, "{} pulls into block {}, which it does not hold", key, block)
             return
@@ -355,6 +369,8 @@ class Watch:
         """A step computes [start, end) of `seq`: it reads [0, end) and writes [start, end)."""
         key = (worker, worker_epoch, seq.ref)
         hold = self.holds.get(key)
+        if worker in self.lost:
+            return
         if hold is None:
             check(False, "{} computes without holding anything", key)
             return

@@ -10,6 +10,7 @@ import heapq
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from math import inf
 from random import Random
 from typing import Final
 
@@ -85,7 +86,9 @@ class Process:
 @dataclass(slots=True)
 class Link:
     rng: Random
+    source: Address
     last: float = 0.0
+    broken: bool = False  # nothing on it arrives any more
     queue: deque[bytes] = field(default_factory=deque)
 
 
@@ -103,6 +106,7 @@ class World:
         self.trace: deque[tuple[float, str, object]] = deque(maxlen=TRACE_KEPT)
         self.on_death: Callable[[Process], None] = lambda process: None
         self.on_hang: Callable[[Process], None] = lambda process: None
+        self.opens_at: Callable[[Address, Address], float] = lambda source, to: 0.0
         self.last_fault = 0.0
         self.sent: dict[Address, deque[tuple[Address, bytes]]] = {}  # by workers, the last few
         self.fault_slots = {fault.slot for fault in scenario.faults}
@@ -189,7 +193,7 @@ class World:
         key = (source, to)
         link = self.links.get(key)
         if link is None:
-            link = self.links[key] = Link(Random(f"{self.scenario.seed}-{source}-{to}"))
+            link = self.links[key] = Link(Random(f"{self.scenario.seed}-{source}-{to}"), source)
         timing = self.timing
         delay = link.rng.random() * 2.0 * timing.delay_s
         if link.rng.random() < timing.spike_chance:
@@ -222,14 +226,18 @@ class World:
             for cut in self.scenario.partitions
         )
 
+    def is_apart(self, source: Address, to: Address) -> bool:
+        """Whether no block gets from one worker to the other now."""
+        return self.is_cut(source, to) or self.opens_at(source, to) > self.now
+
     def haunt(self, gone: Address) -> None:
         """It was fenced, and its last messages turn up once more."""
         for to, data in self.sent.pop(gone, ()):
-            frame = Link(self.rng, queue=deque((data,)))
+            frame = Link(self.rng, gone, queue=deque((data,)))
             self.at(self.rng.random() * 2.0, lambda frame=frame, to=to: self._deliver(frame, to))  # type: ignore[misc]
 
     def _past_the_queue(self, link: Link, to: Address, message: Message, delay: float) -> None:
-        frame = Link(link.rng, queue=deque((_ENCODER.encode(message),)))
+        frame = Link(link.rng, link.source, queue=deque((_ENCODER.encode(message),)))
         self.at(delay, lambda: self._deliver(frame, to))
 
     def _drops(self, link: Link, message: Message) -> bool:
@@ -245,7 +253,13 @@ class World:
     def _deliver(self, link: Link, to: Address) -> None:
         if not link.queue:
             return  # lost with its sender
+        opens_at = self.opens_at(link.source, to)
+        if self.now < opens_at < inf:
+            self.at(opens_at - self.now, lambda: self._deliver(link, to))  # waits on its way
+            return
         data = link.queue.popleft()
+        if link.broken or opens_at == inf:
+            return
         process = self.processes.get(to)
         if process is None or not process.alive:
             return
