@@ -172,7 +172,7 @@ class Members:
                 f" the scheduler was configured for {self._block_size}"
             )
         pool = self.pools[message.pool] = Pool(message.pool, PoolLedger(message.num_blocks))
-        self.apart = self.apart or len(self.pools) > 1
+        self.apart = self.apart or message.apart or len(self.pools) > 1
         for worker in [w for w in self._orphans.values() if w.pool == pool.id]:
             _house(pool, self._orphans.pop(worker.id))
         return pool

@@ -8,6 +8,8 @@ starts only after epoch e is gone; whoever comes up is told of all that are up, 
 
 from collections.abc import Iterable, Iterator, Mapping
 
+import msgspec
+
 from diptych.engine.core.config import WorkerSpec
 from diptych.engine.core.messages import (
     Address,
@@ -79,6 +81,7 @@ class Fleet:
         self._apis = [
             Member(Address("api", number, 1), external=external_api) for number in range(num_apis)
         ]
+        self._apart = False  # pools were lost
         self._can_fork: set[int] = set()  # hosts
         self._cuts = Cuts()
         self._was_up = False
@@ -129,6 +132,7 @@ class Fleet:
                 del self._specs[member.address.number]
         for owner, pool in self._pools:
             if owner == host:
+                self._apart = True
                 self._tell_scheduler(PoolDown(pool.pool))
         self._pools = [(owner, pool) for owner, pool in self._pools if owner != host]
         return [member.address for member in gone]
@@ -310,8 +314,6 @@ class Fleet:
     def states(self) -> list[tuple[Address, State]]:
         return [(member.address, member.state) for member in self._all()]
 
-    # ---- inside
-
     def _all(self) -> Iterator[Member]:
         yield self._scheduler
         yield from self._workers
@@ -386,7 +388,7 @@ class Fleet:
             if member.announced:
                 self._tell_scheduler(self._worker_up(member))
         for _, pool in self._pools:
-            self._tell_scheduler(pool)
+            self._tell_scheduler(msgspec.structs.replace(pool, apart=self._apart))
         apis = self.up("api")
         for api in apis:
             self._tell_scheduler(ApiUp(api.number, api.epoch))

@@ -93,6 +93,7 @@ class PoolUp(Message, frozen=True):
     pool: PoolId
     num_blocks: int
     block_size: int
+    apart: bool = False  # there were others, which are lost: who decoded there never comes back
 
 
 class PoolDown(Message, frozen=True):

@@ -60,6 +60,10 @@ class Hosts:
         one, other = self._of(source), self._of(to)
         return 0.0 if one is other else max(self._opens_at(one), self._opens_at(other))
 
+    def living_pools(self) -> set[PoolId]:
+        lost = {pool for pool, away in self._of_pool.items() if away.given_up}
+        return self.host.memories.keys() - lost
+
     def hears_at(self, address: Address) -> float:
         """When the head hears of this process, and this process's host of the head."""
         away = self._of(address)

@@ -104,6 +104,17 @@ def test_whoever_is_left_does_everything_once_hosts_are_lost() -> None:
     assert members.must_stand_in()
 
 
+def test_a_new_scheduler_hears_that_hosts_are_lost() -> None:
+    """It never saw them, and must not wait for those that decoded there."""
+    for apart in (False, True):
+        members = Members(16)
+        pool = members.pool_up(PoolUp(0, 4, 16, apart))
+        assert pool is not None
+        worker = members.worker_up(WorkerUp(0, 1, 0, 100))
+        worker.joined, pool.phase = True, PoolPhase.USABLE
+        assert members.must_stand_in() == members.is_ready() == apart
+
+
 def test_blocks_of_another_size_are_refused() -> None:
     with pytest.raises(ConfigError, match="32 tokens"):
         Members(16).pool_up(PoolUp(0, 4, 32))
