@@ -47,8 +47,7 @@ class Batcher:
         max_model_len: int,
     ) -> None:
         self._worker, self._worker_epoch = worker, worker_epoch
-        self._block_size = block_size
-        self._eos = eos_token_ids
+        self._block_size, self._eos = block_size, eos_token_ids
         self._max_model_len = max_model_len
         self._epoch: Epoch | None = None  # of the scheduler that is served
         self.dial = 0  # share of step time for prefill, 0..100; set by messages only
@@ -191,6 +190,7 @@ class Batcher:
 
     def _pull_ended(self, news: PullEnded) -> None:
         """Nothing is read into the blocks of this sequence any more."""
+        self._report.refused += news.refused
         if self._exchange.ended(news.ref):
             self._report.released.append(news.ref)
         self._say_joined()

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from enum import Enum, auto
 
 from diptych.engine.core.errors import ConfigError
-from diptych.engine.core.messages import Address, Grant, PoolUp, StartTimes, WorkerUp
+from diptych.engine.core.messages import Address, Grant, PoolUp, Refused, StartTimes, WorkerUp
 from diptych.engine.core.types import ApiId, BlockHash, Epoch, PoolId, WorkerId
 from diptych.scheduler.cost_model import PairCost, WorkerCost
 from diptych.scheduler.ledger import PoolLedger
@@ -69,6 +69,14 @@ class Worker:
         self.placed_squares += tokens * tokens
 
 
+@dataclass(slots=True, frozen=True)
+class Refusal:
+    """Two pools that do not go together, as two workers found; void once one of these is gone."""
+
+    reason: str
+    workers: tuple[Worker, Worker]
+
+
 @dataclass(slots=True, eq=False)
 class Pool:
     id: PoolId
@@ -98,6 +106,7 @@ class Members:
         self.apis: dict[ApiId, Address] = {}
         self.apart = False  # there is, or was, more than one pool: a decode worker may be alone
         self._pair_costs: dict[tuple[PoolId, PoolId], PairCost] = {}
+        self._refusals: dict[tuple[PoolId, PoolId], Refusal] = {}  # lower pool first
         self._block_size = block_size
         self._orphans: dict[WorkerId, Worker] = {}  # up before their pool
         self._worker_epochs: dict[WorkerId, Epoch] = {}  # newest seen
@@ -157,6 +166,9 @@ class Members:
 
     def worker_down(self, worker: Worker) -> None:
         del self.workers[worker.id]
+        for pair, refusal in list(self._refusals.items()):
+            if worker in refusal.workers:  # what comes in its place may do better
+                del self._refusals[pair]
         self._orphans.pop(worker.id, None)
         pool = self.pools.get(worker.pool)
         if pool is not None:
@@ -200,6 +212,19 @@ class Members:
             self._pair_costs[key] = PairCost()
         return self._pair_costs[key]
 
+    def refuse(self, reader: Worker, refused: Refused) -> bool:
+        """A pair of pools is not used again while these two workers live. True: that is new."""
+        peer = self.worker(*refused.peer)
+        if peer is None or peer.pool != refused.pool or self.refusal(peer.pool, reader.pool):
+            return False
+        self._refusals[_pair(peer.pool, reader.pool)] = Refusal(refused.reason, (reader, peer))
+        return True
+
+    def refusal(self, one: PoolId, other: PoolId) -> str | None:
+        """Why no block moves between these pools, either way."""
+        found = self._refusals.get(_pair(one, other))
+        return None if found is None else found.reason
+
     def must_stand_in(self) -> bool:
         """The hosts of all that decode are lost: whoever is left does everything."""
         return self.apart and not any(pool.decodes for pool in self.living_pools())
@@ -240,6 +265,10 @@ class Members:
                 assert worker.id in row.holds, f"{row.key} does not know worker {worker.id}"
             for row in worker.sealed.values():
                 assert row.sealed_on == worker.id, f"{row.key} was not sealed by {worker.id}"
+
+
+def _pair(one: PoolId, other: PoolId) -> tuple[PoolId, PoolId]:
+    return min(one, other), max(one, other)
 
 
 def _house(pool: Pool, worker: Worker) -> None:

@@ -12,6 +12,7 @@ from diptych.engine.core.messages import (
     Landed,
     Message,
     Progress,
+    Refused,
     Send,
 )
 from diptych.engine.core.request import SeqRef
@@ -38,6 +39,7 @@ class Report:
         self.released: list[SeqRef] = []
         self.starved: list[SeqRef] = []
         self.landed: list[Landed] = []
+        self.refused: list[Refused] = []
         self._steps = 0
         self._compute_s = 0.0
         self._prefill_tokens = 0
@@ -58,6 +60,7 @@ class Report:
             or self.released
             or self.starved
             or self.landed
+            or self.refused
         )
 
     def take(self, scheduler: Epoch, worker: WorkerId, worker_epoch: Epoch) -> Send:
@@ -76,6 +79,7 @@ class Report:
             released=self.released,
             starved=self.starved,
             landed=self.landed,
+            refused=self.refused,
         )
         self._clear()
         return to_scheduler(scheduler, progress)

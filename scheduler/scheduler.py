@@ -185,6 +185,9 @@ class Scheduler:
             row = find(landed.ref)
             if row is not None and (role := row.holds.get(worker.id)) is not None:
                 self._runs.land(row, role, landed)
+        for refused in message.refused:
+            if self._members.refuse(worker, refused):
+                self._runs.room_version += 1  # who waited for the pair may go elsewhere
         for ref in message.sealed:
             row = find(ref)
             if row is not None and row.holds.get(worker.id) is Role.PREFILL:

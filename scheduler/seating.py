@@ -110,9 +110,9 @@ class Seating:
             pairs = self._pairs(row, homes, need)
             options += pairs
             options += self._heads(row, homes)
-            alone = row.failed_pulls or self._placer.stand_in or not self._may_prefill(need)
-            if pairs or alone:
-                options += [self._inside(row, pool, self._placer.local) for pool in homes]
+            alone = bool(pairs or row.failed_pulls or self._placer.stand_in)
+            able = [pool for pool in homes if alone or not self._may_prefill(need, pool)]
+            options += [self._inside(row, pool, self._placer.local) for pool in able]
         found = [placement for placement in options if placement is not None]
         best = min(found, key=lambda placement: placement.seats.score_s, default=None)
         if best is not None and best.prefill is None:
@@ -138,7 +138,7 @@ class Seating:
         heads: list[Placement | None] = []
         for home in homes:
             for pool in self._usable_pools():
-                if pool is not home:
+                if pool is not home and not self._members.refusal(pool.id, home.id):
                     cached = len(self._found(row, pool))
                     ends = {end for end in (cached, tail) if end * size < row.tokens_wanted()}
                     heads += [self._head(row, home, pool, end) for end in sorted(ends)]
@@ -167,12 +167,12 @@ class Seating:
         side = replace(side, tail_tokens=tail)
         return Placement(home, seats, found, need - len(found), uncached, side)
 
-    def _may_prefill(self, need: int) -> bool:
-        """Whether a worker lives that prefills, in a pool that can hold the prompt."""
+    def _may_prefill(self, need: int, home: Pool) -> bool:
+        """Whether a worker lives that prefills for `home`, in a pool that can hold the prompt."""
         return any(
             worker.dial > 0
             for pool in self._usable_pools()
-            if need <= pool.ledger.num_blocks
+            if need <= pool.ledger.num_blocks and not self._members.refusal(pool.id, home.id)
             for worker in pool.workers.values()
         )
 
@@ -193,7 +193,7 @@ class Seating:
 
     def _across(self, row: Row, home: Pool, side: PrefillSide) -> Placement | None:
         """Prefill in one pool, decode in another: blocks are allocated in both, or in neither."""
-        if side.pool is home:
+        if side.pool is home or self._members.refusal(side.pool.id, home.id):
             return None
         prefiller, decoder = self._placer.prefiller(side.pool), self._placer.decoder(home)
         found = self._room_in(row, home, self._runs.blocks_at_start(row))

@@ -45,9 +45,9 @@ def take_stats(
         blocks_pulled=counts.blocks_pulled,
         pools=pools,
         pairs=[
-            PairStats(source, own, cost.num_blocks, cost.block_s)
+            PairStats(source, own, cost.num_blocks, cost.block_s, members.refusal(source, own))
             for source, own, cost in members.pairs()
-            if cost.num_blocks
+            if cost.num_blocks or members.refusal(source, own)
         ],
         dial_moves=steering.moves,
         pressure=None if load is None else (min(load.prefill, 1e6), min(load.decode, 1e6)),

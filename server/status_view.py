@@ -189,7 +189,7 @@ def _transfers(engine: Reading, old: Reading | None, rate: Rate) -> Table:
             f"{key[0]} → {key[1]}",
             str(pair["blocks"]),
             rate(pair["blocks"], earlier.get(key)),
-            f"{pair['block_s'] * 1e6:.1f}",
+            f"{pair['block_s'] * 1e6:.1f}" if pair["refused"] is None else pair["refused"],
         )
     return table
 

@@ -64,11 +64,12 @@ _log = logging.getLogger("diptych")
 
 
 class NoCard(Exception):
-    """A peer that does not say how to read it; `lost`: nor ever will."""
+    """A peer that does not say how to read it; `lost`, `refused`: nor ever will."""
 
-    def __init__(self, reason: str, lost: bool = False) -> None:
+    def __init__(self, reason: str, lost: bool = False, refused: bool = False) -> None:
         super().__init__(reason)
-        self.lost = lost
+        self.lost = lost or refused
+        self.refused = refused
 
 
 @dataclass(slots=True)
@@ -271,7 +272,7 @@ class NixlProcess:
                 card = NoCard(words(error))
         del self._peers[peer.endpoint]
         for read in peer.waiting:
-            self._say(NixlFailed(read.handle, str(card), card.lost))
+            self._say(NixlFailed(read.handle, str(card), card.lost, card.refused))
 
     def _ask(self, peer: Peer) -> None:
         """In a thread of its own: nobody waits for a peer that does not answer."""
@@ -292,7 +293,7 @@ class NixlProcess:
             answer = receive(connection, 1)[0]
             if answer != ACCEPTED:
                 reason = REFUSALS.get(answer, "it speaks another protocol")
-                raise NoCard(f"refused: {reason}", lost=True)
+                raise NoCard(f"refused: {reason}", refused=True)
             size = int.from_bytes(receive(connection, 4), "little")
             if size > _CARD_BYTES_MAX:
                 raise NoCard("it speaks another protocol", lost=True)

@@ -58,9 +58,10 @@ class NixlFailed(msgspec.Struct, frozen=True, tag=True):
     handle: int
     reason: str
     lost: bool = False
+    refused: bool = False
 
     def as_answer(self) -> ReadFailed:
-        return ReadFailed(self.handle, self.reason, self.lost)
+        return ReadFailed(self.handle, self.reason, self.lost, self.refused)
 
 
 class NixlRead(msgspec.Struct, frozen=True, tag=True):

@@ -91,7 +91,8 @@ class Porter:
                 if isinstance(answer, ReadDone):
                     self._puller.read_done(answer, self._clock())
                 else:
-                    _log.info("a read over %s ended: %s", backend.name, answer.reason)
+                    level = logging.ERROR if answer.refused else logging.INFO
+                    _log.log(level, "a read over %s ended: %s", backend.name, answer.reason)
                     self._puller.read_failed(answer, self._clock())
         self._carry_out()
 

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from typing import Final
 
 from diptych.engine.core.handoff import Pulled, PullEnded, StartPull
-from diptych.engine.core.messages import Address, AskPublish, Publish, PullOver, Send
+from diptych.engine.core.messages import Address, AskPublish, Publish, PullOver, Refused, Send
 from diptych.engine.core.request import SeqRef
 from diptych.engine.core.types import Epoch, WorkerId
 from diptych.transfer.spans import CancelRead, Read, ReadDone, ReadFailed, coalesce
@@ -43,6 +43,7 @@ class _Pull:
     num_here: int = 0  # verified, a prefix
     num_bad: int = 0
     ended: bool = False  # cancelled or given up: only its reads are awaited
+    refused: list[Refused] = field(default_factory=list)  # by the source, at most once
     ask_s: float = ASK_S
     ask_at: float = 0.0
     read_at: float = 0.0  # not before, after a failure
@@ -167,12 +168,14 @@ class Puller:
     def read_failed(self, failed: ReadFailed, now: float) -> None:
         pull, blocks = self._drained(failed.handle, now)
         if not pull.ended:
+            if failed.refused and not pull.refused:
+                pull.refused.append(Refused(pull.order.pool, pull.order.peer, failed.reason))
             pull.num_bad += 1
             pull.waiting = sorted(pull.waiting + blocks)
             pull.read_at = now + ASK_S
         if pull.ended:
             self._finish_end(pull)
-        elif failed.lost or pull.num_bad > BAD_MAX:
+        elif failed.lost or failed.refused or pull.num_bad > BAD_MAX:
             self._end(pull)
 
     def _drained(self, handle: int, now: float) -> tuple[_Pull, list[int]]:
@@ -204,7 +207,8 @@ class Puller:
         )
         self._commands.append(Send(Address("worker", peer, peer_epoch), over))
         num_blocks = sum(pull.verified)
-        self._commands.append(PullEnded(order.ref, complete, num_blocks, pull.read_s))
+        ended = PullEnded(order.ref, complete, num_blocks, pull.read_s, pull.refused)
+        self._commands.append(ended)
 
     # ---- time ----------------------------------------------------------------------------------
 

@@ -52,6 +52,7 @@ class ReadFailed(msgspec.Struct, frozen=True):
     handle: int
     reason: str
     lost: bool = False  # the source is out of reach: asking again would only cost time
+    refused: bool = False  # the two ends do not go together, and never will as they are
 
 
 def coalesce(source: Sequence[BlockId], own: Sequence[BlockId]) -> list[Span]:

@@ -35,11 +35,12 @@ _CONNECTING: Final = (errno.EINPROGRESS, errno.EWOULDBLOCK)
 
 
 class _Broken(Exception):
-    """The connection is of no use any more; `lost`: nor will another one be."""
+    """The connection is of no use any more; `lost`, `refused`: nor will another one be."""
 
-    def __init__(self, reason: str, lost: bool = False) -> None:
+    def __init__(self, reason: str, lost: bool = False, refused: bool = False) -> None:
         super().__init__(reason)
-        self.lost = lost
+        self.lost = lost or refused
+        self.refused = refused
 
 
 class _Connection:
@@ -146,7 +147,7 @@ class _Connection:
         yield [memoryview(answer)]
         if answer[0] != ACCEPTED:
             reason = REFUSALS.get(answer[0], "it speaks another protocol")
-            raise _Broken(f"refused: {reason}", lost=True)
+            raise _Broken(f"refused: {reason}", refused=True)
         self._accepted = True
         self._unsent += b"".join(self._requests)
         self._flush()
@@ -249,7 +250,7 @@ class TcpBackend:
             del self._connections[endpoint]
             connection.socket.close()
             self._answers += [
-                ReadFailed(handle, str(error), error.lost)
+                ReadFailed(handle, str(error), error.lost, error.refused)
                 for handle, read in connection.reads.items()
                 if read is not None
             ]

@@ -129,6 +129,7 @@ class PairStats(msgspec.Struct, frozen=True, array_like=True):
     pool: PoolId
     blocks: int
     block_s: float  # estimate: seconds per block
+    refused: str | None = None  # why none can move between the two, either way
 
 
 class ColdStart(msgspec.Struct, frozen=True, array_like=True):

@@ -6,6 +6,7 @@ of it. Invariant: after `PullEnded` of a sequence no read writes into any of its
 
 import msgspec
 
+from diptych.engine.core.messages import Refused
 from diptych.engine.core.request import SeqRef
 from diptych.engine.core.types import BlockId, Epoch, Generation, PoolId, WorkerId
 
@@ -65,6 +66,7 @@ class PullEnded(msgspec.Struct, frozen=True):
     complete: bool
     num_blocks: int  # that were read and verified
     read_s: float  # during which at least one read was under way
+    refused: list[Refused] = []  # why this source never can, if so
 
 
 TransferOrder = StartPull | CancelPull | PublishBlocks | ForgetPublished

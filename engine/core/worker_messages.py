@@ -199,6 +199,14 @@ class Landed(msgspec.Struct, frozen=True, array_like=True):
     read_s: float  # during which at least one read was under way
 
 
+class Refused(msgspec.Struct, frozen=True, array_like=True):
+    """Blocks of this pool can never come to the reporting worker's: the peer refused it."""
+
+    pool: PoolId
+    peer: tuple[WorkerId, Epoch]  # who serves it
+    reason: str
+
+
 class Progress(Message, frozen=True):
     """What changed since the last report. Running sequences' tokens are implied, never listed.
 
@@ -220,3 +228,4 @@ class Progress(Message, frozen=True):
     released: list[SeqRef]
     starved: list[SeqRef]  # sat out a step for want of a block
     landed: list[Landed] = msgspec.field(default_factory=list)
+    refused: list[Refused] = msgspec.field(default_factory=list)

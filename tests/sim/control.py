@@ -30,6 +30,7 @@ from diptych.scheduler.journal import Journal
 from diptych.scheduler.scheduler import Scheduler
 from tests.sim.clients import Client, Clients
 from tests.sim.model import RequestSpec
+from tests.sim.pairs import Pairs
 from tests.sim.roles import Roles
 from tests.sim.watch import Watch
 from tests.sim.world import Process, World, check
@@ -63,6 +64,7 @@ class SchedulerProcess(Process):
         self.machine = Scheduler(address.epoch, scenario.scheduler, cache)
         options = scenario.scheduler
         self.roles = Roles(address.epoch, options.steers or options.autoscale is not None)
+        self.pairs = Pairs(address.epoch, watch.pool_of)
         self.idle_s = IDLE_S if options.autoscale is None else IDLE_S + COLD_S
         self.watch = watch
         self.quiet = quiet  # (pool, epoch) -> does no worker hold anything of an older epoch
@@ -120,6 +122,7 @@ class SchedulerProcess(Process):
                 self.closed.setdefault((message.request, message.choice), self.world.now)
             self.watch.scheduler_hears(epoch, message)
             self.roles.hears(message)
+            self.pairs.hears(message)
         self.op("stepped")
         self._check_answers(inputs, commands)
         self.machine.check_integrity()
@@ -127,6 +130,7 @@ class SchedulerProcess(Process):
             if isinstance(command, Send):
                 self.watch.scheduler_sends(command.to, command.message)
                 self.roles.says(command.to, command.message, self.world.now)
+                self.pairs.says(command.to.number, command.message)
                 self._check_send(command.message)
                 self.send(command.to, command.message)
             else:

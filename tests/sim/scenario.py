@@ -47,6 +47,7 @@ FEATURES: Final = (
     "slow_peer",
     "zombie",
     "lost_host",
+    "refusal",
 )
 RARE: Final = ("minimal_pool", "crowd", "crash_loop")
 
@@ -130,6 +131,7 @@ class Scenario:
     partitions: tuple[Partition, ...]
     places: tuple[int, ...]  # pools that are on hosts of their own, at the start
     losses: tuple[HostLoss, ...]
+    refusing: tuple[int, int] | None  # two pools that never read each other
     slow_peers: tuple[int, ...]  # workers from which reads take very long
     zombies: bool  # what a worker had sent turns up once more after it was fenced
     reads_outlive_source: bool  # as through memory; else a read ends with the source's process
@@ -199,6 +201,7 @@ def generate(seed: int, features: frozenset[str] | None = None) -> Scenario:
         partitions=_partitions(rng, len(workers)) if "partition" in has else (),
         places=places,
         losses=_losses(hosts, places),
+        refusing=(0, hosts.randrange(1, pools)) if "refusal" in has and pools > 1 else None,
         slow_peers=(rng.randrange(len(workers)),) if "slow_peer" in has else (),
         zombies="zombie" in has,
         reads_outlive_source=rng.random() < 0.5 and not places,

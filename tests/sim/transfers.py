@@ -151,7 +151,8 @@ class Mover:
         address = self.process.address
         if self.world.opens_at(Address("worker", *under_way.read.peer), address) > self.world.now:
             return  # nothing comes from there
-        self.watch.pull_write(address.number, address.epoch, under_way.ref, own)
+        if address.number not in self.watch.lost:
+            self.watch.pull_write(address.number, address.epoch, under_way.ref, own)
         cells = list(self.memories[under_way.read.pool].cells[source])
         chance = self.world.scenario.transfer_faults
         if chance and not torn and self.world.rng.random() < chance:
@@ -180,8 +181,12 @@ class Mover:
             gone = True
         del self.reads[read.handle]
         chance = self.world.scenario.transfer_faults
+        refused = {read.pool, self.memory.pool} == set(self.world.scenario.refusing or ())
         fails = bool(chance) and self.world.rng.random() < chance
-        if fails or (gone and not self.world.scenario.reads_outlive_source):
+        if refused and not gone:
+            failed = ReadFailed(read.handle, "scripted", lost=True, refused=True)
+            self.puller.read_failed(failed, now)
+        elif fails or (gone and not self.world.scenario.reads_outlive_source):
             self.puller.read_failed(ReadFailed(read.handle, "scripted", lost=gone), now)
         else:
             page = self.memories[read.pool]

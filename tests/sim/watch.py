@@ -244,8 +244,7 @@ class Watch:
 
     def _unused(self, pool: PoolId) -> set[BlockId]:
         """Blocks that nobody held or read since this step began."""
-        blocks = enumerate(self.blocks[pool])
-        unused = {i for i, block in blocks if not block.holders and not block.readers}
+        unused = {i for i, b in enumerate(self.blocks[pool]) if not b.holders and not b.readers}
         dropped = self.just_dropped.values()
         for blocks in self.lingering.values():
             unused.difference_update(block for place, block in blocks if place == pool)
@@ -350,8 +349,6 @@ class Watch:
         """A read from another pool writes into `block`."""
         key = (worker, worker_epoch, ref)
         hold = self.holds.get(key)
-        if worker in self.lost:
-            return
         if hold is None or block not in hold.table:
             check(False, "{} pulls into block {}, which it does not hold", key, block)
             return
@@ -369,8 +366,6 @@ class Watch:
         """A step computes [start, end) of `seq`: it reads [0, end) and writes [start, end)."""
         key = (worker, worker_epoch, seq.ref)
         hold = self.holds.get(key)
-        if worker in self.lost:
-            return
         if hold is None:
             check(False, "{} computes without holding anything", key)
             return

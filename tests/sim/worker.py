@@ -303,6 +303,8 @@ class WorkerProcess(Process):
                 )
 
     def _touch(self, plan: StepPlan) -> None:
+        if self.setup.worker in self.watch.lost:
+            return
         for row in plan.rows:
             self.watch.touch(
                 self.address.number, self.address.epoch, row.seq, row.start, row.start + row.length

@@ -4,12 +4,13 @@ from contextlib import ExitStack
 
 from diptych.engine.core.messages import Grant
 from diptych.scheduler.intake import Intake
-from diptych.scheduler.members import Worker
+from diptych.scheduler.members import Members, Worker
 from diptych.scheduler.outbox import Outbox
 from diptych.scheduler.placement import Placer
 from diptych.scheduler.queue import WaitingRoom
 from diptych.scheduler.runs import Runs
 from diptych.scheduler.scheduler import Scheduler
+from diptych.scheduler.seating import Seating
 from tests.sim.mutants.registry import edit, mutant, replace
 
 
@@ -137,3 +138,15 @@ def dead_api_keeps_rows(stack: ExitStack) -> None:
 def room_not_noticed(stack: ExitStack) -> None:
     """Nobody looks at the queue again when room comes free."""
     edit(stack, Runs, "let_go", "self.room_version += 1", "pass")
+
+
+@mutant("far", "refusal")
+def refusals_forgotten(stack: ExitStack) -> None:
+    """Two pools that do not go together are tried again and again."""
+    replace(stack, Members, "refuse", lambda self, reader, refused: False)
+
+
+@mutant("far", "refusal")
+def waits_for_a_refused_side(stack: ExitStack) -> None:
+    """Prompts are kept for prefill workers whose blocks the decode side can never read."""
+    edit(stack, Seating, "_may_prefill", " and not self._members.refusal(pool.id, home.id)", "")

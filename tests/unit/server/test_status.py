@@ -81,6 +81,11 @@ def test_pools_workers_transfers_and_scaling() -> None:
     assert "1 of 2 wanted" in text
 
 
+def test_a_pair_that_does_not_go_together_says_why() -> None:
+    text = shown(reading(pairs=[PairStats(0, 1, 0, 2.5e-5, "refused: another layout")]))
+    assert "refused: another layout" in next(row for row in text.splitlines() if "0 → 1" in row)
+
+
 def test_rates_are_differences_of_one_incarnation() -> None:
     before = reading()
     workers = [

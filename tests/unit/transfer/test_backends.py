@@ -14,7 +14,7 @@ from xxhash import xxh3_64_intdigest
 
 from diptych.engine.core.errors import ConfigError
 from diptych.engine.core.handoff import PublishBlocks, Pulled, PullEnded, StartPull, TransferNews
-from diptych.engine.core.messages import Address, AskPublish, Publish, PullOver, Send
+from diptych.engine.core.messages import Address, AskPublish, Publish, PullOver, Refused, Send
 from diptych.engine.core.request import SeqRef
 from diptych.transfer.control_page import ControlPage, page_bytes
 from diptych.transfer.nixl_backend import NixlBackend
@@ -215,6 +215,7 @@ def test_strangers_get_nothing(key: bytes, layout: bytes, reason: str) -> None:
     answer = rig.wait(1)[1]
     assert isinstance(answer, ReadFailed)
     assert reason in answer.reason
+    assert answer.refused
     assert bytes(rig.own.data) == before
     rig.close()
 
@@ -427,7 +428,8 @@ def test_a_pair_of_other_layouts_is_refused_before_anything_moves() -> None:
         wire.clear()
         select.select(list(reader.fds()), [], [], 0.05)
         reader.turn()
-    assert news == [PullEnded(ref, False, 0, news[0].read_s)]  # type: ignore[union-attr]
+    refused = [Refused(0, PEER, "refused: its blocks have another layout")]
+    assert news == [PullEnded(ref, False, 0, news[0].read_s, refused)]  # type: ignore[union-attr]
     assert bytes(own.data) == before
     reader.close()
     server.close()

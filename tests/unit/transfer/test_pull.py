@@ -5,7 +5,7 @@ from itertools import pairwise
 from random import Random
 
 from diptych.engine.core.handoff import PublishBlocks, Pulled, PullEnded, StartPull
-from diptych.engine.core.messages import AskPublish, Publish, PullOver, Send
+from diptych.engine.core.messages import AskPublish, Publish, PullOver, Refused, Send
 from diptych.engine.core.request import SeqRef
 from diptych.transfer.publish import RECORDS_MAX, Publisher
 from diptych.transfer.pull import (
@@ -194,6 +194,19 @@ def test_a_lost_source_is_not_asked_again() -> None:
     driver.done(driver.reads[0])
     assert [type(news) for news in driver.news] == [PullEnded]
     assert not driver.news[0].complete  # type: ignore[union-attr]
+
+
+def test_a_refusal_ends_the_pull_and_says_why_once() -> None:
+    driver = Driver()
+    driver.puller.start(start(READ_BLOCKS_MAX * 2), 0.0)
+    driver.puller.publish(publish(READ_BLOCKS_MAX * 2), 0.0)
+    driver.take()
+    for read in list(driver.reads):
+        driver.puller.read_failed(ReadFailed(read.handle, "other layout", refused=True), 1.0)
+    driver.take()
+    order = start(1)
+    why = [Refused(order.pool, order.peer, "other layout")]
+    assert driver.news == [PullEnded(REF, False, 0, 1.0, why)]
 
 
 def test_big_blocks_are_read_in_fewer() -> None:
