@@ -29,6 +29,9 @@ class GreedyRecorder:
         self._kernels = kernels
         self.logits: dict[str, list[Tensor]] = {}  # request id -> rows [V] fp32
 
+    def takes_best(self, seqs: Seq[Sequence]) -> bool:
+        return False  # it wants to see logits
+
     def sample(self, logits: Tensor, seqs: Seq[Sequence]) -> list[Sample]:
         for seq, row in zip(seqs, logits, strict=True):
             self.logits.setdefault(seq.ref.request, []).append(row.clone())

@@ -22,10 +22,10 @@ from diptych.engine.core.params import SamplingParams
 from diptych.engine.core.plan import StepPlan, StepRow
 from diptych.engine.runner import LoadedModel, Runner, load_model, make_runner
 from diptych.kernels.cpp import CppKernels
-from diptych.kernels.cpp_layers import CppLayers
+from diptych.kernels.cpp_decoder import CppDecoder
 from diptych.server.builtin import BUILTIN_MODEL
 
-_RUN = "run"  # of whole layers, a method
+_CALLS = ("run_layers", "decode")  # of whole layers and steps: methods
 CONTEXT = 128  # tokens of each sequence before the first step
 
 
@@ -36,23 +36,25 @@ class Clock:
         self.seconds = 0.0
         self._kernels = kernels
         self._before = dict(vars(kernels))
-        self._run = CppLayers.run
+        self._calls = [getattr(CppDecoder, name) for name in _CALLS]
 
     def __enter__(self) -> "Clock":
         for name, function in self._before.items():
             if callable(function):
                 setattr(self._kernels, name, self._timed(function))
-        setattr(CppLayers, _RUN, self._timed(self._run))
+        for name, call in zip(_CALLS, self._calls, strict=True):
+            setattr(CppDecoder, name, self._timed(call))
         return self
 
     def __exit__(self, *_: object) -> None:
         vars(self._kernels).update(self._before)
-        setattr(CppLayers, _RUN, self._run)
+        for name, call in zip(_CALLS, self._calls, strict=True):
+            setattr(CppDecoder, name, call)
 
     def _timed(self, function: Callable[..., object]) -> Callable[..., object]:
-        def timed(*arguments: object) -> object:
+        def timed(*arguments: object, **named: object) -> object:
             start = perf_counter()
-            result = function(*arguments)
+            result = function(*arguments, **named)
             self.seconds += perf_counter() - start
             return result
 

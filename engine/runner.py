@@ -5,7 +5,6 @@ share its pages. `Runner` owns one worker's buffers and sampler. Invariant: resu
 function of (fingerprint, the rows' own sequences), never of the batch, the chunking or the pool.
 """
 
-from collections.abc import Callable
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass
 from hashlib import sha256
@@ -24,6 +23,7 @@ from diptych.engine.core.errors import ConfigError
 from diptych.engine.core.model_config import KVDtype, ModelConfig, load_model_config
 from diptych.engine.core.plan import Sample, StepPlan, StepResult, StepRow, TokenLogprobs
 from diptych.engine.core.request import Sequence
+from diptych.engine.decode_batch import DecodeBatch
 from diptych.engine.follower import encode_step, follow
 from diptych.engine.head_calls import head_calls
 from diptych.engine.logprobs import token_logprobs
@@ -32,7 +32,7 @@ from diptych.engine.models.weights import DecoderWeights
 from diptych.engine.packed_file import PackedKey
 from diptych.engine.packing import Prepared, Progress, packed_quantization, prepare_weights
 from diptych.engine.pool import KVPool
-from diptych.engine.sampling import Sampler
+from diptych.engine.sampling import Sampler, best_samples
 from diptych.engine.weights_tree import SHAPE_VERSION
 from diptych.kernels import Kernels
 
@@ -51,6 +51,10 @@ _LOGITS_BYTES_MAX: Final = 64 << 20  # logits are made in slices of at most this
 
 class RowSampler(Protocol):
     """What the runner asks of a sampler (engine/sampling.py)."""
+
+    def takes_best(self, seqs: Seq[Sequence]) -> bool:
+        """Whether each of these takes the best token from now on, and asks for nothing else."""
+        ...
 
     def sample(self, logits: Tensor, seqs: Seq[Sequence]) -> list[Sample]:
         """logits: [R, V] fp32, may be overwritten; one sample per row."""
@@ -151,15 +155,17 @@ def make_runner(
     threads: int,
     share: CoreShare | None = None,
     ranks: Collectives | None = None,
+    pulse: memoryview | None = None,
 ) -> "Runner":
     """A runner of this process with at most `threads` threads; call it after a fork, not before.
 
     Without a share the threads are anywhere. ranks: None where this process computes all shards.
+    pulse: as in `Runner`.
     """
     _set_threads(model, threads, share)
     config = model.config
     sampler = Sampler(model.kernels, config.vocab_size, config.eos_token_ids)
-    return Runner(model, pool, sampler, ranks)
+    return Runner(model, pool, sampler, ranks, pulse)
 
 
 def _set_threads(model: LoadedModel, threads: int, share: CoreShare | None) -> None:
@@ -199,30 +205,66 @@ class Runner:
         pool: KVPool,
         sampler: RowSampler,
         ranks: Collectives | None = None,
+        pulse: memoryview | None = None,
     ) -> None:
-        """ranks: None where this process computes all shards."""
+        """ranks: None where this process computes all shards. pulse: 8 bytes, an integer that grows
+        with each layer, to show that time goes on.
+        """
         self.fingerprint: str = model.fingerprint
         self._kernels = model.kernels
         self._block_size, self._num_parts = pool.block_size, pool.num_parts
         self._ranks = ranks
-        self._decoder = Decoder(model.config, model.weights, model.kernels, pool, ranks)
+        self._decoder = Decoder(
+            model.config,
+            model.weights,
+            model.kernels,
+            pool,
+            ranks,
+            pulse=None if pulse is None else torch.frombuffer(pulse, dtype=torch.int64),
+        )
         self._sampler = sampler
         self._portion = head_portion(model.config)
+        self._batch = DecodeBatch(pool.num_parts)
+        self._takes_best = False  # all of the batch
 
-    def run(self, plan: StepPlan, on_layer: Callable[[], None] | None = None) -> StepResult:
-        """One forward pass; `on_layer` is called after each layer, to show that time goes on.
-
-        An exception of `on_layer` ends the step; the KV of its rows is then undefined, and a worker
-        of several ranks has to end: the others are still inside the step.
-        """
+    def run(self, plan: StepPlan) -> StepResult:
+        """One forward pass."""
         if plan.empty:
             return StepResult([])
         started = perf_counter()
+        # Ranks get the indices of a step, and large batches portions of logits: those go step by
+        # step, as do prompts.
+        decodes = len(plan.rows) == plan.num_decodes <= self._portion and self._ranks is None
+        if decodes and self._decoder.decodes:
+            result = StepResult(self._decode(plan.rows))
+        else:
+            result = self._run(plan)
+        result.compute_s = perf_counter() - started
+        return result
+
+    def _decode(self, rows: list[StepRow]) -> list[Sample | None]:
+        """A step of decodes only, in one call."""
+        batch = self._batch
+        if batch.take(rows):
+            self._takes_best = self._sampler.takes_best(batch.seqs)
+        logits = self._decoder.decode(batch.rows, choose=self._takes_best)
+        if logits is None:
+            batch.read_tables()
+            logits = self._decoder.decode(batch.rows, choose=self._takes_best)
+            assert logits is not None, "a row beyond its blocks"
+        if self._takes_best:
+            return [*best_samples(batch.chosen())]
+        samples = self._sampler.sample(logits, batch.seqs)
+        assert len(samples) == len(rows), "the sampler lost a row"
+        return [*samples]
+
+    def _run(self, plan: StepPlan) -> StepResult:
+        """Any step."""
         inputs = build_input(plan, self._block_size, self._num_parts)
         calls = head_calls(plan.rows, self._portion)
         if self._ranks is not None:
             self._ranks.share(encode_step(inputs, [call.hidden for call in calls]))
-        hidden = self._decoder.forward(inputs, on_layer)
+        hidden = self._decoder.forward(inputs)
         result = StepResult([None] * len(plan.rows))
         for index, row in enumerate(plan.rows):
             if row.seq.want_prompt_logprobs:
@@ -234,7 +276,6 @@ class Runner:
             else:
                 entries = self._prompt_logprobs(plan.rows[call.rows[0]], call.prompt, logits)
                 result.prompt_logprobs[call.rows[0]] += entries
-        result.compute_s = perf_counter() - started
         return result
 
     def _sample(

@@ -25,7 +25,7 @@ from diptych.engine.logprobs import token_logprobs
 from diptych.engine.philox import uniforms
 from diptych.kernels import Kernels
 
-__all__ = ["Sampler"]
+__all__ = ["Sampler", "best_samples"]
 
 EDITS_KEPT_MAX: Final = 1024
 """Sequences whose prepared edits are kept; more than one step holds."""
@@ -54,6 +54,16 @@ class Sampler:
         self._eos = eos_token_ids
         self._edits: OrderedDict[SeqRef, tuple[LogitEdits, int]] = OrderedDict()  # with last call
         self._num_calls = 0
+
+    def takes_best(self, seqs: Seq[Sequence]) -> bool:
+        """Whether each of these sequences takes the model's first choice from now on, and asks for
+        nothing else: then `best_samples` is what `sample` gives."""
+        return all(
+            seq.request.params.temperature == 0.0
+            and seq.request.params.logprobs is None
+            and not edits_logits(seq)
+            for seq in seqs
+        )
 
     def sample(self, logits: Tensor, seqs: Seq[Sequence]) -> list[Sample]:
         """One sample per row of logits ([R, V] fp32, not changed), the next token of seqs[r]."""
@@ -152,6 +162,13 @@ class Sampler:
             found = token_logprobs(self._kernels, _rows(logits, rows), ids, top)
             entries.update(zip(rows, found, strict=True))
         return entries
+
+
+def best_samples(tokens: list[int]) -> list[Sample]:
+    """Of the ids that `Kernels.argmax_logprob` gives."""
+    if min(tokens) >= 0:
+        return list(map(Sample, tokens))
+    return [Sample(token) if token >= 0 else Sample(-1, None, NOT_FINITE) for token in tokens]
 
 
 def _rows(logits: Tensor, rows: list[int]) -> Tensor:

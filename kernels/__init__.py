@@ -6,14 +6,23 @@
 import logging
 from typing import Literal
 
-from diptych.kernels.base import FusedLayers, Kernels, LayerParts, PackedLinear
+from diptych.kernels.base import (
+    DecodeRows,
+    DecoderParts,
+    FusedDecoder,
+    Kernels,
+    LayerParts,
+    PackedLinear,
+)
 from diptych.kernels.narrow import NARROW, Narrow
 
 assert __name__ == "diptych.kernels", "import diptych.kernels, never the bare folder"
 
 __all__ = [
     "NARROW",
-    "FusedLayers",
+    "DecodeRows",
+    "DecoderParts",
+    "FusedDecoder",
     "Kernels",
     "LayerParts",
     "Narrow",

@@ -1,6 +1,6 @@
 """The contract of a kernel backend: every function the engine calls on tensors.
 
-Owns the `Kernels` protocol and the `PackedLinear` handle; knows no backend. All activations are
+Owns the `Kernels` and `FusedDecoder` protocols and their handles; knows no backend. All activations are
 fp32 and contiguous, weights and KV are in the model dtype (fp32, bf16 or fp16) or narrower, index
 arrays are int32. Outputs are written in place.
 
@@ -18,7 +18,15 @@ from torch import Tensor, dtype
 
 from diptych.kernels.narrow import Narrow
 
-__all__ = ["FusedLayers", "Kernels", "LayerParts", "PackedLinear"]
+__all__ = [
+    "DecodeRows",
+    "DecoderParts",
+    "FusedDecoder",
+    "Kernels",
+    "LayerParts",
+    "PackedLinear",
+    "StepIndices",
+]
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -55,26 +63,63 @@ class LayerParts:
     window: int  # as in `Kernels.attention`
 
 
-class FusedLayers(Protocol):
-    """The layers of a decoder over one pool; owns what they compute in. Not for two threads."""
+@dataclass(frozen=True, slots=True, eq=False)
+class DecoderParts:
+    """All that one decoder computes with."""
 
-    def run(
-        self,
-        begin: int,
-        end: int,
-        residual: Tensor,
-        positions: Tensor,
-        slot_mapping: Tensor,
-        qo_indptr: Tensor,
-        kv_indptr: Tensor,
-        kv_indices: Tensor,
-        kv_len: Tensor,
-    ) -> None:
-        """Layers [begin, end) of a step, whose layers are run in order, all with these tensors.
+    layers: Sequence[LayerParts]
+    embedding: Tensor | PackedLinear  # as in `Kernels.embedding`
+    norm: Tensor  # [hidden] fp32, after the last layer
+    head: PackedLinear  # hidden -> vocabulary, in the model's dtype
+    cos_sin: Tensor  # as in `Kernels.rope`
+    eps: float  # of all norms
+    scale: float  # as in `Kernels.attention`
+    pulse: Tensor | None  # [1] int64: one is added after each layer, for others to see
 
-        residual: [T, hidden] fp32, the embeddings before layer 0 and the hidden states after the
-        last one; between them something else. The others as in `Kernels.rope`, `write_kv` and
-        `attention`. Every bit as by single calls.
+
+class StepIndices(Protocol):
+    """The index tensors of a step, each as in `Kernels.rope`, `write_kv` and `attention`."""
+
+    @property
+    def positions(self) -> Tensor: ...
+    @property
+    def slot_mapping(self) -> Tensor: ...
+    @property
+    def qo_indptr(self) -> Tensor: ...
+    @property
+    def kv_indptr(self) -> Tensor: ...
+    @property
+    def kv_indices(self) -> Tensor: ...
+    @property
+    def kv_len(self) -> Tensor: ...
+
+
+@dataclass(slots=True, eq=False)
+class DecodeRows:
+    """A step of one token for each of R sequences. Tensors may be longer than they have to be."""
+
+    num_rows: int  # R
+    ids: Tensor  # [R] int32
+    positions: Tensor  # [R] int32
+    kv_indptr: Tensor  # [R+1] int32 into kv_indices
+    kv_indices: Tensor  # [nnz] int32, blocks of each sequence in order, more than it needs or not
+    chosen: Tensor  # [R] int32, result: the greedy choice as by `Kernels.argmax_logprob`
+    logprobs: Tensor  # [R] fp32, result
+
+
+class FusedDecoder(Protocol):
+    """A decoder over one pool; owns what it computes in. Not for two threads."""
+
+    def run_layers(self, residual: Tensor, indices: StepIndices) -> None:
+        """All layers of a step. residual: [T, hidden] fp32, the embeddings before and the hidden
+        states after. Every bit as by single calls.
+        """
+        ...
+
+    def decode(self, rows: DecodeRows, logits: Tensor, *, choose: bool) -> bool:
+        """A whole step. logits: [at least R, V] fp32, result; choose: fill `rows.chosen` and
+        `rows.logprobs` too. Every bit as by single calls. False, with nothing done: a row has not
+        all the blocks that it needs.
         """
         ...
 
@@ -230,12 +275,8 @@ class Kernels(Protocol):
         """
         ...
 
-    def fuse_layers(
-        self, layers: Sequence[LayerParts], cos_sin: Tensor, eps: float, scale: float
-    ) -> FusedLayers | None:
-        """These layers as one object, or None where this backend has single calls only; cos_sin as
-        in `rope`, scale as in `attention`.
-        """
+    def fuse_decoder(self, parts: DecoderParts) -> FusedDecoder | None:
+        """This decoder as one object, or None where this backend has single calls only."""
         ...
 
     def argmax_logprob(self, logits: Tensor) -> tuple[Tensor, Tensor]:

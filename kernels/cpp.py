@@ -12,8 +12,8 @@ from torch import Tensor
 
 from diptych.engine.core.errors import ConfigError
 from diptych.kernels import library
-from diptych.kernels.base import LayerParts, PackedLinear
-from diptych.kernels.cpp_layers import CppLayers
+from diptych.kernels.base import DecoderParts, PackedLinear
+from diptych.kernels.cpp_decoder import CppDecoder
 from diptych.kernels.narrow import Narrow
 from diptych.kernels.narrow_layout import pack_int4, pack_int8
 
@@ -210,10 +210,8 @@ class CppKernels:
             window,
         )
 
-    def fuse_layers(
-        self, layers: Sequence[LayerParts], cos_sin: Tensor, eps: float, scale: float
-    ) -> CppLayers:
-        return CppLayers(self._level, layers, cos_sin, eps, scale)
+    def fuse_decoder(self, parts: DecoderParts) -> CppDecoder:
+        return CppDecoder(self._level, parts)
 
     def argmax_logprob(self, logits: Tensor) -> tuple[Tensor, Tensor]:
         ids = torch.empty(logits.shape[0], dtype=torch.int32)

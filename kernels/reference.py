@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from diptych.engine.core.types import KV_SCALE_BYTES
-from diptych.kernels.base import LayerParts, PackedLinear
+from diptych.kernels.base import DecoderParts, PackedLinear
 from diptych.kernels.narrow import Narrow, round_int4, round_int8, round_rows
 
 __all__ = ["ReferenceKernels"]
@@ -155,9 +155,7 @@ class ReferenceKernels:
                 weights = torch.softmax(scores, dim=-1)  # [Hk, group, seen]
                 out[t] = (weights @ values[:, start:end]).flatten(0, 1)
 
-    def fuse_layers(
-        self, layers: Sequence[LayerParts], cos_sin: Tensor, eps: float, scale: float
-    ) -> None:
+    def fuse_decoder(self, parts: DecoderParts) -> None:
         """Single calls only."""
 
     def argmax_logprob(self, logits: Tensor) -> tuple[Tensor, Tensor]:

@@ -7,7 +7,6 @@ never waits for anyone, and without work it sleeps until a message comes.
 
 import logging
 import os
-from collections.abc import Callable
 from pathlib import Path
 from typing import Final, Protocol
 
@@ -50,7 +49,7 @@ _log = logging.getLogger("diptych")
 
 
 class StepRunner(Protocol):
-    def run(self, plan: StepPlan, on_layer: Callable[[], None] | None = None) -> StepResult: ...
+    def run(self, plan: StepPlan) -> StepResult: ...
 
 
 class Worker:
@@ -118,7 +117,7 @@ class Worker:
         self._cores.wake(self._slot, self._batcher.dial)
         self._page.step_begin(self._slot)
         try:
-            result = self._runner.run(plan, self._beat)
+            result = self._runner.run(plan)
         except Exception:
             refs = ", ".join(f"{row.seq.ref}" for row in plan.rows)
             _log.error("the step of these sequences failed: %s", refs)
@@ -140,9 +139,6 @@ class Worker:
             else:
                 assert self._porter is not None, "only one memory domain"
                 self._porter.order(command)
-
-    def _beat(self) -> None:
-        self._page.beat(self._slot)
 
 
 def _commit(page: ControlPage, command: CommitBlock) -> None:
@@ -185,7 +181,9 @@ def run_worker(boot: HostBoot, model: LoadedModel, worker: WorkerId, epoch: Epoc
         eos_token_ids=model.config.eos_token_ids,
         max_model_len=model.config.max_model_len,
     )
-    runner = make_runner(model, pool, threads, share_of_cores(boot, spec, 0), ranks)
+    runner = make_runner(
+        model, pool, threads, share_of_cores(boot, spec, 0), ranks, page.counter(slot)
+    )
     beat()
     channels = Channels(Path(boot.run_dir), me, boot.network)
     porter = None

@@ -106,6 +106,11 @@ class ControlPage:
         """Progress was made. Each slot has one writer."""
         self._pulses[slot * _PULSE_WORDS + _COUNTER] += 1
 
+    def counter(self, slot: int) -> memoryview:
+        """What `beat` adds to, for its one writer: 8 bytes."""
+        first = slot * _PULSE_WORDS + _COUNTER
+        return self._pulses[first : first + 1]
+
     def step_begin(self, slot: int) -> None:
         first = slot * _PULSE_WORDS
         self._pulses[first + _STEP_START_NS] = time.monotonic_ns()

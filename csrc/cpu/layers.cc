@@ -1,9 +1,9 @@
-// A decoder's layers as one object: made once from packed weights and a pool, then run step by step.
+// A decoder as one object: made once from packed weights and a pool, then run step by step.
 //
-// `Layers` owns the activations inside a layer (grown to the largest step, never shrunk) and
-// nothing else: weights, norms and caches are kept as addresses, and the caller keeps their tensors
-// alive. One thread at a time. Invariant: sizes are checked when a layer is added, indices in every
-// call.
+// `Layers` owns the activations and derived indices of a step (grown to the largest, never shrunk)
+// and nothing else: weights, norms, caches and the pulse are kept as addresses, and the caller keeps
+// their tensors alive. One thread at a time. Invariant: sizes are checked when a part is added,
+// indices in every call.
 #include <stdlib.h>
 #include <tvm/ffi/function.h>
 #include <tvm/ffi/memory.h>
@@ -20,6 +20,17 @@ namespace diptych::cpu {
 namespace {
 
 constexpr int64_t kRowsMin = 16;  // of the smallest buffers
+constexpr int kParts = 6;         // of the activations: a buffer each
+
+// What stands before the first layer and after the last.
+struct Ends {
+  const void* embedding;  // as in EmbeddingArgs
+  int64_t tokens;         // in it; 0: the ends are not known yet
+  DType dtype;            // of it
+  bool packed;
+  const float* norm;  // [hidden]
+  LinearWeights head;
+};
 
 struct Freed {
   void operator()(float* p) const { free(p); }
@@ -31,23 +42,38 @@ class LayersObj : public tvm::ffi::Object {
   std::vector<LayerWeights> layers;
   int weights_left = 0;  // of the newest layer, still to come
   int64_t num_blocks = 0;
+  Ends ends{};
+  uint64_t* pulse = nullptr;  // or null: one more after each layer, for others to see
 
-  // The buffers of a step of so many rows; `residual` and the indices are left open.
+  // The buffers of a step of so many rows; the indices are left open.
   StepArgs buffers(int64_t rows) {
     const int64_t heads = shape.q_heads + 2 * shape.kv_heads;
-    const int64_t widths[] = {shape.hidden, heads * shape.dim, shape.q_heads * shape.dim,
-                              2 * shape.inner, shape.inner};
+    const int64_t widths[kParts] = {shape.hidden,    shape.hidden, heads * shape.dim,
+                                    shape.q_heads * shape.dim, 2 * shape.inner, shape.inner};
     if (rows > capacity_) grow(rows > 2 * capacity_ ? rows : 2 * capacity_, widths);
-    float* parts[5];
+    float* parts[kParts];
     float* next = memory_.get();
-    for (int i = 0; i < 5; ++i) {
+    for (int i = 0; i < kParts; ++i) {
       parts[i] = next;
       next += part_size(capacity_, widths[i]);
     }
     StepArgs step{};
-    step.hidden = parts[0], step.qkv = parts[1], step.attention = parts[2];
-    step.gate_up = parts[3], step.inner = parts[4], step.rows = rows;
+    step.residual = parts[0], step.hidden = parts[1], step.qkv = parts[2];
+    step.attention = parts[3], step.gate_up = parts[4], step.inner = parts[5], step.rows = rows;
     return step;
+  }
+
+  // Of the rows of a decode step, uninitialised; as `buffers`.
+  int32_t* slots() { return indices_.get(); }
+  int32_t* kv_len() { return indices_.get() + capacity_; }
+  int32_t* qo_indptr() { return indices_.get() + 2 * capacity_; }  // [capacity + 1]
+
+  void run(int64_t level, const StepArgs& step) const {
+    const size_t count = layers.size();
+    for (size_t i = 0; i < count; ++i) {
+      table(level).layer({layers[i], shape, step, i == 0, i + 1 == count});
+      if (pulse != nullptr) __atomic_store_n(pulse, *pulse + 1, __ATOMIC_RELAXED);  // one writer
+    }
   }
 
   static constexpr bool _type_mutable = true;
@@ -56,16 +82,18 @@ class LayersObj : public tvm::ffi::Object {
  private:
   static int64_t part_size(int64_t rows, int64_t width) { return round_up(rows * width, 16); }
 
-  void grow(int64_t rows, const int64_t (&widths)[5]) {
+  void grow(int64_t rows, const int64_t (&widths)[kParts]) {
     if (rows < kRowsMin) rows = kRowsMin;
     int64_t size = 0;
     for (int64_t width : widths) size += part_size(rows, width);
     memory_.reset(static_cast<float*>(aligned_alloc(64, static_cast<size_t>(size) * 4)));
     if (memory_ == nullptr) throw std::bad_alloc();
+    indices_ = std::make_unique<int32_t[]>(static_cast<size_t>(3 * rows + 1));
     capacity_ = rows;
   }
 
   std::unique_ptr<float, Freed> memory_;
+  std::unique_ptr<int32_t[]> indices_;
   int64_t capacity_ = 0;  // rows
 };
 
@@ -75,8 +103,12 @@ class Layers : public tvm::ffi::ObjectRef {
   TVM_FFI_DEFINE_OBJECT_REF_METHODS_NOTNULLABLE(Layers, tvm::ffi::ObjectRef, LayersObj);
 };
 
-Layers new_layers(TensorView cos_sin, double eps, double scale) {
+Layers new_layers(TensorView cos_sin, double eps, double scale, Optional<TensorView> pulse) {
   auto made = tvm::ffi::make_object<LayersObj>();
+  if (pulse.has_value()) {
+    CHECK(is_type(*pulse, kDLInt, 64) && (*pulse).numel() == 1);
+    made->pulse = data<uint64_t>(*pulse);
+  }
   DecoderShape& shape = made->shape;
   shape.cos_sin = dense_floats(cos_sin, 2);
   shape.positions = cos_sin.size(0), shape.dim = cos_sin.size(1);
@@ -149,16 +181,29 @@ void add_weights(Layers layers, TensorView packed, Optional<TensorView> scales,
   }
 }
 
-// Layers [begin, end) of a step over `residual`, [rows, hidden]; the rest as in single calls. The
-// layers of a step are run in order, by calls that differ in nothing else.
-void run_layers(int64_t level, Layers layers, int64_t begin, int64_t end, TensorView residual,
-                TensorView positions, TensorView slots, TensorView qo_indptr, TensorView kv_indptr,
+// The embedding ([tokens, hidden], or the packed weights of a linear layer with `tokens` outputs), the
+// last norm and the output head. All layers were added before.
+void add_ends(Layers layers, TensorView embedding, int64_t tokens, TensorView norm,
+              TensorView head, Optional<TensorView> head_bias, int64_t vocab) {
+  const int64_t hidden = layers->shape.hidden;
+  const DType dtype = model_dtype(embedding);
+  const bool packed = embedding.ndim() == 1;
+  CHECK(!layers->layers.empty() && layers->weights_left == 0 && tokens > 0);
+  CHECK(embedding.IsContiguous() && embedding.device().device_type == kDLCPU);
+  CHECK(embedding.numel() ==
+        (packed ? packed_size(tokens, hidden, dtype == DType::kBF16) : tokens * hidden));
+  layers->ends = {data<void>(embedding), tokens, dtype, packed, norm_of(norm, hidden),
+                  model_weights(head, head_bias, vocab, hidden)};
+}
+
+// All layers of a step over `residual`, [rows, hidden]; the rest as in single calls.
+void run_layers(int64_t level, Layers layers, TensorView residual, TensorView positions,
+                TensorView slots, TensorView qo_indptr, TensorView kv_indptr,
                 TensorView kv_indices, TensorView kv_len) {
-  const int64_t count = static_cast<int64_t>(layers->layers.size());
   const int64_t rows = residual.size(0), seqs = kv_len.size(0);
-  CHECK(layers->weights_left == 0 && 0 <= begin && begin <= end && end <= count);
+  CHECK(layers->weights_left == 0);
   CHECK(residual.ndim() == 2 && residual.size(1) == layers->shape.hidden);
-  if (count == 0 || rows == 0) return;
+  if (layers->layers.empty() || rows == 0) return;
   const int64_t block_size = layers->layers[0].k_cache.block_size;
   StepArgs step = layers->buffers(rows);
   step.residual = dense_floats(residual, 2);
@@ -170,8 +215,61 @@ void run_layers(int64_t level, Layers layers, int64_t begin, int64_t end, Tensor
   check_range(step.slots, rows, -1, layers->num_blocks * block_size);
   check_sequences(step.qo_indptr, step.kv_indptr, step.kv_indices, kv_indices.size(0), step.kv_len,
                   seqs, rows, layers->num_blocks, block_size);
-  for (int64_t i = begin; i < end; ++i)
-    table(level).layer({layers->layers[i], layers->shape, step, i == 0, i + 1 == count});
+  layers->run(level, step);
+}
+
+// Fills in what follows from a decode step's positions and tables; false: a row needs a block that
+// its table lacks. num_indices: in `step.kv_indices`.
+bool place_rows(LayersObj& layers, StepArgs& step, int64_t num_indices) {
+  const int64_t block_size = layers.layers[0].k_cache.block_size;
+  int32_t *slots = layers.slots(), *kv_len = layers.kv_len(), *qo_indptr = layers.qo_indptr();
+  check_range(step.positions, step.rows, 0, layers.shape.positions);
+  for (int64_t r = 0; r < step.rows; ++r) {
+    const int64_t begin = step.kv_indptr[r], end = step.kv_indptr[r + 1];
+    const int64_t position = step.positions[r], last = position / block_size;
+    CHECK(0 <= begin && begin <= end && end <= num_indices);
+    if (begin + last >= end) return false;
+    const int32_t* blocks = step.kv_indices + begin;
+    check_range(blocks, last + 1, 0, layers.num_blocks);
+    slots[r] = static_cast<int32_t>(blocks[last] * block_size + position % block_size);
+    kv_len[r] = static_cast<int32_t>(position + 1);
+    qo_indptr[r] = static_cast<int32_t>(r);
+  }
+  qo_indptr[step.rows] = static_cast<int32_t>(step.rows);
+  step.slots = slots, step.kv_len = kv_len, step.qo_indptr = qo_indptr;
+  step.num_seqs = step.rows;
+  return true;
+}
+
+// A whole step of `rows` sequences with one token each, from token ids to logits ([rows, vocab]), and
+// where `choose` says so to the greedy choice. Tensors may be longer than the step; row r's blocks
+// are kv_indices[kv_indptr[r]:kv_indptr[r + 1]], at least those that it needs. False, and nothing
+// done: a row needs more blocks than that.
+bool decode(int64_t level, Layers layers, int64_t rows, TensorView ids, TensorView positions,
+            TensorView kv_indptr, TensorView kv_indices, TensorView logits, TensorView chosen,
+            TensorView logprobs, bool choose) {
+  const Ends& ends = layers->ends;
+  const DecoderShape& shape = layers->shape;
+  CHECK(ends.tokens > 0 && rows > 0);
+  const int32_t* tokens = ints_of(ids, rows);
+  check_range(tokens, rows, 0, ends.tokens);
+  StepArgs step = layers->buffers(rows);
+  step.positions = ints_of(positions, rows), step.kv_indptr = ints_of(kv_indptr, rows + 1);
+  step.kv_indices = ints_of(kv_indices, 0);
+  CHECK(logits.size(0) >= rows && logits.size(1) == ends.head.num_out);
+  const LogitsArgs choice{dense_floats(logits, 2), rows, ends.head.num_out,
+                          const_cast<int32_t*>(ints_of(chosen, rows)), dense_floats(logprobs, 1),
+                          nullptr};
+  CHECK(logprobs.size(0) >= rows);
+  if (!place_rows(*layers.operator->(), step, kv_indices.size(0))) return false;
+  const KernelTable& kernels = table(level);
+  kernels.embedding({step.residual, ends.embedding, tokens, rows, shape.hidden, ends.dtype,
+                     ends.packed});
+  layers->run(level, step);
+  kernels.norm({step.hidden, nullptr, step.residual, ends.norm, rows, shape.hidden, shape.eps});
+  kernels.linear({ends.head, dense_floats(logits, 2), step.hidden, rows, {}});
+  if (choose) kernels.logits(choice);
+  return true;
 }
 
 }  // namespace
@@ -180,4 +278,6 @@ void run_layers(int64_t level, Layers layers, int64_t begin, int64_t end, Tensor
 TVM_FFI_DLL_EXPORT_TYPED_FUNC(new_layers, diptych::cpu::new_layers)
 TVM_FFI_DLL_EXPORT_TYPED_FUNC(add_layer, diptych::cpu::add_layer)
 TVM_FFI_DLL_EXPORT_TYPED_FUNC(add_weights, diptych::cpu::add_weights)
+TVM_FFI_DLL_EXPORT_TYPED_FUNC(add_ends, diptych::cpu::add_ends)
 TVM_FFI_DLL_EXPORT_TYPED_FUNC(run_layers, diptych::cpu::run_layers)
+TVM_FFI_DLL_EXPORT_TYPED_FUNC(decode, diptych::cpu::decode)

@@ -62,11 +62,16 @@ inline float* dense_floats(const TensorView& t, int32_t ndim) {
   return floats(t, ndim);
 }
 
-inline const int32_t* ints(const TensorView& t, int64_t size) {
+inline const int32_t* ints_of(const TensorView& t, int64_t size_min) {
   CHECK(is_type(t, kDLInt, 32) && t.ndim() == 1 && t.IsContiguous() &&
         t.device().device_type == kDLCPU);
-  CHECK(t.size(0) == size);
+  CHECK(t.size(0) >= size_min);
   return data<const int32_t>(t);
+}
+
+inline const int32_t* ints(const TensorView& t, int64_t size) {
+  CHECK(t.size(0) == size);
+  return ints_of(t, size);
 }
 
 // Every index in [low, end). A wrong one would read or write foreign memory.

@@ -40,7 +40,7 @@ class StepRow(msgspec.Struct, frozen=True, gc=False):
 class StepPlan:
     rows: list[StepRow]
     num_tokens: int  # sum of row lengths
-    num_decodes: int  # the first rows, each of length 1
+    num_decodes: int  # the first rows, each of length 1, behind the prompt, and sampled
 
     @property
     def empty(self) -> bool:

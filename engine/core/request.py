@@ -46,7 +46,8 @@ class Sequence:
     tokens: prompt, then what was emitted in earlier attempts, then what this attempt sampled
     [0, num_computed)          KV is in the pool
     [num_computed, len(tokens)) KV still to compute; 1 token while decoding
-    block i of `block_table` holds the tokens [i * block_size, (i + 1) * block_size)
+    block i of `block_table` holds the tokens [i * block_size, (i + 1) * block_size); it only grows,
+    at its end
     """
 
     ref: SeqRef

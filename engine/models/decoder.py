@@ -5,7 +5,6 @@ Invariant: a row's result depends on its own sequence only, so any batch, any ch
 number of ranks give the same bits.
 """
 
-from collections.abc import Callable
 from typing import Final
 
 import torch
@@ -14,10 +13,10 @@ from torch import Tensor
 from diptych.engine.batch import ModelInput
 from diptych.engine.collectives import Collectives, Solo
 from diptych.engine.core.model_config import ModelConfig
-from diptych.engine.models.layers import Layers, SingleCalls, fused_layers
+from diptych.engine.models.layers import Layers, SingleCalls, fused_decoder
 from diptych.engine.models.weights import DecoderWeights
 from diptych.engine.pool import KVPool
-from diptych.kernels import Kernels
+from diptych.kernels import DecodeRows, Kernels
 
 __all__ = ["Decoder"]
 
@@ -35,29 +34,48 @@ class Decoder:
         pool: KVPool,
         ranks: Collectives | None = None,
         *,
+        pulse: Tensor | None = None,
         fuse: bool = True,
     ) -> None:
-        """ranks: None where this rank computes all shards. fuse: let the backend compute whole
-        layers in one call where it can; changes no bit.
+        """ranks: None where this rank computes all shards. pulse: [1] int64, grows with each layer.
+        fuse: let the backend compute whole layers and steps in one call where it can; changes no
+        bit.
         """
         self._config = config
         self._weights = weights
         self._kernels = kernels
         self._ranks: Collectives = Solo(len(weights.shards)) if ranks is None else ranks
         self._whole = len(weights.shards) == 1  # nothing is put together
-        fused = fused_layers(config, weights, kernels, pool) if fuse else None
-        self._layers: Layers = fused or SingleCalls(config, weights, kernels, pool, self._ranks)
+        self._fused = fused_decoder(config, weights, kernels, pool, pulse) if fuse else None
+        self._layers: Layers = self._fused or SingleCalls(
+            config, weights, kernels, pool, self._ranks, pulse
+        )
         self._residual = torch.empty(_ROWS_MIN, config.hidden_size, dtype=torch.float32)
         self._logits = torch.empty(1, config.vocab_size, dtype=torch.float32)
+        self._logits_view = self._logits
 
-    def forward(self, inputs: ModelInput, on_layer: Callable[[], None] | None = None) -> Tensor:
+    @property
+    def decodes(self) -> bool:
+        """Whether there is `decode`."""
+        return self._fused is not None
+
+    def decode(self, rows: DecodeRows, *, choose: bool) -> Tensor | None:
+        """A whole step of one token for each sequence: the logits, [R, vocab] fp32, valid until the
+        next call; choose: and the greedy choice in `rows`. None, with nothing done: a row has not
+        all the blocks that it needs.
+        """
+        assert self._fused is not None
+        logits = self._logits_of(rows.num_rows)
+        return logits if self._fused.decode(rows, logits, choose=choose) else None
+
+    def forward(self, inputs: ModelInput) -> Tensor:
         """Hidden states before the last norm, [T, hidden] fp32; valid until the next call."""
         rows, capacity = inputs.ids.shape[0], self._residual.shape[0]
         if rows > capacity:
             self._residual = torch.empty(max(rows, 2 * capacity), self._config.hidden_size)
         residual = self._residual[:rows]
         self._embed(residual, inputs.ids)
-        self._layers.run(residual, inputs, on_layer)
+        self._layers.run_layers(residual, inputs)
         return residual
 
     def _embed(self, out: Tensor, ids: Tensor) -> None:
@@ -82,9 +100,7 @@ class Decoder:
         Every rank computes its part of the vocabulary; only rank 0 has the whole.
         """
         rows, weights = hidden.shape[0], self._weights
-        if rows > self._logits.shape[0]:
-            self._logits = torch.empty(rows, self._config.vocab_size, dtype=torch.float32)
-        logits = self._logits[:rows]
+        logits = self._logits_of(rows)
         self._kernels.rms_norm(hidden, hidden, weights.norm, self._config.rms_norm_eps)
         if self._whole:
             self._kernels.linear(logits, hidden, weights.lm_head[0])
@@ -101,3 +117,11 @@ class Decoder:
                 columns = part[: rows * len(shard.vocab)].view(rows, -1)
                 logits[:, shard.vocab.start : shard.vocab.stop] = columns
         return logits
+
+    def _logits_of(self, rows: int) -> Tensor:
+        """The first rows of the buffer; decode steps of one batch size follow each other."""
+        if rows != len(self._logits_view):
+            if rows > len(self._logits):
+                self._logits = torch.empty(rows, self._config.vocab_size, dtype=torch.float32)
+            self._logits_view = self._logits[:rows]
+        return self._logits_view

@@ -1,11 +1,10 @@
-"""The layers of a decoder: one call of the backend for each where it has one, or many.
+"""The layers of a decoder: one call of the backend for all where it has one, or many.
 
 Owns the activations inside a layer (grown to the largest step seen, never shrunk). A rank computes
 its shards one after another; what all shards add up to, every rank has. Invariant: both ways give
 the same bits.
 """
 
-from collections.abc import Callable
 from typing import Final, Protocol
 
 import torch
@@ -17,9 +16,9 @@ from diptych.engine.core.model_config import ModelConfig
 from diptych.engine.core.sharding import Shard
 from diptych.engine.models.weights import DecoderWeights, LayerShard, LayerWeights
 from diptych.engine.pool import KVPool
-from diptych.kernels import FusedLayers, Kernels, LayerParts
+from diptych.kernels import DecoderParts, FusedDecoder, Kernels, LayerParts
 
-__all__ = ["FusedCalls", "Layers", "SingleCalls", "fused_layers"]
+__all__ = ["Layers", "SingleCalls", "fused_decoder"]
 
 _ROWS_MIN: Final = 16  # rows of the smallest buffers
 
@@ -27,17 +26,19 @@ _OwnShard = tuple[LayerShard, Tensor, Tensor]  # and its heads' keys and values
 
 
 class Layers(Protocol):
-    def run(
-        self, residual: Tensor, inputs: ModelInput, on_layer: Callable[[], None] | None
-    ) -> None:
+    def run_layers(self, residual: Tensor, inputs: ModelInput, /) -> None:
         """All layers of a step over residual ([T, hidden] fp32: the embeddings, then the hidden
-        states), writing its KV into the pool; `on_layer` is called after each layer."""
+        states), writing its KV into the pool."""
         ...
 
 
-def fused_layers(
-    config: ModelConfig, weights: DecoderWeights, kernels: Kernels, pool: KVPool
-) -> "FusedCalls | None":
+def fused_decoder(
+    config: ModelConfig,
+    weights: DecoderWeights,
+    kernels: Kernels,
+    pool: KVPool,
+    pulse: Tensor | None,
+) -> FusedDecoder | None:
     """None for a model of several shards, between which sums are taken, and where the backend has
     single calls only."""
     if len(weights.shards) > 1:
@@ -60,37 +61,19 @@ def fused_layers(
             window=window or 0,
         )
         layers.append(parts)
-    scale = config.head_dim**-0.5
-    fused = kernels.fuse_layers(layers, weights.cos_sin, config.rms_norm_eps, scale)
-    return None if fused is None else FusedCalls(fused, len(layers))
-
-
-class FusedCalls:
-    """The backend computes whole layers."""
-
-    def __init__(self, layers: FusedLayers, num_layers: int) -> None:
-        self._layers = layers
-        self._num_layers = num_layers
-
-    def run(
-        self, residual: Tensor, inputs: ModelInput, on_layer: Callable[[], None] | None
-    ) -> None:
-        """As `Layers.run`."""
-        at_once = self._num_layers if on_layer is None else 1
-        for begin in range(0, self._num_layers, at_once):
-            self._layers.run(
-                begin,
-                begin + at_once,
-                residual,
-                inputs.positions,
-                inputs.slot_mapping,
-                inputs.qo_indptr,
-                inputs.kv_indptr,
-                inputs.kv_indices,
-                inputs.kv_len,
-            )
-            if on_layer is not None:
-                on_layer()
+    (head,) = weights.lm_head
+    return kernels.fuse_decoder(
+        DecoderParts(
+            layers=layers,
+            embedding=head if weights.embedding is None else weights.embedding,
+            norm=weights.norm,
+            head=head,
+            cos_sin=weights.cos_sin,
+            eps=config.rms_norm_eps,
+            scale=config.head_dim**-0.5,
+            pulse=pulse,
+        )
+    )
 
 
 class _Buffers:
@@ -175,8 +158,10 @@ class SingleCalls:
         kernels: Kernels,
         pool: KVPool,
         ranks: Collectives,
+        pulse: Tensor | None,
     ) -> None:
         self._config = config
+        self._pulse = pulse
         self._kernels = kernels
         self._cos_sin = weights.cos_sin
         self._ranks = ranks
@@ -199,10 +184,8 @@ class SingleCalls:
             for number, shard in zip(self._ranks.shards, self._shards, strict=True)
         ]
 
-    def run(
-        self, residual: Tensor, inputs: ModelInput, on_layer: Callable[[], None] | None
-    ) -> None:
-        """As `Layers.run`."""
+    def run_layers(self, residual: Tensor, inputs: ModelInput, /) -> None:
+        """As `Layers.run_layers`."""
         kernels, eps = self._kernels, self._config.rms_norm_eps
         b = self._views_of(residual.shape[0])
         for index, (layer, window, shards) in enumerate(self._layers):
@@ -222,8 +205,8 @@ class SingleCalls:
                 kernels.silu_mul(b.inner, b.gate_up)
                 kernels.linear(part, b.inner, shard.down)
             self._sum(b.hidden)
-            if on_layer is not None:
-                on_layer()
+            if self._pulse is not None:
+                self._pulse.add_(1)
         residual.add_(b.hidden)
 
     def _parts(self, out: Tensor) -> list[Tensor]:

@@ -1,4 +1,5 @@
-"""Whole layers in one call give the bits of single calls: every level, dtype, rounding, family."""
+"""Whole layers and decode steps in one call give the bits of single calls: every level, dtype,
+rounding and family."""
 
 import json
 import random
@@ -15,6 +16,7 @@ from diptych.engine.batch import ModelInput, build_input
 from diptych.engine.core.config import ModelOptions, Quantization
 from diptych.engine.core.model_config import KVDtype
 from diptych.engine.core.plan import StepPlan, StepRow
+from diptych.engine.decode_batch import DecodeBatch
 from diptych.engine.models.decoder import Decoder
 from diptych.engine.pool import KVPool
 from diptych.engine.runner import LoadedModel, load_model
@@ -24,13 +26,14 @@ from tests.unit.engine.test_bitwise import LONG, levels
 pytestmark = pytest.mark.skipif(BACKEND == "reference", reason="the C++ library is not built")
 
 LENGTHS = (90, 1, 33, 16, 47)
+TOKENS_MAX = 6  # after each prompt
 
 
 def _steps(model: LoadedModel, driver: Driver) -> list[ModelInput]:
     """A chunk, a step of everything, and decodes of all sequences but one, whose KV is there."""
     rng = random.Random(5)
     vocab = min(VOCAB_SIZE, model.config.vocab_size)
-    seqs = [driver.add([rng.randrange(vocab) for _ in range(n)], 1) for n in LENGTHS]
+    seqs = [driver.add([rng.randrange(vocab) for _ in range(n)], TOKENS_MAX) for n in LENGTHS]
     plans = [
         [StepRow(seqs[0], 0, 70, False)],
         [StepRow(seqs[0], 70, 20, True), *(StepRow(s, 0, len(s.tokens), True) for s in seqs[1:])],
@@ -44,18 +47,51 @@ def _steps(model: LoadedModel, driver: Driver) -> list[ModelInput]:
 
 
 def _computed(
-    model: LoadedModel, *, fuse: bool, watched: bool = False, kv_dtype: KVDtype | None = None
+    model: LoadedModel, *, fuse: bool, kv_dtype: KVDtype | None = None
 ) -> tuple[Tensor, Tensor]:
     """The hidden states of all steps, and what is in the pool in the end."""
     driver = Driver(model, threads=2, kv_dtype=kv_dtype)
-    decoder = Decoder(model.config, model.weights, model.kernels, driver.pool, fuse=fuse)
-    seen: list[int] = []
-    on_layer = (lambda: seen.append(0)) if watched else None
+    pulse = torch.zeros(1, dtype=torch.int64)
+    decoder = Decoder(
+        model.config, model.weights, model.kernels, driver.pool, pulse=pulse, fuse=fuse
+    )
     steps = _steps(model, driver)
-    hidden = torch.cat([decoder.forward(step, on_layer).clone() for step in steps])
-    assert len(seen) == (len(steps) * model.config.num_layers if watched else 0)
+    hidden = torch.cat([decoder.forward(step).clone() for step in steps])
+    assert int(pulse) == len(steps) * model.config.num_layers
     model.kernels.set_num_threads(1)
     return hidden, driver.pool.data.view(torch.uint8)
+
+
+def _decoded(
+    model: LoadedModel, *, fuse: bool, kv_dtype: KVDtype | None
+) -> tuple[list[Tensor], Tensor]:
+    """Logits, choices and their logprobs of decode steps of growing and shrinking batches, and what
+    is in the pool in the end."""
+    driver = Driver(model, threads=2, kv_dtype=kv_dtype)
+    pulse = torch.zeros(1, dtype=torch.int64)
+    decoder = Decoder(
+        model.config, model.weights, model.kernels, driver.pool, pulse=pulse, fuse=fuse
+    )
+    for step in _steps(model, driver):
+        decoder.forward(step)
+    before, batch, results = int(pulse), DecodeBatch(driver.pool.num_parts), []
+    for count in (2, 5, 5, 1):
+        rows = [StepRow(s, len(s.tokens) - 1, 1, True) for s in driver.seqs[:count]]
+        if fuse:
+            batch.take(rows)
+            logits = decoder.decode(batch.rows, choose=True)
+            assert logits is not None
+            results += [logits.clone(), torch.tensor(batch.chosen(), dtype=torch.int32)]
+            results.append(batch.rows.logprobs[:count].clone())
+        else:
+            hidden = decoder.forward(build_input(StepPlan(rows, count, 0), driver.pool.block_size))
+            logits = decoder.logits(hidden.clone())
+            results += [logits.clone(), *model.kernels.argmax_logprob(logits)]
+        for seq in driver.seqs[:count]:
+            seq.tokens.append((seq.tokens[-1] * 7 + 1) % min(VOCAB_SIZE, model.config.vocab_size))
+    assert int(pulse) - before == 4 * model.config.num_layers
+    model.kernels.set_num_threads(1)
+    return results, driver.pool.data.view(torch.uint8)
 
 
 def _assert_equal(model: LoadedModel, kv_dtype: KVDtype | None = None) -> None:
@@ -63,6 +99,11 @@ def _assert_equal(model: LoadedModel, kv_dtype: KVDtype | None = None) -> None:
     single, single_pool = _computed(model, fuse=False, kv_dtype=kv_dtype)
     assert hidden.isfinite().all()
     assert torch.equal(hidden, single)
+    assert torch.equal(pool, single_pool)
+    results, pool = _decoded(model, fuse=True, kv_dtype=kv_dtype)
+    singles, single_pool = _decoded(model, fuse=False, kv_dtype=kv_dtype)
+    assert all(map(torch.equal, results, singles))
+    assert all(result.isfinite().all() for result in results)
     assert torch.equal(pool, single_pool)
 
 
@@ -95,12 +136,6 @@ def test_every_rounding(tmp_path: Path, level: str, quantization: Quantization) 
     _assert_equal(load_model(options))
 
 
-def test_watched_after_each_layer() -> None:
-    model = tiny_model("llama3")
-    hidden, _ = _computed(model, fuse=True, watched=True)
-    assert torch.equal(hidden, _computed(model, fuse=True)[0])
-
-
 def test_wrong_indices_are_refused() -> None:
     model = tiny_model("llama3")
     driver = Driver(model)
@@ -114,6 +149,31 @@ def test_wrong_indices_are_refused() -> None:
             decoder.forward(step)
         tensor[3] = before
     decoder.forward(step)
+
+
+def test_wrong_indices_of_a_decode_step_are_refused() -> None:
+    model = tiny_model("llama3")
+    driver = Driver(model)
+    decoder = Decoder(model.config, model.weights, model.kernels, driver.pool)
+    for step in _steps(model, driver):
+        decoder.forward(step)
+    batch = DecodeBatch(driver.pool.num_parts)
+    batch.take([StepRow(s, len(s.tokens) - 1, 1, True) for s in driver.seqs])
+    before = driver.pool.data.clone()
+    for name in ("ids", "positions", "kv_indices", "kv_indptr"):
+        tensor = getattr(batch.rows, name)
+        for wrong in (-1, 1 << 24):
+            right = tensor[2].clone()
+            tensor[2] = wrong
+            with pytest.raises(AssertionError):
+                decoder.decode(batch.rows, choose=True)
+            tensor[2] = right
+    assert torch.equal(driver.pool.data, before)
+    batch.rows.num_rows = 1 << 20
+    with pytest.raises(AssertionError):
+        decoder.decode(batch.rows, choose=True)
+    batch.rows.num_rows = len(driver.seqs)
+    assert decoder.decode(batch.rows, choose=True) is not None
 
 
 def test_a_pool_of_another_shape_is_refused() -> None:

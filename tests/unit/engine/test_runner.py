@@ -45,27 +45,15 @@ def test_an_empty_plan_is_no_step() -> None:
     assert Driver(tiny_model("llama2")).runner.run(StepPlan([], 0, 0)).samples == []
 
 
-def test_every_layer_reports() -> None:
-    driver = Driver(tiny_model("llama2"))
-    seq, calls = driver.add(PROMPT, 1), []
-    driver.runner.run(StepPlan([StepRow(seq, 0, 50, True)], 50, 0), lambda: calls.append(1))
-    assert len(calls) == tiny_model("llama2").config.num_layers
-
-
-def test_an_abort_in_a_layer_ends_the_step_and_no_more() -> None:
-    driver = Driver(tiny_model("llama2"))
-    seq, other = driver.add(PROMPT, 3), driver.add(PROMPT[:20], 3)
-
-    def stop() -> None:
-        raise KeyboardInterrupt
-
-    with pytest.raises(KeyboardInterrupt):
-        driver.runner.run(StepPlan([StepRow(seq, 0, 50, True)], 50, 0), stop)
-    fresh = Driver(tiny_model("llama2"))
-    fresh.add(PROMPT, 3)
-    fresh.add(PROMPT[:20], 3)
-    assert driver.finish() == fresh.finish()
-    assert other.num_emitted == 3
+@pytest.mark.parametrize("num_shards", [1, 2])
+def test_every_layer_shows_that_time_goes_on(num_shards: int) -> None:
+    model = tiny_model("llama2", num_shards=num_shards)
+    driver, page = Driver(model), memoryview(bytearray(24)).cast("Q")
+    driver.runner = make_runner(model, driver.pool, threads=1, pulse=page[1:2])
+    driver.add(PROMPT, 3)
+    for steps in range(1, 4):  # a prompt and two decodes
+        driver.step()
+        assert page.tolist() == [0, steps * model.config.num_layers, 0]
 
 
 @pytest.mark.parametrize("chunk", [1, 13, 50])

@@ -103,8 +103,9 @@ def test_pulse() -> None:
     page.step_begin(1)
     page.beat(1)
     busy = page.pulse(1)
+    page.counter(1)[0] += 1
     page.step_end(1)
     idle = page.pulse(1)
-    assert (busy.busy, idle.busy, busy.steps, idle.counter) == (True, False, 1, 3)
+    assert (busy.busy, idle.busy, busy.steps, idle.counter) == (True, False, 1, 4)
     assert page.pulse(0).counter == page.pulse(2).counter == 0
     assert page.read_all() == ([0] * BLOCKS, [])
