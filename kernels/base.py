@@ -1,8 +1,8 @@
 """The contract of a kernel backend: every function the engine calls on tensors.
 
-Owns the `Kernels` and `FusedDecoder` protocols and their handles; knows no backend. All activations are
-fp32 and contiguous, weights and KV are in the model dtype (fp32, bf16 or fp16) or narrower, index
-arrays are int32. Outputs are written in place.
+Owns the `Kernels` and `FusedDecoder` protocols and their handles; knows no backend. All activations
+are fp32 and contiguous, weights and KV are in the model dtype (fp32, bf16 or fp16) or narrower,
+index arrays are int32. Outputs are written in place.
 
 Invariant, for every backend: the order of additions behind one output element depends on nothing
 but the shape of its own row: not on the batch, the chunk, the thread count or the physical blocks.

@@ -3,6 +3,7 @@
 import math
 import random
 from collections.abc import Sequence as Seq
+from itertools import pairwise
 
 import pytest
 from torch import Tensor
@@ -200,7 +201,7 @@ def test_tables_are_read_when_the_batch_changes_or_is_asked_to(parts: int) -> No
 
     def tables() -> list[list[int]]:
         ends, blocks = batch.rows.kv_indptr.tolist(), batch.rows.kv_indices.tolist()
-        return [blocks[a:b] for a, b in zip(ends[:-1], ends[1:], strict=True)]
+        return [blocks[a:b] for a, b in pairwise(ends)]
 
     def wanted(seq: Sequence) -> list[int]:
         return [parts * block + part for block in seq.block_table for part in range(parts)]
