@@ -22,8 +22,7 @@ from diptych.engine.core.plan import Sample, TokenLogprobs
 from diptych.engine.core.request import SeqRef, Sequence
 from diptych.engine.logit_edits import LogitEdits, edits_logits
 from diptych.engine.logprobs import token_logprobs
-from diptych.engine.philox import uniforms
-from diptych.kernels import Kernels
+from diptych.kernels import DRAW_SPAN, Kernels
 
 __all__ = ["Sampler", "best_samples"]
 
@@ -38,8 +37,6 @@ _TOP_P_LIKELY: Final = 2.0**-6
 _TOP_P_SORTED_MAX: Final = 1024
 _TOP_P_BIN_SHIFT: Final = 16
 """Bits of an fp32 weight that tell nothing about its bin: 128 bins for each power of two."""
-_SPAN: Final = 256
-"""Tokens that are summed together before the sums are searched."""
 
 NOT_FINITE: Final = "The model produced logits that are not finite."
 NOTHING_ALLOWED: Final = "The sampling parameters allow no token here."
@@ -121,7 +118,7 @@ class Sampler:
         if random:
             chosen = [seqs[rows[i]] for i in random]
             kept = work if len(random) == len(rows) else work[random]
-            for i, token in zip(random, _draw_random(kept, chosen), strict=True):
+            for i, token in zip(random, self._draw_random(kept, chosen), strict=True):
                 tokens[rows[i]] = token
 
     def _edits_of(self, seq: Sequence) -> LogitEdits:
@@ -136,6 +133,25 @@ class Sampler:
         edits = LogitEdits(seq, self._vocab_size, self._eos) if known is None else known[0]
         self._edits[seq.ref] = edits, self._num_calls
         return edits
+
+    def _draw_random(self, work: NDArray[np.float32], seqs: Seq[Sequence]) -> list[int]:
+        """One token per row of work ([R, V], the maximum finite) at its temperature above 0."""
+        params = [seq.request.params for seq in seqs]
+        best = work.max(axis=1)  # [R]
+        weights = np.subtract(work, best[:, None], dtype=np.float64)  # [R, V]
+        with np.errstate(over="ignore"):  # a temperature near 0 leaves the best tokens only
+            weights /= np.array([p.temperature for p in params], dtype=np.float64)[:, None]
+        np.exp(weights, out=weights)  # 1 at the best token, so no sum is needed for min_p
+        for i, p in enumerate(params):
+            if p.min_p > 0.0:
+                weights[i][weights[i] < p.min_p] = 0.0
+            if 0 < p.top_k < work.shape[1]:
+                least = np.partition(work[i], work.shape[1] - p.top_k)[work.shape[1] - p.top_k]
+                weights[i][work[i] < least] = 0.0
+            if p.top_p < 1.0:
+                _keep_top_p(weights[i], p.top_p)
+        spans = np.add.reduceat(weights, range(0, work.shape[1], DRAW_SPAN), axis=1).cumsum(axis=1)
+        return self._kernels.draw(weights, spans, [_key(seq) for seq in seqs])
 
     # ---- log-probabilities ---------------------------------------------------------------------
 
@@ -178,59 +194,11 @@ def _rows(logits: Tensor, rows: list[int]) -> Tensor:
     return logits[torch.tensor(rows, dtype=torch.int64)]
 
 
-def _draw_random(work: NDArray[np.float32], seqs: Seq[Sequence]) -> list[int]:
-    """One token per row of work ([R, V], the maximum finite) at its temperature above 0."""
-    params = [seq.request.params for seq in seqs]
-    best = work.max(axis=1)  # [R]
-    weights = np.subtract(work, best[:, None], dtype=np.float64)  # [R, V]
-    with np.errstate(over="ignore"):  # a temperature near 0 leaves the best tokens only
-        weights /= np.array([p.temperature for p in params], dtype=np.float64)[:, None]
-    np.exp(weights, out=weights)  # 1 at the best token, so no sum is needed for min_p
-    for i, p in enumerate(params):
-        if p.min_p > 0.0:
-            weights[i][weights[i] < p.min_p] = 0.0
-        if 0 < p.top_k < work.shape[1]:
-            least = np.partition(work[i], work.shape[1] - p.top_k)[work.shape[1] - p.top_k]
-            weights[i][work[i] < least] = 0.0
-        if p.top_p < 1.0:
-            _keep_top_p(weights[i], p.top_p)
-    spans = np.cumsum(np.add.reduceat(weights, range(0, work.shape[1], _SPAN), axis=1), axis=1)
-    numbers = uniforms([_seed(seq) for seq in seqs], [s.ref.choice for s in seqs], _places(seqs))
-    return _find(weights, spans, numbers)
-
-
-def _find(
-    weights: NDArray[np.float64], spans: NDArray[np.float64], numbers: NDArray[np.float64]
-) -> list[int]:
-    """For each row the first token (by id) up to which more than its number of the whole weight
-    lies.
-
-    weights: [R, V]; spans: [R, V / _SPAN, rounded up], the weight up to the end of each span;
-    numbers: [R] in [0, 1).
-    """
-    rows = np.arange(len(weights))
-    targets = numbers * spans[:, -1]  # below the whole, also as rounded: it is >= 1
-    span = (spans <= targets[:, None]).sum(axis=1)  # [R]
-    before = np.where(span > 0, spans[rows, span - 1], 0.0)
-    at = span[:, None] * _SPAN + np.arange(_SPAN)  # [R, _SPAN]
-    inside = at < weights.shape[1]
-    parts = np.where(inside, weights[rows[:, None], np.where(inside, at, 0)], 0.0)
-    sums = before[:, None] + np.cumsum(parts, axis=1)
-    index = (sums <= targets[:, None]).sum(axis=1)  # [R]
-    for r in np.flatnonzero(index == _SPAN):  # only by the rounding of the two sums
-        index[r] = np.flatnonzero(parts[r])[-1]
-    found: list[int] = (span * _SPAN + index).tolist()
-    return found
-
-
-def _seed(seq: Sequence) -> int:
+def _key(seq: Sequence) -> tuple[int, int, int]:
+    """Of the random number of its next token."""
     seed = seq.request.params.seed
     assert seed is not None, "the front door sets a seed for every request"
-    return seed
-
-
-def _places(seqs: Seq[Sequence]) -> list[int]:
-    return [seq.num_emitted for seq in seqs]
+    return seed % 2**64, seq.ref.choice, seq.num_emitted
 
 
 def _keep_top_p(weights: NDArray[np.float64], top_p: float) -> None:

@@ -7,6 +7,7 @@ import logging
 from typing import Literal
 
 from diptych.kernels.base import (
+    DRAW_SPAN,
     DecodeRows,
     DecoderParts,
     FusedDecoder,
@@ -19,6 +20,7 @@ from diptych.kernels.narrow import NARROW, Narrow
 assert __name__ == "diptych.kernels", "import diptych.kernels, never the bare folder"
 
 __all__ = [
+    "DRAW_SPAN",
     "NARROW",
     "DecodeRows",
     "DecoderParts",

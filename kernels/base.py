@@ -12,13 +12,16 @@ a decode row equals the same row of a prefill chunk.
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Final, Protocol
 
+import numpy as np
+from numpy.typing import NDArray
 from torch import Tensor, dtype
 
 from diptych.kernels.narrow import Narrow
 
 __all__ = [
+    "DRAW_SPAN",
     "DecodeRows",
     "DecoderParts",
     "FusedDecoder",
@@ -27,6 +30,9 @@ __all__ = [
     "PackedLinear",
     "StepIndices",
 ]
+
+DRAW_SPAN: Final = 256
+"""Tokens whose weights are summed together before the sums are searched, kSpan of sampling.cc."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -285,6 +291,21 @@ class Kernels(Protocol):
 
         The first maximum wins; logprob = max - logsumexp. A row with a NaN or without a finite
         maximum has id -1, NaN.
+        """
+        ...
+
+    def draw(
+        self,
+        weights: NDArray[np.float64],
+        spans: NDArray[np.float64],
+        keys: Sequence[tuple[int, int, int]],
+    ) -> list[int]:
+        """One token of each row, drawn by the random number of its key (seed in [0, 2^64), choice,
+        position; philox.py): the first, by id, up to which more than that number of the row's whole
+        weight lies.
+
+        weights: [R, V], not negative, not all 0. spans: [R, V / DRAW_SPAN, rounded up], the weight
+        up to the end of each DRAW_SPAN tokens. Every backend gives the same tokens.
         """
         ...
 

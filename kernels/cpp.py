@@ -5,9 +5,12 @@ go to C++ as they are (no copies, strided views included) and are checked there:
 dtype raises AssertionError. Calls release the GIL.
 """
 
+from array import array
 from collections.abc import Callable, Sequence
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from diptych.engine.core.errors import ConfigError
@@ -67,6 +70,7 @@ class CppKernels:
         self._write_kv: Callable[..., None] = lib.write_kv
         self._attention: Callable[..., None] = lib.attention
         self._argmax_logprob: Callable[..., None] = lib.argmax_logprob
+        self._draw: Callable[..., None] = lib.draw
         self._log_softmax: Callable[..., None] = lib.log_softmax
         self._set_num_threads: Callable[[int], None] = lib.set_num_threads
         self.pack_into(None)
@@ -218,6 +222,17 @@ class CppKernels:
         logprobs = torch.empty(logits.shape[0], dtype=torch.float32)
         self._argmax_logprob(self._level, ids, logprobs, logits)
         return ids, logprobs
+
+    def draw(
+        self,
+        weights: NDArray[np.float64],
+        spans: NDArray[np.float64],
+        keys: Sequence[tuple[int, int, int]],
+    ) -> list[int]:
+        tokens = np.empty(len(keys), dtype=np.int32)
+        flat = array("Q", [number for key in keys for number in key])
+        self._draw(tokens, np.frombuffer(flat, dtype=np.uint64), weights, spans)
+        return list(tokens.tolist())
 
     def log_softmax(self, out: Tensor, logits: Tensor) -> None:
         self._log_softmax(self._level, out, logits)

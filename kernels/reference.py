@@ -8,12 +8,15 @@ machines without the C++ library; never for speed.
 import math
 from collections.abc import Callable, Sequence
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from diptych.engine.core.types import KV_SCALE_BYTES
-from diptych.kernels.base import DecoderParts, PackedLinear
+from diptych.kernels.base import DRAW_SPAN, DecoderParts, PackedLinear
 from diptych.kernels.narrow import Narrow, round_int4, round_int8, round_rows
+from diptych.kernels.philox import uniforms
 
 __all__ = ["ReferenceKernels"]
 
@@ -169,6 +172,25 @@ class ReferenceKernels:
             ids[r] = int((row == top).nonzero()[0, 0])
             logprobs[r] = top - torch.logsumexp(row, dim=0)
         return ids, logprobs
+
+    def draw(
+        self,
+        weights: NDArray[np.float64],
+        spans: NDArray[np.float64],
+        keys: Sequence[tuple[int, int, int]],
+    ) -> list[int]:
+        seeds, choices, positions = zip(*keys, strict=True)
+        targets = uniforms(seeds, choices, positions) * spans[:, -1]  # below the whole: it is >= 1
+        found = []
+        for row, sums, target in zip(weights, spans, targets, strict=True):
+            span = int((sums <= target).sum())
+            before = sums[span - 1] if span else 0.0
+            parts = row[span * DRAW_SPAN : (span + 1) * DRAW_SPAN]
+            index = int((before + np.cumsum(parts) <= target).sum())
+            if index == parts.size:  # only by the rounding of the two sums
+                index = int(np.flatnonzero(parts)[-1])
+            found.append(span * DRAW_SPAN + index)
+        return found
 
     def log_softmax(self, out: Tensor, logits: Tensor) -> None:
         for r, row in enumerate(logits.double()):

@@ -13,8 +13,8 @@ from diptych.engine.core.params import SamplingParams
 from diptych.engine.core.plan import Sample
 from diptych.engine.core.request import Request, SeqRef, Sequence
 from diptych.engine.core.types import Role, pack_ids
-from diptych.engine.philox import uniforms
 from diptych.engine.sampling import EDITS_KEPT_MAX, NOT_FINITE, NOTHING_ALLOWED, Sampler
+from diptych.kernels.philox import uniforms
 from diptych.kernels.reference import ReferenceKernels
 
 VOCAB = 40

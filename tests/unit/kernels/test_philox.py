@@ -5,7 +5,7 @@ import random
 import numpy as np
 import pytest
 
-from diptych.engine.philox import philox4x32, uniforms
+from diptych.kernels.philox import philox4x32, uniforms
 
 # Random123, kat_vectors, "philox4x32 10": counter, key, result.
 KNOWN = [
