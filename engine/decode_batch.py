@@ -42,13 +42,12 @@ class DecodeBatch:
             logprobs=torch.zeros(capacity, dtype=torch.float32),
         )
 
-    def take(self, rows: list[StepRow]) -> bool:
-        """The next step: one token of each of these rows. Whether its sequences are others than
-        those of the last step, or in another order.
+    def take(self, rows: list[StepRow]) -> None:
+        """The next step: one token of each of these rows. `seqs` stays the same list where these
+        are the sequences of the last step, in their order.
         """
         seqs = [row.seq for row in rows]
-        changed = len(seqs) != len(self.seqs) or not all(map(is_, seqs, self.seqs))
-        if changed:
+        if len(seqs) != len(self.seqs) or not all(map(is_, seqs, self.seqs)):
             if len(seqs) > len(self._ids):
                 self._grow(max(len(seqs), 2 * len(self._ids)))
             self.seqs = seqs
@@ -57,7 +56,6 @@ class DecodeBatch:
         ids = [seq.tokens[start] for seq, start in zip(seqs, starts, strict=True)]
         self._positions[: len(seqs)] = array("i", starts)
         self._ids[: len(seqs)] = array("i", ids)
-        return changed
 
     def read_tables(self) -> None:
         """Takes over the sequences' block tables as they are now."""

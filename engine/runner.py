@@ -53,11 +53,12 @@ class RowSampler(Protocol):
     """What the runner asks of a sampler (engine/sampling.py)."""
 
     def takes_best(self, seqs: Seq[Sequence]) -> bool:
-        """Whether each of these takes the best token from now on, and asks for nothing else."""
+        """Whether each of these takes the best token now, and asks for nothing else."""
         ...
 
     def sample(self, logits: Tensor, seqs: Seq[Sequence]) -> list[Sample]:
-        """logits: [R, V] fp32, may be overwritten; one sample per row."""
+        """logits: [R, V] fp32, may be overwritten; one sample per row. The same list as in the last
+        call means the same sequences, at most longer ones; so in `takes_best`."""
         ...
 
 
@@ -225,7 +226,6 @@ class Runner:
         self._sampler = sampler
         self._portion = head_portion(model.config)
         self._batch = DecodeBatch(pool.num_parts)
-        self._takes_best = False  # all of the batch
 
     def run(self, plan: StepPlan) -> StepResult:
         """One forward pass."""
@@ -245,14 +245,14 @@ class Runner:
     def _decode(self, rows: list[StepRow]) -> list[Sample | None]:
         """A step of decodes only, in one call."""
         batch = self._batch
-        if batch.take(rows):
-            self._takes_best = self._sampler.takes_best(batch.seqs)
-        logits = self._decoder.decode(batch.rows, choose=self._takes_best)
+        batch.take(rows)
+        takes_best = self._sampler.takes_best(batch.seqs)
+        logits = self._decoder.decode(batch.rows, choose=takes_best)
         if logits is None:
             batch.read_tables()
-            logits = self._decoder.decode(batch.rows, choose=self._takes_best)
+            logits = self._decoder.decode(batch.rows, choose=takes_best)
             assert logits is not None, "a row beyond its blocks"
-        if self._takes_best:
+        if takes_best:
             return [*best_samples(batch.chosen())]
         samples = self._sampler.sample(logits, batch.seqs)
         assert len(samples) == len(rows), "the sampler lost a row"

@@ -18,9 +18,10 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from diptych.engine.asked import Asked, Draws
 from diptych.engine.core.plan import Sample, TokenLogprobs
 from diptych.engine.core.request import SeqRef, Sequence
-from diptych.engine.logit_edits import LogitEdits, edits_logits
+from diptych.engine.logit_edits import LogitEdits
 from diptych.engine.logprobs import token_logprobs
 from diptych.kernels import DRAW_SPAN, Kernels
 
@@ -51,39 +52,43 @@ class Sampler:
         self._eos = eos_token_ids
         self._edits: OrderedDict[SeqRef, tuple[LogitEdits, int]] = OrderedDict()  # with last call
         self._num_calls = 0
+        self._asked: Asked | None = None  # of the newest rows
+        self._spans = np.arange(0, vocab_size, DRAW_SPAN)  # where each begins
 
     def takes_best(self, seqs: Seq[Sequence]) -> bool:
-        """Whether each of these sequences takes the model's first choice from now on, and asks for
-        nothing else: then `best_samples` is what `sample` gives."""
-        return all(
-            seq.request.params.temperature == 0.0
-            and seq.request.params.logprobs is None
-            and not edits_logits(seq)
-            for seq in seqs
-        )
+        """Whether each of these sequences takes the model's first choice now, and asks for nothing
+        else: then `best_samples` is what `sample` gives. seqs: as there."""
+        return self._ask(seqs).takes_best
+
+    def _ask(self, seqs: Seq[Sequence]) -> Asked:
+        if self._asked is None or self._asked.seqs is not seqs:
+            self._asked = Asked(seqs, max(1, _CHUNK_ELEMENTS // self._vocab_size))
+        else:
+            self._asked.refresh()
+        return self._asked
 
     def sample(self, logits: Tensor, seqs: Seq[Sequence]) -> list[Sample]:
-        """One sample per row of logits ([R, V] fp32, not changed), the next token of seqs[r]."""
+        """One sample per row of logits ([R, V] fp32, not changed), the next token of seqs[r].
+
+        The same list as in the last call means the same sequences, at most longer ones.
+        """
         assert logits.shape == (len(seqs), self._vocab_size)
         self._num_calls += 1
-        edited = [edits_logits(seq) for seq in seqs]
-        plain: list[int] = []  # rows: the model's first choice
-        drawn: list[int] = []
-        for r, seq in enumerate(seqs):
-            whole = seq.request.params.temperature == 0.0 and not edited[r]
-            (plain if whole else drawn).append(r)
+        asked = self._ask(seqs)
         tokens: list[int | str] = [NOT_FINITE] * len(seqs)  # the token, or why there is none
         known: dict[int, float] = {}  # row -> logprob of its token
-        if plain:
-            ids, logprobs = self._kernels.argmax_logprob(_rows(logits, plain))  # [plain] each
-            for r, token, logprob in zip(plain, ids.tolist(), logprobs.tolist(), strict=True):
+        if asked.plain:
+            ids, logprobs = self._kernels.argmax_logprob(_rows(logits, asked.plain))
+            for r, token, logprob in zip(asked.plain, ids.tolist(), logprobs.tolist(), strict=True):
                 if token >= 0:
                     tokens[r] = token
                     known[r] = logprob
+        for draws in asked.draws:
+            self._draw(_rows(logits, draws.rows).numpy(), draws, tokens)
         step = max(1, _CHUNK_ELEMENTS // self._vocab_size)
-        for start in range(0, len(drawn), step):
-            self._draw(logits, seqs, drawn[start : start + step], edited, tokens)
-        entries = self._logprobs(logits, seqs, tokens, known)
+        for start in range(0, len(asked.edited), step):
+            self._draw_edited(logits, seqs, asked.edited[start : start + step], tokens)
+        entries = self._logprobs(logits, asked.tops, tokens, known) if asked.tops else {}
         return [
             Sample(-1, None, token) if isinstance(token, str) else Sample(token, entries.get(r))
             for r, token in enumerate(tokens)
@@ -91,35 +96,26 @@ class Sampler:
 
     # ---- rows that are not simply greedy -------------------------------------------------------
 
-    def _draw(
-        self,
-        logits: Tensor,
-        seqs: Seq[Sequence],
-        rows: list[int],
-        edited: list[bool],
-        tokens: list[int | str],
+    def _draw_edited(
+        self, logits: Tensor, seqs: Seq[Sequence], rows: list[int], tokens: list[int | str]
     ) -> None:
-        """Fill `tokens` of these rows."""
+        """Fill `tokens` of these rows, whose logits are edited first."""
         work = logits[rows].numpy()  # [rows, V] fp32, a copy
         finite = np.isfinite(work.max(axis=1))
         random: list[int] = []  # rows of `work`
         for i, r in enumerate(rows):
             if not finite[i]:
                 continue
-            if edited[r]:
-                self._edits_of(seqs[r]).apply(work[i], seqs[r])
-                if work[i].max() == -np.inf:
-                    tokens[r] = NOTHING_ALLOWED
-                    continue
-            if seqs[r].request.params.temperature == 0.0:
+            self._edits_of(seqs[r]).apply(work[i], seqs[r])
+            if work[i].max() == -np.inf:
+                tokens[r] = NOTHING_ALLOWED
+            elif seqs[r].request.params.temperature == 0.0:
                 tokens[r] = int(work[i].argmax())
             else:
                 random.append(i)
         if random:
-            chosen = [seqs[rows[i]] for i in random]
-            kept = work if len(random) == len(rows) else work[random]
-            for i, token in zip(random, self._draw_random(kept, chosen), strict=True):
-                tokens[rows[i]] = token
+            drawn = [rows[i] for i in random]
+            self._draw(work[random], Draws(drawn, [seqs[r] for r in drawn]), tokens)
 
     def _edits_of(self, seq: Sequence) -> LogitEdits:
         """Prepared once per sequence; those of sequences that ended are dropped on the way."""
@@ -134,15 +130,19 @@ class Sampler:
         self._edits[seq.ref] = edits, self._num_calls
         return edits
 
-    def _draw_random(self, work: NDArray[np.float32], seqs: Seq[Sequence]) -> list[int]:
-        """One token per row of work ([R, V], the maximum finite) at its temperature above 0."""
-        params = [seq.request.params for seq in seqs]
-        best = work.max(axis=1)  # [R]
-        weights = np.subtract(work, best[:, None], dtype=np.float64)  # [R, V]
+    def _draw(self, work: NDArray[np.float32], draws: Draws, tokens: list[int | str]) -> None:
+        """Fill `tokens` of these rows, at temperatures above 0, from their logits ([R, V])."""
+        best = work.max(axis=1, keepdims=True)  # [R, 1]
+        if not np.isfinite(best).all():
+            finite = np.flatnonzero(np.isfinite(best[:, 0])).tolist()
+            if finite:
+                self._draw(work[finite], draws.only(finite), tokens)
+            return
+        weights = np.subtract(work, best, dtype=np.float64)  # [R, V]
         with np.errstate(over="ignore"):  # a temperature near 0 leaves the best tokens only
-            weights /= np.array([p.temperature for p in params], dtype=np.float64)[:, None]
+            weights /= draws.temperatures
         np.exp(weights, out=weights)  # 1 at the best token, so no sum is needed for min_p
-        for i, p in enumerate(params):
+        for i, p in draws.filtered:
             if p.min_p > 0.0:
                 weights[i][weights[i] < p.min_p] = 0.0
             if 0 < p.top_k < work.shape[1]:
@@ -150,24 +150,26 @@ class Sampler:
                 weights[i][work[i] < least] = 0.0
             if p.top_p < 1.0:
                 _keep_top_p(weights[i], p.top_p)
-        spans = np.add.reduceat(weights, range(0, work.shape[1], DRAW_SPAN), axis=1).cumsum(axis=1)
-        return self._kernels.draw(weights, spans, [_key(seq) for seq in seqs])
+        spans = np.add.reduceat(weights, self._spans, axis=1).cumsum(axis=1)
+        drawn = self._kernels.draw(weights, spans, draws.keys())
+        for r, token in zip(draws.rows, drawn, strict=True):
+            tokens[r] = token
 
     # ---- log-probabilities ---------------------------------------------------------------------
 
     def _logprobs(
         self,
         logits: Tensor,
-        seqs: Seq[Sequence],
+        tops: list[tuple[int, int]],
         tokens: list[int | str],
         known: dict[int, float],
     ) -> dict[int, TokenLogprobs]:
-        """row -> entry, for the rows that want one."""
+        """row -> entry, for the rows that want one; tops: those, with the length of `top`."""
         entries: dict[int, TokenLogprobs] = {}
         wanted: dict[int, list[int]] = {}  # length of `top` -> rows
-        for r, token in enumerate(tokens):
-            top = seqs[r].request.params.logprobs
-            if top is None or isinstance(token, str):
+        for r, top in tops:
+            token = tokens[r]
+            if isinstance(token, str):
                 continue
             if top == 0 and r in known:
                 entries[r] = TokenLogprobs(token, known[r], 1, [])  # the best, ties by lower id
@@ -192,13 +194,6 @@ def _rows(logits: Tensor, rows: list[int]) -> Tensor:
     if len(rows) == logits.shape[0]:
         return logits
     return logits[torch.tensor(rows, dtype=torch.int64)]
-
-
-def _key(seq: Sequence) -> tuple[int, int, int]:
-    """Of the random number of its next token."""
-    seed = seq.request.params.seed
-    assert seed is not None, "the front door sets a seed for every request"
-    return seed % 2**64, seq.ref.choice, seq.num_emitted
 
 
 def _keep_top_p(weights: NDArray[np.float64], top_p: float) -> None:

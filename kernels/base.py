@@ -298,14 +298,14 @@ class Kernels(Protocol):
         self,
         weights: NDArray[np.float64],
         spans: NDArray[np.float64],
-        keys: Sequence[tuple[int, int, int]],
+        keys: NDArray[np.uint64],
     ) -> list[int]:
-        """One token of each row, drawn by the random number of its key (seed in [0, 2^64), choice,
-        position; philox.py): the first, by id, up to which more than that number of the row's whole
-        weight lies.
+        """One token of each row, drawn by the random number of its key (philox.py): the first, by
+        id, up to which more than that number of the row's whole weight lies.
 
         weights: [R, V], not negative, not all 0. spans: [R, V / DRAW_SPAN, rounded up], the weight
-        up to the end of each DRAW_SPAN tokens. Every backend gives the same tokens.
+        up to the end of each DRAW_SPAN tokens. keys: [R, 3], seed, choice and position. Every
+        backend gives the same tokens.
         """
         ...
 

@@ -5,7 +5,6 @@ go to C++ as they are (no copies, strided views included) and are checked there:
 dtype raises AssertionError. Calls release the GIL.
 """
 
-from array import array
 from collections.abc import Callable, Sequence
 
 import numpy as np
@@ -227,12 +226,12 @@ class CppKernels:
         self,
         weights: NDArray[np.float64],
         spans: NDArray[np.float64],
-        keys: Sequence[tuple[int, int, int]],
+        keys: NDArray[np.uint64],
     ) -> list[int]:
         tokens = np.empty(len(keys), dtype=np.int32)
-        flat = array("Q", [number for key in keys for number in key])
-        self._draw(tokens, np.frombuffer(flat, dtype=np.uint64), weights, spans)
-        return list(tokens.tolist())
+        self._draw(tokens, keys, weights, spans)
+        drawn: list[int] = tokens.tolist()
+        return drawn
 
     def log_softmax(self, out: Tensor, logits: Tensor) -> None:
         self._log_softmax(self._level, out, logits)

@@ -177,9 +177,9 @@ class ReferenceKernels:
         self,
         weights: NDArray[np.float64],
         spans: NDArray[np.float64],
-        keys: Sequence[tuple[int, int, int]],
+        keys: NDArray[np.uint64],
     ) -> list[int]:
-        seeds, choices, positions = zip(*keys, strict=True)
+        seeds, choices, positions = keys.T.tolist()
         targets = uniforms(seeds, choices, positions) * spans[:, -1]  # below the whole: it is >= 1
         found = []
         for row, sums, target in zip(weights, spans, targets, strict=True):

@@ -206,20 +206,25 @@ def test_tables_are_read_when_the_batch_changes_or_is_asked_to(parts: int) -> No
     def wanted(seq: Sequence) -> list[int]:
         return [parts * block + part for block in seq.block_table for part in range(parts)]
 
-    assert batch.take(rows)
-    assert not batch.take(rows)
+    batch.take(rows)
+    kept = batch.seqs
+    batch.take(rows)
+    assert batch.seqs is kept
     assert batch.rows.ids[:20].tolist() == [6 + index for index in range(20)]
     assert batch.rows.positions[:20].tolist() == [2] * 20
     assert tables() == [wanted(seq) for seq in seqs]
     seqs[3].block_table.append(60)
-    assert not batch.take(rows)
+    batch.take(rows)
+    assert batch.seqs is kept
     batch.read_tables()
     assert tables() == [wanted(seq) for seq in seqs]
-    assert batch.take(rows[::-1])
+    batch.take(rows[::-1])
+    assert batch.seqs == seqs[::-1]
     assert tables() == [wanted(seq) for seq in seqs[::-1]]
-    assert batch.take(rows[:1])
+    batch.take(rows[:1])
     assert (batch.rows.num_rows, tables()) == (1, [wanted(seqs[0])])
     twin = _sequence("0", [4, 5, 6], GREEDY)  # equal, but another
     twin.block_table = [7, 8]
-    assert batch.take([StepRow(twin, 2, 1, True)])
+    batch.take([StepRow(twin, 2, 1, True)])
+    assert batch.seqs[0] is twin
     assert tables() == [wanted(twin)]

@@ -286,6 +286,25 @@ def test_min_tokens_masks_eos_and_stops_until_reached() -> None:
         assert one(row, seq_of(params, [0], emitted)).token == token
 
 
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_a_batch_that_stays_is_looked_at_again_as_it_grows(temperature: float) -> None:
+    row = [0.0, 9.0, 8.0, 1.0]
+    late = SamplingParams(temperature=temperature, min_tokens=2, seed=4)
+    seqs = [seq_of(SamplingParams(temperature=0.0), [0]), seq_of(late, [0])]
+    logits, sampler = torch.tensor([row, row]), sampler_of(4)
+    for emitted in range(4):
+        assert sampler.takes_best(seqs) == (emitted >= 2 and temperature == 0.0)
+        samples = sampler.sample(logits, seqs)
+        assert samples == sampler_of(4).sample(logits, list(seqs))
+        assert (samples[1].token == 1) <= (emitted >= 2)
+        for seq, sample in zip(seqs, samples, strict=True):
+            seq.tokens.append(sample.token)
+    assert 1 in seqs[1].tokens[3:]
+    seqs = [*seqs, seq_of(SamplingParams(temperature=0.0, logprobs=0), [0])]
+    assert not sampler.takes_best(seqs)
+    assert sampler.takes_best(seqs[:1])
+
+
 def test_extreme_parameters_still_give_a_token() -> None:
     row = [1e38, -1e38, 3.0, -math.inf]
     for params in (

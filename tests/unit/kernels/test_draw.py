@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 from diptych.kernels import DRAW_SPAN, library, load
 from diptych.kernels.philox import uniforms
 
-Keys = list[tuple[int, int, int]]
+Keys = NDArray[np.uint64]  # [R, 3]
 
 
 def _weights(rng: random.Random, rows: int, vocab: int) -> NDArray[np.float64]:
@@ -29,10 +29,11 @@ def _spans(weights: NDArray[np.float64]) -> NDArray[np.float64]:
 
 def _keys(rng: random.Random, rows: int) -> Keys:
     ends = (0, 1, 2**32 - 1, 2**32, 2**63, 2**64 - 1)
-    return [
+    keys = [
         (rng.choice([*ends, rng.randrange(2**64)]), rng.randrange(128), rng.choice([0, row, 2**40]))
         for row in range(rows)
     ]
+    return np.array(keys, dtype=np.uint64)
 
 
 @pytest.mark.skipif(library.find() is None, reason="the C++ library is not built")
@@ -56,7 +57,7 @@ def test_backends_draw_the_same_tokens(vocab: int, seed: int) -> None:
 def test_the_token_is_the_first_beyond_the_number(vocab: int) -> None:
     rng = random.Random(vocab)
     weights, keys = _weights(rng, 60, vocab), _keys(rng, 60)
-    numbers = uniforms(*(list(column) for column in zip(*keys, strict=True)))
+    numbers = uniforms(*keys.T.tolist())
     for row, token in enumerate(load().draw(weights, _spans(weights), keys)):
         share = np.cumsum(weights[row]) / weights[row].sum()
         assert share[token] > numbers[row] - 1e-12
@@ -68,9 +69,10 @@ def test_the_token_is_the_first_beyond_the_number(vocab: int) -> None:
 def test_wrong_shapes_are_refused() -> None:
     weights = np.ones((2, 300))
     kernels = load("cpp")
+    keys = _keys(random.Random(0), 2)
     with pytest.raises(AssertionError):
-        kernels.draw(weights, np.ones((2, 1)), [(1, 0, 0)] * 2)
+        kernels.draw(weights, np.ones((2, 1)), keys)
     with pytest.raises(AssertionError):
-        kernels.draw(weights, _spans(weights), [(1, 0, 0)])
+        kernels.draw(weights, _spans(weights), keys[:1])
     with pytest.raises(AssertionError):
-        kernels.draw(weights.astype(np.float32), _spans(weights), [(1, 0, 0)] * 2)  # type: ignore[arg-type]
+        kernels.draw(weights, _spans(weights), keys.astype(np.int64))  # type: ignore[arg-type]
