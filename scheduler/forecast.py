@@ -41,6 +41,7 @@ class Demand:
     prompt_tokens: float  # of the prompt that such a token belongs to, on average
     queued_tokens: float  # prompt tokens that wait now
     decode_tokens_s: float
+    requests_s: float = 0.0
 
     @property
     def none(self) -> bool:

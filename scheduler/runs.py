@@ -29,6 +29,8 @@ class RunCounts:
     prefix_hits: int = 0  # tokens
     preemptions: int = 0
     prefill_tokens: int = 0
+    placed: int = 0  # rows, every attempt
+    finished: int = 0  # rows
     blocks_pulled: int = 0  # moved between pools
     ignored_commits: int = 0  # named a block that the row does not own: a worker's bug
 
@@ -94,6 +96,7 @@ class Runs:
         if prefill is not None and prefill.tail_tokens is not None:
             decoder.expect_prefill(prefill.tail_tokens)
         self._rows.move(row, RowEvent.PLACE)
+        self.counts.placed += 1
         pool.num_running += 1
         if row.preemptions < self._options.preemptions_max:
             priority, rank, arrival, choice = row.order
@@ -255,6 +258,7 @@ class Runs:
             row.finished_on = worker.id
             worker.finished[row.key] = row
         row.faults = 0
+        self.counts.finished += was_running
         if was_running and row.holds[worker.id] is not Role.DECODE:
             self.take_back(row, but=worker)
         elif was_running:

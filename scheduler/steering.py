@@ -99,7 +99,9 @@ class Steering:
         self.load = measure(self._members, self._room, options.max_num_seqs, options.slo_s)
         elapsed_s = options.steer_s if self._looked_at is None else now - self._looked_at
         self._looked_at = now
-        scenarios = self._meter.look(self._members, self._room, elapsed_s, self.load.lacks_room)
+        scenarios = self._meter.look(
+            self._members, self._room, self._runs.counts, elapsed_s, self.load.lacks_room
+        )
         if options.steers:
             workers = self._serving()
             self._apply(self._dials.decide(workers, scenarios, costs_of(workers)))
