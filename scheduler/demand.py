@@ -36,8 +36,15 @@ class DemandMeter:
         self._prompt = 0.0  # tokens
         self._waiting = 0  # tokens in the room at the last look
         self._rows_s = 0.0  # that came, per second
+        self._turned_at: int | None = None  # look
         self._seen = (0, 0)  # rows placed or in the room, rows finished
         self._answers = (0.0, 0.0)  # tokens decoded, rows that began or ended: the mean
+
+    @property
+    def turned(self) -> bool:
+        """The load turned within the time that samples are kept for."""
+        kept = NUM_SAMPLES * SAMPLE_PERIODS
+        return self._turned_at is not None and self._looks - self._turned_at <= kept
 
     def look(
         self,
@@ -58,7 +65,9 @@ class DemandMeter:
         arrived = max(0, placed + room.num_tokens - self._waiting)
         self._waiting = room.num_tokens
         came, finished = self._count(counts, room.num_rows)
-        weight = _TURN if self._turns(came, elapsed_s) else _WEIGHT
+        weight = _WEIGHT
+        if self._turns(came, elapsed_s):
+            weight, self._turned_at = _TURN, self._looks
         if lacks_room and rows:
             decoded *= 1.0 + room.num_rows / rows
         if placed or room.num_rows:

@@ -23,8 +23,11 @@ TURN_PERIODS: Final = 3
 PATIENCE: Final = 3
 """Looks in a row at which fewer workers that do both must promise more: those suit any turn of the
 load at once, the others only the one that was seen."""
-UNKNOWN: Final = 0.15
-"""Weight of each load that was not seen and could come, beside what is asked now."""
+UNKNOWN: Final = (0.15, 0.3)
+"""Weight of each load that was not seen and could come, beside what is asked now: while the load is
+steady, and where it turned lately."""
+RARE: Final = 0.05
+"""Of the most requests per second: where fewer come, they count for so many."""
 GRID: Final = 8
 """Up to so many workers every split is looked at; of more, a grid and this one's neighbours."""
 
@@ -45,16 +48,21 @@ class DialController:
         self._apart = 0  # looks in a row that wanted fewer workers to do both
 
     def decide(
-        self, workers: list[Worker], scenarios: Scenarios, costs: Costs | None
+        self,
+        workers: list[Worker],
+        scenarios: Scenarios,
+        costs: Costs | None,
+        turned: bool = False,
     ) -> list[Move]:
-        """`workers`: those that take new rows."""
+        """`workers`: those that take new rows. `turned`: the load is not one that stays."""
         self._since_move += 1
         if len(workers) < 2 or costs is None or all(demand.none for _, demand in scenarios):
             return []
         here = split_of(workers)
         if not here.covers:
             return []  # `repair` comes first
-        scenarios = scenarios + self._unknown(len(workers), scenarios[0][1], costs)
+        unknown = UNKNOWN[turned]
+        scenarios = scenarios + self._unknown(len(workers), scenarios[0][1], costs, unknown)
         scores = {split: self._score(split, scenarios, costs) for split in candidates(here)}
         best = max(scores, key=scores.__getitem__)
         if not self._worth(scores[best] - scores[here], best.mixed - here.mixed):
@@ -62,7 +70,7 @@ class DialController:
         self._since_move = 0
         return moves_to(best, workers)
 
-    def _unknown(self, count: int, now: Demand, costs: Costs) -> Scenarios:
+    def _unknown(self, count: int, now: Demand, costs: Costs, weight: float) -> Scenarios:
         """What nobody has asked for yet: half of what all can do, of prompts alone, of answers
         alone."""
         work = 0.5 * count
@@ -70,8 +78,8 @@ class DialController:
         rows = max(0.0, (step_s - costs.base_s) / costs.row_s)
         prefill, decode = work / costs.prefill_s, work * min(rows, self._seats_max) / step_s
         return [
-            (UNKNOWN, Demand(prefill, now.prompt_tokens, 0.0, 0.0)),
-            (UNKNOWN, Demand(0.0, now.prompt_tokens, 0.0, decode)),
+            (weight, Demand(prefill, now.prompt_tokens, 0.0, 0.0, now.requests_s)),
+            (weight, Demand(0.0, now.prompt_tokens, 0.0, decode, now.requests_s)),
         ]
 
     def _worth(self, gain: float, mixed_more: int) -> bool:
@@ -83,11 +91,14 @@ class DialController:
         return gain >= least and (not apart or self._apart >= patience)
 
     def _score(self, split: Split, scenarios: Scenarios, costs: Costs) -> float:
+        """The share of all requests that meet their targets: a load counts by how many it has."""
+        least = RARE * max(demand.requests_s for _, demand in scenarios) or 1.0
+        weights = [weight * max(demand.requests_s, least) for weight, demand in scenarios]
         total = sum(
             weight * forecast(split, demand, costs, self._slo_s, self._seats_max).score
-            for weight, demand in scenarios
+            for weight, (_, demand) in zip(weights, scenarios, strict=True)
         )
-        return total / sum(weight for weight, _ in scenarios)
+        return total / sum(weights)
 
 
 def split_of(workers: list[Worker]) -> Split:

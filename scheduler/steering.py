@@ -104,7 +104,8 @@ class Steering:
         )
         if options.steers:
             workers = self._serving()
-            self._apply(self._dials.decide(workers, scenarios, costs_of(workers)))
+            costs, turned = costs_of(workers), self._meter.turned
+            self._apply(self._dials.decide(workers, scenarios, costs, turned))
         if self.scaling is not None:
             self.scaling.look(self.load, now)
             self._recheck = True  # somebody may leave, or stay after all
