@@ -53,6 +53,7 @@ class Row:
     faults: int = 0  # workers that crashed by their own fault while this row was on them
     backlog: bool = False  # was accepted by an older scheduler and has not been placed since
     held_on: BlockHash | None = None  # waits until this block, being computed, is committed
+    moves: int = 0  # attempts that ended because their worker prefills no more
     failed_pulls: int = 0  # attempts that ended because blocks could not be moved
 
     ref: SeqRef | None = None  # the attempt that runs, or ran last

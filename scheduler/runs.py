@@ -241,7 +241,7 @@ class Runs:
         self.take_back(victim)
 
     def displace(self, row: Row) -> None:
-        """Takes a running row back because its worker leaves: no preemption of its own."""
+        """Takes a running row back because it is better off elsewhere: no preemption of its own."""
         row.cause = LossCause.MOVED
         self._rows.move(row, RowEvent.PREEMPT)
         self.take_back(row)

@@ -75,7 +75,7 @@ class Scheduler:
             self._outbox,
         )
         self._steering = Steering(
-            options, self._members, self._room, self._runs, self._placer, self._outbox
+            options, cache, self._members, self._room, self._runs, self._placer, self._outbox
         )
         self._now = 0.0  # of this step
         self._ready = False

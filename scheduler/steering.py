@@ -2,16 +2,18 @@
 
 Owns when it looks (every `steer_s`) and the dials of workers over their restarts. Invariants: a
 worker is told every change of its dial, by `SetDial` or with its `Join`; without targets
-no role changes, but for a lost one where workers may leave.
+no role changes, but for a lost one where workers may leave; prompts that wait on a worker which
+turns to decoding are placed again where that is sooner.
 """
 
-from diptych.engine.core.config import SchedulerOptions
+from diptych.engine.core.config import CacheOptions, SchedulerOptions
 from diptych.engine.core.messages import SetDial, WorkerUp
 from diptych.engine.core.types import WorkerId
 from diptych.scheduler.demand import DemandMeter, costs_of
 from diptych.scheduler.dials import DialController, Move, covers, repair
 from diptych.scheduler.load import Load, measure
 from diptych.scheduler.members import Members, PoolPhase, Worker
+from diptych.scheduler.moving import better_elsewhere
 from diptych.scheduler.outbox import Outbox
 from diptych.scheduler.placement import Placer
 from diptych.scheduler.queue import WaitingRoom
@@ -23,6 +25,7 @@ class Steering:
     def __init__(
         self,
         options: SchedulerOptions,
+        cache: CacheOptions,
         members: Members,
         room: WaitingRoom,
         runs: Runs,
@@ -32,6 +35,7 @@ class Steering:
         self.moves = 0  # since start
         self.load: Load | None = None  # of the last look
         self._options = options
+        self._cache = cache
         self._members = members
         self._room = room
         self._runs = runs
@@ -106,9 +110,20 @@ class Steering:
             workers = self._serving()
             costs, turned = costs_of(workers), self._meter.turned
             self._apply(self._dials.decide(workers, scenarios, costs, turned))
+        self._move_prompts()
         if self.scaling is not None:
             self.scaling.look(self.load, now)
             self._recheck = True  # somebody may leave, or stay after all
+
+    def _move_prompts(self) -> None:
+        """Those that would crawl on a worker that decodes only now."""
+        serving = self._serving()
+        for worker in serving:
+            if worker.dial <= 0 and worker.backlog_tokens:
+                others = [other for other in serving if other is not worker]
+                for row in better_elsewhere(worker, others, self._cache):
+                    row.moves += 1
+                    self._runs.displace(row)
 
     def _give_back(self) -> None:
         workers = self._serving()

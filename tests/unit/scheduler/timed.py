@@ -16,6 +16,7 @@ from diptych.engine.core.messages import (
     ApiUp,
     ChoiceState,
     Closed,
+    Lost,
     PoolUp,
     Send,
     SetDial,
@@ -29,6 +30,7 @@ from diptych.engine.core.request import Request
 from diptych.engine.core.types import pack_ids
 from diptych.scheduler.batcher import Batcher
 from diptych.scheduler.commands import PoolRead, ReadPool
+from diptych.scheduler.dials import Move
 from diptych.scheduler.scheduler import Scheduler
 
 EPOCH = 1
@@ -37,6 +39,7 @@ BLOCKS = 8192
 ROOT = b"r" * 32
 HOP_S = 2e-4
 TICK_S = 0.05
+TOKEN = 7
 _SCHEDULER = Address("scheduler", 0, EPOCH)
 
 
@@ -122,15 +125,22 @@ class Timed:
             for number in range(len(dials))
         ]
         self._busy = [False] * len(dials)
+        self.num_moved = 0  # attempts that were taken back
+        self._requests: dict[str, Request] = {}
         self._answers: dict[str, Answer] = {}
         self._open = 0
         self.dials: list[tuple[float, int, int]] = []
         self._decide(ApiUp(0, 1), *[WorkerUp(n, 1, 0, dial) for n, dial in enumerate(dials)])
         self._decide(PoolUp(0, BLOCKS, SIZE))
 
-    def play(self, arrivals: Sequence[Arrival]) -> Run:
+    def play(
+        self, arrivals: Sequence[Arrival], turns: Sequence[tuple[float, int, int]] = ()
+    ) -> Run:
+        """`turns`: (when, worker, dial) of moves that nobody decided."""
         for number, arrival in enumerate(arrivals):
             self._at(arrival.at_s, (f"0-{number}-t", arrival))
+        for at_s, number, dial in turns:
+            self._at(at_s, (number, dial))
         self._at(TICK_S, None)
         self._open = len(arrivals)
         while self._open:
@@ -152,6 +162,10 @@ class Timed:
             self._deliver(event)
         elif isinstance(event, tuple) and isinstance(event[1], Arrival):
             self._arrive(*event)
+        elif isinstance(event, tuple) and isinstance(event[1], int):
+            worker = self._scheduler._members.workers[event[0]]
+            self._scheduler._steering._apply([Move(worker, event[1])])
+            self._decide()
         else:
             assert isinstance(event, tuple)
             self._end_step(*event)
@@ -160,9 +174,17 @@ class Timed:
         self._answers[name] = Answer(arrival)
         prompt = pack_ids([len(self._answers) % 1000] * arrival.prompt)
         params = SamplingParams(max_tokens=arrival.answer, ignore_eos=True, seed=0)
-        request = Request(name, prompt, params, len(self._answers), 0, ROOT)
-        states = [ChoiceState(0, 0, b"", extend_chain(ROOT, prompt, SIZE), False)]
-        self._decide(Submit(0, 1, EPOCH, request, states, False))
+        self._requests[name] = Request(name, prompt, params, len(self._answers), 0, ROOT)
+        self._submit(name, 0)
+
+    def _submit(self, name: str, attempt: int) -> None:
+        request, emitted = self._requests[name], pack_ids([TOKEN] * self._num_seen(name))
+        hashes = extend_chain(ROOT, request.prompt_ids + emitted, SIZE)
+        states = [ChoiceState(0, attempt, emitted, hashes, False)]
+        self._decide(Submit(0, 1, EPOCH, request, states, attempt > 0))
+
+    def _num_seen(self, name: str) -> int:
+        return len(self._answers[name].times_s)
 
     def _decide(self, *inputs: object) -> None:
         for command in self._scheduler.step(inputs, self.now):  # type: ignore[arg-type]
@@ -181,6 +203,9 @@ class Timed:
             self._decide(send.message)
         elif isinstance(send.message, TokenBatch):
             self._read(send.message)
+        elif isinstance(send.message, Lost):
+            self.num_moved += 1
+            self._submit(send.message.ref.request, send.message.ref.attempt + 1)
 
     def _read(self, batch: TokenBatch) -> None:
         for tokens in batch.items:
@@ -202,7 +227,7 @@ class Timed:
             self._at(self.now + self._costs.of(plan), (number, plan))
 
     def _end_step(self, number: int, plan: StepPlan) -> None:
-        samples = [Sample(7) if row.sample else None for row in plan.rows]
+        samples = [Sample(TOKEN) if row.sample else None for row in plan.rows]
         batcher = self._batchers[number]
         batcher.commit(plan, StepResult(samples, compute_s=self._costs.of(plan)))
         self._busy[number] = False
