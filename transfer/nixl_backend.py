@@ -18,10 +18,12 @@ from array import array
 from collections import deque
 from collections.abc import Callable
 from contextlib import suppress
+from dataclasses import dataclass, field
 from typing import Final
 
 import msgspec
 
+from diptych.engine.core.types import BlockId
 from diptych.transfer.backend import POLL_BYTES_MAX
 from diptych.transfer.nixl_wire import (
     PACKET_BYTES_MAX,
@@ -31,7 +33,7 @@ from diptych.transfer.nixl_wire import (
     NixlBoot,
     NixlCancel,
     NixlDone,
-    NixlFailed,
+    NixlMoved,
     NixlOrder,
     NixlRead,
     NixlUp,
@@ -46,6 +48,13 @@ RESTART_S_MAX: Final = 10.0
 _BACKLOG: Final = 128
 
 _log = logging.getLogger("diptych")
+
+
+@dataclass(slots=True)
+class _Reading:
+    blocks: list[BlockId]  # own
+    digests: list[int] = field(default_factory=list)  # of those that are here, a prefix
+    cancelled: bool = False
 
 
 class _Process:
@@ -137,8 +146,7 @@ class NixlBackend:
             into_block_bytes=self._into.block_bytes,
             loopback=host == "127.0.0.1",
         )
-        self._reads: dict[int, Read] = {}  # of the process that runs
-        self._cancelled: set[int] = set()  # of those
+        self._reads: dict[int, _Reading] = {}  # of the process that runs
         self._answers: list[ReadDone | ReadFailed] = []
         self._failed_starts = 0  # in a row
         self._start_at = 0.0
@@ -174,11 +182,10 @@ class NixlBackend:
         if process is None:
             self._answers.append(ReadFailed(read.handle, "the NIXL process is down"))
             return
-        self._reads[read.handle] = read
-        source = array("i", source_blocks(read.spans))
-        own = array("i", own_blocks(read.spans))
-        order = NixlRead(read.handle, read.endpoint, source.tobytes(), own.tobytes())
-        process.say(order)
+        blocks = own_blocks(read.spans)
+        self._reads[read.handle] = _Reading(blocks)
+        source, own = array("i", source_blocks(read.spans)), array("i", blocks)
+        process.say(NixlRead(read.handle, read.endpoint, source.tobytes(), own.tobytes()))
 
     def poll(self) -> list[ReadDone | ReadFailed]:
         process = self._process
@@ -192,9 +199,10 @@ class NixlBackend:
         return answers
 
     def cancel(self, handle: int) -> None:
-        if handle in self._reads and handle not in self._cancelled:
+        reading = self._reads.get(handle)
+        if reading is not None and not reading.cancelled:
             assert self._process is not None
-            self._cancelled.add(handle)
+            reading.cancelled = True
             self._process.say(NixlCancel(CancelRead(handle)))
 
     def fds(self) -> dict[int, bool]:
@@ -222,27 +230,35 @@ class NixlBackend:
             process.heard_at = self._clock()
             if isinstance(answer, NixlUp):
                 process.up, self._failed_starts = True, 0
-                continue
-            if isinstance(answer, NixlFailed):
+            elif isinstance(answer, NixlMoved):
+                num_bytes += self._digest(answer) * self._into.block_bytes
+            elif isinstance(answer, NixlDone):
+                self._take(answer)
+            else:
                 del self._reads[answer.handle]
                 self._answers.append(answer.as_answer())
-                self._cancelled.discard(answer.handle)
-            else:
-                self._take(answer)
-                num_bytes += len(answer.generations) // 8 * self._into.block_bytes
+
+    def _digest(self, moved: NixlMoved) -> int:
+        """Digests are taken here: of what this process sees of the bytes, on its own core, while
+        the other one moves more. How many blocks it were."""
+        count = 0
+        for handle, upto in moved.upto:
+            reading = self._reads[handle]
+            fresh = reading.blocks[len(reading.digests) : upto]
+            reading.digests += self._into.digests(fresh)
+            count += len(fresh)
+        return count
 
     def _take(self, done: NixlDone) -> None:
-        """Digests are taken here: of what this process sees of the bytes, on its own core."""
         generations, first = array("Q", done.generations).tolist(), 0
         for handle in done.handles:
-            blocks = own_blocks(self._reads.pop(handle).spans)
-            end = first + len(blocks)
-            if handle in self._cancelled:  # it was quicker
+            reading = self._reads.pop(handle)
+            end = first + len(reading.blocks)
+            assert len(reading.digests) == len(reading.blocks), "a piece was not said to be here"
+            if reading.cancelled:  # it was quicker
                 self._answers.append(ReadFailed(handle, "cancelled"))
-                self._cancelled.remove(handle)
             else:
-                digests = self._into.digests(blocks)
-                self._answers.append(ReadDone(handle, generations[first:end], digests))
+                self._answers.append(ReadDone(handle, generations[first:end], reading.digests))
             first = end
 
     def _watch(self, process: _Process) -> None:
@@ -264,7 +280,6 @@ class NixlBackend:
         failed = [ReadFailed(handle, "the NIXL process ended") for handle in self._reads]
         self._answers += failed
         self._reads.clear()
-        self._cancelled.clear()
         wait_s = 0.0
         if not process.up:
             wait_s = min(RESTART_S_MAX, RESTART_S * 2.0 ** min(self._failed_starts, 10))

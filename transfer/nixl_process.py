@@ -18,19 +18,9 @@ from dataclasses import dataclass, field
 from typing import Final
 
 import msgspec
-import numpy as np
 
-from diptych.transfer.nixl_agent import (
-    ENTRIES,
-    SCRATCH_PAGES,
-    Agent,
-    Indices,
-    PeerGone,
-    RemotePool,
-    Transfer,
-    end_process,
-    words,
-)
+from diptych.transfer.nixl_agent import SCRATCH_PAGES, Agent, RemotePool, end_process, words
+from diptych.transfer.nixl_batch import Batch
 from diptych.transfer.nixl_wire import (
     ALIVE_S,
     PACKET_BYTES_MAX,
@@ -81,30 +71,15 @@ class Peer:
     pool: RemotePool | None = None
 
     def next_batch(self, block_bytes: int) -> list[NixlRead]:
-        """Three quarters of the reads that wait, in one transfer: fewer of them cost less, and
-        what was read first is digested, some five times as fast, while the rest is being read."""
+        """All reads that wait but the last: that one moves while the worker hears of the others
+        and asks for more."""
         waiting, batch, num_bytes = self.waiting, [self.waiting.popleft()], 0
-        for _ in range((len(waiting) + 1) * 3 // 4 - 1):
+        while len(waiting) > 1:
             num_bytes += len(batch[-1].own) // 4 * block_bytes
             if num_bytes >= _BATCH_BYTES_MAX:
                 break
             batch.append(waiting.popleft())
         return batch
-
-
-@dataclass(slots=True)
-class Running:
-    """Reads of which one transfer is under way: of their data, or then of their generations."""
-
-    reads: list[NixlRead]
-    peer: Peer
-    pool: RemotePool
-    transfer: Transfer
-    since_s: float = field(default_factory=time.monotonic)
-    source: Indices = field(default_factory=lambda: np.empty(0, np.int32))  # blocks of the peer
-    pages: list[int] = field(default_factory=list)  # of the scratch, for those of the column
-    places: Indices = field(default_factory=lambda: np.empty(0, np.int32))  # by block: its page
-    num_cancelled: int = 0
 
 
 class NixlProcess:
@@ -116,7 +91,7 @@ class NixlProcess:
         self._agent = Agent(boot)
         self._peers: dict[str, Peer] = {}
         self._ready: deque[Peer] = deque()  # whose pool is known, and reads of it wait
-        self._running: list[Running] = []
+        self._running: list[tuple[Peer, Batch]] = []
         self._free_pages = list(range(SCRATCH_PAGES))
         self._cards: deque[tuple[Peer, NixlCard | NoCard]] = deque()  # from the asking threads
         self._said_s = time.monotonic()
@@ -169,8 +144,8 @@ class NixlProcess:
 
     def _cancel(self, order: NixlCancel) -> None:
         handle = order.cancel.handle
-        for running in self._running:  # answered when it is over
-            running.num_cancelled += any(read.handle == handle for read in running.reads)
+        for _, batch in self._running:  # answered when it is over
+            batch.num_cancelled += any(read.handle == handle for read in batch.reads)
         for peer in self._peers.values():
             for read in list(peer.waiting):
                 if read.handle == handle:
@@ -183,71 +158,43 @@ class NixlProcess:
         if not peer.waiting:
             return
         assert peer.pool is not None
-        reads = peer.next_batch(self._boot.into_block_bytes)
-        source = np.frombuffer(b"".join(read.source for read in reads), np.int32)
-        own = np.frombuffer(b"".join(read.own for read in reads), np.int32)
-        try:
-            transfer = self._agent.make(self._agent.blocks, own, peer.pool.blocks, source)
-        except Exception as error:  # nothing has begun
-            self._drop(peer, error)
-            for read in reads:
-                self._say(NixlFailed(read.handle, words(error)))
-            return
-        running = Running(reads, peer, peer.pool, transfer, source=source)
-        self._running.append(running)
+        batch = Batch(self._agent, peer.pool, peer.next_batch(self._boot.into_block_bytes))
+        self._running.append((peer, batch))
         if peer.waiting:
             self._ready.append(peer)
-        try:
-            transfer.post()
-        except PeerGone as error:
-            self._fail(running, error)
+        batch.post(self._say)
 
     # ---- transfers
 
     def _look(self) -> None:
-        for running in list(self._running):
-            try:
-                if running.transfer.over():
-                    self._next(running)
-            except PeerGone as error:
-                self._fail(running, error)
-            if running in self._running and time.monotonic() - running.since_s > STALL_S_MAX:
+        for peer, batch in list(self._running):
+            answers = self._answers(batch)
+            if answers:
+                self._running.remove((peer, batch))
+                batch.free(self._free_pages)
+                if batch.failure is not None:
+                    self._drop(peer, batch.failure)
+                for answer in answers:
+                    self._say(answer)
+            elif time.monotonic() - batch.since_s > STALL_S_MAX:
                 end_process("a transfer stands still")
 
-    def _next(self, running: Running) -> None:
-        """A transfer is over: the data's, then the generations follow; theirs, then all is."""
-        agent, source = self._agent, running.source
-        if not running.pages and running.num_cancelled == len(running.reads):
-            self._end(running, *(NixlFailed(r.handle, "cancelled") for r in running.reads))
-            return
-        if not running.pages:
-            columns = source // ENTRIES
-            wanted = np.flatnonzero(np.bincount(columns)).astype(np.int32)
-            assert len(wanted) <= SCRATCH_PAGES
-            if len(wanted) > len(self._free_pages):
-                return  # other reads will give theirs back
-            running.pages = self._free_pages[: len(wanted)]
-            del self._free_pages[: len(wanted)]
-            pool, mine = running.pool, np.array(running.pages, np.int32)
-            page_of = np.empty(int(wanted[-1]) + 1, np.int32)
-            page_of[wanted] = mine
-            running.places = page_of[columns]
-            running.transfer = agent.make(pool.scratch, mine, pool.pages, wanted)
-            running.transfer.post()
-            if not running.transfer.over():
-                return
-        seen = agent.scratch[running.places, source % ENTRIES]
-        self._end(running, NixlDone([read.handle for read in running.reads], seen.tobytes()))
-
-    def _fail(self, running: Running, error: PeerGone) -> None:
-        self._drop(running.peer, error)
-        self._end(running, *(NixlFailed(read.handle, words(error)) for read in running.reads))
-
-    def _end(self, running: Running, *answers: NixlAnswer) -> None:
-        self._running.remove(running)
-        self._free_pages = sorted(running.pages + self._free_pages)
-        for answer in answers:
-            self._say(answer)
+    def _answers(self, batch: Batch) -> list[NixlDone] | list[NixlFailed]:
+        """To its reads; none while something is under way."""
+        if batch.look(self._say):
+            return []
+        if batch.failure is None and not batch.asked:
+            if batch.num_cancelled == len(batch.reads):
+                return [NixlFailed(read.handle, "cancelled") for read in batch.reads]
+            if not batch.ask_generations(self._free_pages):
+                return []  # other batches will give theirs back
+        generations = None if batch.failure is not None else batch.generations()
+        if generations is not None:
+            return [NixlDone([read.handle for read in batch.reads], generations)]
+        if batch.failure is not None:
+            reason = words(batch.failure)
+            return [NixlFailed(read.handle, reason) for read in batch.reads]
+        return []
 
     def _drop(self, peer: Peer, error: Exception) -> None:
         """The next read asks for the card of whoever listens there then."""

@@ -47,8 +47,15 @@ class NixlUp(msgspec.Struct, frozen=True, tag=True):
     """It takes orders; repeated when there was nothing else to say."""
 
 
+class NixlMoved(msgspec.Struct, frozen=True, tag=True):
+    """Of each of these reads, so many blocks are here, all in all: digests are for the worker to
+    take, while more is on its way."""
+
+    upto: list[tuple[int, int]]  # (handle, blocks)
+
+
 class NixlDone(msgspec.Struct, frozen=True, tag=True):
-    """The bytes of these reads are here; digests are for the worker to take."""
+    """All blocks of these reads are here, as was said, and their generations were read after."""
 
     handles: list[int]
     generations: bytes  # u64 each, by block, of one read after the other
@@ -87,7 +94,7 @@ class NixlCard(msgspec.Struct, frozen=True, kw_only=True):
 
 
 NixlOrder = NixlRead | NixlCancel
-NixlAnswer = NixlUp | NixlDone | NixlFailed
+NixlAnswer = NixlUp | NixlMoved | NixlDone | NixlFailed
 
 
 def nixl_installed() -> bool:
