@@ -3,13 +3,14 @@
 Prefill side and decode side are two processes, each in a namespace of its own; between the
 namespaces is a link of this program's: two TUN devices and a relay that lets bytes pass at
 `--mbit` and holds each packet for `--delay-ms` each way (netem, which a kernel may lack, does the
-same). The prefill side computes prompts with real chunks of the real runner and publishes after
-each; the decode side pulls with the engine's own machines (Porter, Puller, TcpBackend). In turns
+same). The prefill side computes prompts with the real runner in the chunks that a worker's planner
+makes of them (at most `--chunk` tokens, shorter towards the end), and publishes after each; the
+decode side pulls with the engine's own machines (Porter, Puller, TcpBackend). In turns
 with that, a prompt is published only when all of it is computed: that time is the wire's. Scheduler
 and seal are not part of it. Exposed is what passes from the end of the prefill to the last verified
 block; the share hidden is (wire - exposed) / min(wire, compute). Needs root (CAP_NET_ADMIN).
 
-    python -m bench.netns --tokens 2048 4096 --chunk 256
+    python -m bench.netns --tokens 2048 4096
 """
 
 import argparse
@@ -39,13 +40,14 @@ import torch
 from bench.drive import Driver
 from bench.models import write_model
 from bench.record import write
-from diptych.engine.core.config import ModelOptions
+from diptych.engine.core.config import BatchOptions, ModelOptions
 from diptych.engine.core.handoff import PublishBlocks, PullEnded, StartPull, TransferNews
 from diptych.engine.core.messages import Address, Publish, Send
 from diptych.engine.core.model_config import load_model_config
 from diptych.engine.core.request import SeqRef
 from diptych.engine.core.types import blocks_for
 from diptych.engine.runner import load_model
+from diptych.scheduler.step_plan import chunk_length
 from diptych.transfer.control_page import ControlPage, page_bytes
 from diptych.transfer.pool_memory import PoolMemory
 from diptych.transfer.porter import PeerMessage, Porter
@@ -257,8 +259,10 @@ class PrefillSide:
         self._line.say(
             {"pull": msgspec.to_builtins(StartPull(1, ref, peer, 0, 0, table, ones, mine))}
         )
-        published, started = 0, time.monotonic()
-        while self._driver.step(chunk) is not None:
+        published, started, done = 0, time.monotonic(), False
+        while not done:
+            start = seq.num_computed
+            self._driver.step(chunk_length(start, num_tokens, chunk, _BLOCK_SIZE, pulled=True))
             self._listen()
             done = seq.num_computed == num_tokens
             upto = len(table) if done else seq.num_computed // _BLOCK_SIZE
@@ -364,7 +368,12 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--tokens", type=int, nargs="+", default=[2048, 4096])
-    parser.add_argument("--chunk", type=int, default=256, help="tokens of one prefill chunk")
+    parser.add_argument(
+        "--chunk",
+        type=int,
+        default=BatchOptions().max_num_batched_tokens,
+        help="most tokens of one prefill chunk (default: the engine's, %(default)s)",
+    )
     parser.add_argument("--mbit", type=float, default=1000.0)
     parser.add_argument("--delay-ms", type=float, default=5.0)
     parser.add_argument("--rounds", type=int, default=3)

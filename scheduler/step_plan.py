@@ -4,12 +4,35 @@ Owns the turns of decodes and prompts where a step has room for one row only. In
 within the options' limits, and a sequence stands in it once.
 """
 
+from typing import Final
+
 from diptych.engine.core.config import BatchOptions
 from diptych.engine.core.plan import StepPlan, StepRow
 from diptych.engine.core.request import SeqRef
 from diptych.scheduler.lineup import Lineup
 from diptych.scheduler.pace import Pace
 from diptych.scheduler.running import Running
+
+TAPERED_TOKENS_MIN: Final = 128
+"""Of a chunk that is short only so that the next one is: a shorter one costs more than it hides."""
+
+
+def chunk_length(start: int, end: int, most: int, block_size: int, pulled: bool) -> int:
+    """Tokens of the next chunk of a prompt, of which [start, end) is to be computed.
+
+    `pulled`: another pool reads each chunk's blocks while the next ones are computed. Nothing hides
+    the reading of the last one, so the chunks get shorter towards the end: none is more than half
+    of what is left.
+    """
+    length = rest = end - start
+    if pulled and rest >= 2 * TAPERED_TOKENS_MIN:
+        length = rest // 2
+    length = min(length, most)
+    if length < rest:
+        # A chunk that does not finish its prompt ends with a block where it can: the block is
+        # committed at once.
+        length = max(length - (start + length) % block_size, 0) or length
+    return length
 
 
 class StepPlanner:
@@ -65,11 +88,8 @@ class StepPlanner:
                 self._lineup.starve(run)
                 starved.append(run.ref)
                 continue
-            length = min(end - start, left, room, options.max_chunk_tokens or left)
-            if start + length < end:
-                # A chunk that does not finish its prompt ends with a block where it can: the
-                # block is committed at once.
-                length = max(length - (start + length) % block_size, 0) or length
+            most = min(left, room, options.max_chunk_tokens or left)
+            length = chunk_length(start, end, most, block_size, run.handoff is not None)
             rows.append(StepRow(run.seq, start, length, start + length == len(run.tokens)))
             runs.append(run)
             run.plan_chunk(start + length, block_size)

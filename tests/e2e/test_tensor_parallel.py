@@ -12,7 +12,7 @@ import pytest
 
 from bench.procs import descendants, engine_processes
 from diptych import Engine
-from diptych.engine.core.config import EngineOptions, RankLink
+from diptych.engine.core.config import EngineOptions, Quantization, RankLink
 from diptych.engine.core.errors import ConfigError
 from diptych.engine.core.messages import Stats
 from diptych.engine.core.params import SamplingParams
@@ -21,6 +21,7 @@ from diptych.server.client import EngineClient
 from diptych.server.hosting import Hosted, host_engine
 from diptych.server.launch import start_engine
 from diptych.server.process_table import read_processes
+from diptych.transfer.nixl_wire import nixl_installed
 from tests.support.processes import tiny_options, wait_for
 
 DETECT_S_MAX = 0.5
@@ -30,9 +31,17 @@ SCORED = msgspec.structs.replace(PARAMS, prompt_logprobs=1)
 Answer = tuple[list[int], list[TokenLogprobs], list[TokenLogprobs]]  # ids, of them, of the prompt
 
 
-def options_of(folder: Path, sizes: tuple[int, int], **changes: object) -> EngineOptions:
+def options_of(
+    folder: Path,
+    sizes: tuple[int, int],
+    quantization: Quantization | None = None,
+    **changes: object,
+) -> EngineOptions:
     options = tiny_options(folder, hang_s=1.0)
-    return msgspec.structs.replace(options, prefill_tp=sizes[0], decode_tp=sizes[1], **changes)
+    model = msgspec.structs.replace(options.model, quantization=quantization)
+    return msgspec.structs.replace(
+        options, model=model, prefill_tp=sizes[0], decode_tp=sizes[1], **changes
+    )
 
 
 async def answer(
@@ -53,9 +62,17 @@ async def ask_all(client: EngineClient, tag: str) -> list[Answer]:
     return await asyncio.gather(*tasks, answer(client, f"{tag} scored", PROMPTS[3], SCORED))
 
 
-async def inline_answers(folder: Path, num_shards: int) -> list[Answer]:
-    options = msgspec.structs.replace(
-        tiny_options(folder, prefill=0, decode=0), mixed=1, tensor_parallel_size=num_shards
+async def inline_answers(
+    folder: Path, num_shards: int, quantization: Quantization | None = None
+) -> list[Answer]:
+    options = options_of(
+        folder,
+        (num_shards, num_shards),
+        quantization,
+        prefill=0,
+        decode=0,
+        mixed=1,
+        tensor_parallel_size=num_shards,
     )
     hosted = await host_engine(options, inline=True)
     try:
@@ -102,19 +119,27 @@ async def disturb(hosted: Hosted, tag: str, pid: int, how: signal.Signals) -> No
         ((1, 2), {"separate_pools": True, "transfer": "shm"}),
         ((2, 4), {}),  # more ranks than KV heads
         ((2, 1), {"rank_link": "gloo"}),
+        ((2, 1), {"separate_pools": True, "transfer": "nixl"}),
+        ((1, 2), {"separate_pools": True, "transfer": "nixl"}),
+        ((2, 1), {"quantization": "int8"}),
+        ((1, 2), {"quantization": "int4", "separate_pools": True, "transfer": "shm"}),
     ],
 )
 def test_any_sizes_give_the_inline_bits(
-    tmp_path: Path, sizes: tuple[int, int], changes: dict[str, object]
+    tmp_path: Path, sizes: tuple[int, int], changes: dict[str, Any]
 ) -> None:
+    if changes.get("transfer") == "nixl" and not nixl_installed():
+        pytest.skip("NIXL is not installed")
+
     async def scenario() -> None:
-        right = await inline_answers(tmp_path, max(sizes))
+        right = await inline_answers(tmp_path, max(sizes), changes.get("quantization"))
         hosted = await host_engine(options_of(tmp_path, sizes, **changes), inline=False)
         try:
             assert await ask_all(hosted.client, "first") == right
             assert await ask_all(hosted.client, "cached") == right
             stats = await settled(hosted)
             assert stats.losses == 0, "recovery hid a worker that failed"
+            assert bool(stats.blocks_pulled) == ("separate_pools" in changes)
             assert all(worker.steps for worker in stats.workers)
         finally:
             await hosted.close()
