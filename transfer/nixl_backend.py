@@ -37,7 +37,10 @@ from diptych.transfer.nixl_wire import (
     NixlOrder,
     NixlRead,
     NixlUp,
+    make_bell,
     require_nixl,
+    ring,
+    still,
 )
 from diptych.transfer.pool_memory import PoolMemory
 from diptych.transfer.spans import CancelRead, Read, ReadDone, ReadFailed, own_blocks, source_blocks
@@ -60,11 +63,19 @@ class _Reading:
 class _Process:
     """One incarnation of the NIXL process."""
 
-    def __init__(self, boot: Callable[[int], NixlBoot], now: float) -> None:
+    def __init__(self, boot: NixlBoot, now: float) -> None:
         self.socket, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         self.socket.setblocking(False)
-        orders = boot(theirs.fileno())
-        fds = [orders.control_fd, orders.listen_fd, orders.pool_fd, orders.page_fd, orders.into_fd]
+        self.bell, self._their_bell = make_bell(), make_bell()
+        orders = msgspec.structs.replace(
+            boot,
+            control_fd=theirs.fileno(),
+            order_bell_fd=self._their_bell,
+            answer_bell_fd=self.bell,
+        )
+        fds = [
+            value for name, value in msgspec.structs.asdict(orders).items() if name[-3:] == "_fd"
+        ]
         command = [sys.executable, "-P", "-m", "diptych.transfer.nixl_process"]
         self.popen = subprocess.Popen(command, stdin=subprocess.PIPE, pass_fds=fds)
         theirs.close()
@@ -86,6 +97,7 @@ class _Process:
             while self.unsent:
                 self.socket.send(self.unsent[0])
                 self.unsent.popleft()
+                ring(self._their_bell)
 
     def hear(self) -> NixlAnswer | None:
         try:
@@ -102,7 +114,8 @@ class _Process:
     def close(self) -> None:
         self.popen.kill()
         self.popen.wait()
-        os.close(self.pidfd)
+        for fd in (self.pidfd, self.bell, self._their_bell):
+            os.close(fd)
         self.socket.close()
 
 
@@ -132,6 +145,8 @@ class NixlBackend:
         self._boot = NixlBoot(
             worker_pid=os.getpid(),
             control_fd=-1,
+            order_bell_fd=-1,
+            answer_bell_fd=-1,
             listen_fd=self._listener.fileno(),
             pool_fd=pool_fd,
             page_fd=page_fd,
@@ -171,7 +186,7 @@ class NixlBackend:
         while (process := self._process) is not None and self._clock() < until:
             if process.up:
                 return True
-            select.select([process.socket.fileno(), process.pidfd], [], [], 0.5)
+            select.select([process.bell, process.pidfd], [], [], 0.5)
             on_wait()
             self._hear(process)
             self._watch(process)
@@ -209,7 +224,8 @@ class NixlBackend:
         process = self._process
         if process is None:
             return {}
-        return {process.socket.fileno(): bool(process.unsent), process.pidfd: False}
+        waiting = {process.socket.fileno(): True} if process.unsent else {}
+        return {process.bell: False, process.pidfd: False, **waiting}
 
     def close(self) -> None:
         if self._process is not None:
@@ -219,19 +235,20 @@ class NixlBackend:
         self._listener.close()
 
     def _start(self) -> None:
-        boot = self._boot
-        self._process = _Process(
-            lambda control: msgspec.structs.replace(boot, control_fd=control), self._clock()
-        )
+        self._process = _Process(self._boot, self._clock())
 
     def _hear(self, process: _Process) -> None:
+        still(process.bell)
         num_bytes = 0
-        while num_bytes < POLL_BYTES_MAX and (answer := process.hear()) is not None:
+        while (answer := process.hear()) is not None:
             process.heard_at = self._clock()
             if isinstance(answer, NixlUp):
                 process.up, self._failed_starts = True, 0
             elif isinstance(answer, NixlMoved):
                 num_bytes += self._digest(answer) * self._into.block_bytes
+                if num_bytes >= POLL_BYTES_MAX:
+                    ring(process.bell)  # there may be more
+                    return
             elif isinstance(answer, NixlDone):
                 self._take(answer)
             else:

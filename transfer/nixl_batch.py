@@ -24,7 +24,7 @@ from diptych.transfer.nixl_agent import (
 from diptych.transfer.nixl_wire import NixlMoved, NixlRead
 
 PIECE_BYTES_MAX: Final = 8 << 20
-PIECE_BYTES_MIN: Final = 1 << 20
+PIECE_BYTES_MIN: Final = 2 << 20
 
 
 def cut(count: int, block_bytes: int) -> Iterator[tuple[int, int]]:
@@ -39,85 +39,97 @@ def cut(count: int, block_bytes: int) -> Iterator[tuple[int, int]]:
         first += size
 
 
-class Batch:
-    """`reads` in order, as one row of blocks."""
+def upto(reads: Sequence[NixlRead], first: int, end: int) -> list[tuple[int, int]]:
+    """Which of the reads have blocks in [first, end) of the row, and how many of theirs are before
+    its end: (handle, blocks)."""
+    found, start = [], 0
+    for read in reads:
+        count = len(read.own) // 4
+        if first < start + count and start < end:
+            found.append((read.handle, min(count, end - start)))
+        start += count
+    return found
 
-    def __init__(self, agent: Agent, pool: RemotePool, reads: Sequence[NixlRead]) -> None:
-        self.reads = reads
+
+class Batch:
+    """Reads in the order in which they were added, as one row of blocks."""
+
+    def __init__(self, agent: Agent, pool: RemotePool) -> None:
+        self.reads: list[NixlRead] = []
         self.since_s = time.monotonic()
         self.num_cancelled = 0
         self.failure: Exception | None = None  # nothing new begins; what is under way is awaited
         self._agent = agent
         self._pool = pool
-        self._source = np.frombuffer(b"".join(read.source for read in reads), np.int32)
-        self._moving: deque[tuple[Transfer, int, int]] = deque()  # of blocks [first, end)
-        self._pages: list[int] = []  # of the scratch, for those of the column of generations
-        self._places: Indices = np.empty(0, np.int32)  # by block: its page of the scratch
+        self._moving: deque[tuple[Transfer, list[tuple[int, int]]]] = deque()  # and `upto`
+        self._places: list[
+            tuple[Indices, Indices]
+        ] = []  # page of the column, entry in it; by block
+        self._columns: set[int] = set()  # pages of the column that hold generations of these blocks
+        self._page_of: Indices = np.empty(0, np.int32)  # of the scratch, by page of the column
+        self._pages: list[int] = []  # those
         self._generations: Transfer | None = None
+
+    @property
+    def num_bytes(self) -> int:
+        return sum(len(read.own) for read in self.reads) // 4 * self._agent.peer_block_bytes
 
     # ---- data
 
-    def post(self, tell: Callable[[NixlMoved], None]) -> None:
-        """All data, piece by piece; `tell` hears of what is here when a post returns."""
-        own = np.frombuffer(b"".join(read.own for read in self.reads), np.int32)
-        agent, pool, source = self._agent, self._pool, self._source
+    def move(self, reads: Sequence[NixlRead], tell: Callable[[NixlMoved], None]) -> None:
+        """Adds them and moves their data, piece by piece; `tell` hears of what is here when a post
+        returns."""
+        self.reads += reads
+        agent, pool = self._agent, self._pool
+        source = np.frombuffer(b"".join(read.source for read in reads), np.int32)
+        own = np.frombuffer(b"".join(read.own for read in reads), np.int32)
+        columns = source // ENTRIES  # here: once the data is moved, all else has left the caches
+        self._places.append((columns, source % ENTRIES))
+        self._columns.update(np.flatnonzero(np.bincount(columns)).tolist())
         for first, end in cut(len(own), agent.peer_block_bytes):
+            if self.failure is not None:
+                return
             try:
                 transfer = agent.make(agent.blocks, own[first:end], pool.blocks, source[first:end])
-            except Exception as error:  # whatever NIXL raises: nothing of this piece has begun
-                self.failure = error
-                return
-            try:
                 transfer.post()
-            except PeerGone as error:
+            except Exception as error:  # whatever NIXL raises: nothing of this piece is under way
                 self.failure = error
                 return
-            self._moving.append((transfer, first, end))
+            self._moving.append((transfer, upto(reads, first, end)))
             self.look(tell)
 
     def look(self, tell: Callable[[NixlMoved], None]) -> bool:
         """Whether data is under way still."""
         while self._moving:
-            transfer, first, end = self._moving[0]
+            transfer, here = self._moving[0]
             try:
                 if not transfer.over():
                     break
                 if self.failure is None:
-                    tell(self._moved(first, end))
+                    tell(NixlMoved(here))
             except PeerGone as error:
                 self.failure = error
             self._moving.popleft()
         return bool(self._moving)
 
-    def _moved(self, first: int, end: int) -> NixlMoved:
-        upto, start = [], 0
-        for read in self.reads:
-            count = len(read.own) // 4
-            if first < start + count and start < end:
-                upto.append((read.handle, min(count, end - start)))
-            start += count
-        return NixlMoved(upto)
-
     # ---- generations
 
     def ask_generations(self, free_pages: list[int]) -> bool:
         """Once all data is here. False: other batches have the pages that it would need."""
-        columns = self._source // ENTRIES
-        wanted = np.flatnonzero(np.bincount(columns)).astype(np.int32)
-        assert len(wanted) <= SCRATCH_PAGES
-        if len(wanted) > len(free_pages):
+        assert len(self._columns) <= SCRATCH_PAGES
+        if len(self._columns) > len(free_pages):
             return False
+        wanted = np.array(sorted(self._columns), np.int32)
         self._pages = free_pages[: len(wanted)]
         del free_pages[: len(wanted)]
         mine = np.array(self._pages, np.int32)
-        page_of = np.empty(int(wanted[-1]) + 1, np.int32)
-        page_of[wanted] = mine
-        self._places = page_of[columns]
+        self._page_of = np.zeros(int(wanted[-1]) + 1, np.int32)
+        self._page_of[wanted] = mine
         pool = self._pool
         try:
             self._generations = self._agent.make(pool.scratch, mine, pool.pages, wanted)
             self._generations.post()
-        except Exception as error:
+        except Exception as error:  # as above
             self.failure = error
         return True
 
@@ -127,14 +139,16 @@ class Batch:
 
     def generations(self) -> bytes | None:
         """u64 each, by block of the row; None: not here yet, or not to be had (`failure`)."""
-        assert self._generations is not None
+        if self._generations is None:
+            return None
         try:
             if not self._generations.over():
                 return None
         except PeerGone as error:
             self.failure = error
             return None
-        return self._agent.scratch[self._places, self._source % ENTRIES].tobytes()
+        scratch, page_of = self._agent.scratch, self._page_of
+        return b"".join(scratch[page_of[column], entry].tobytes() for column, entry in self._places)
 
     def free(self, free_pages: list[int]) -> None:
         """Nothing is under way any more."""

@@ -34,6 +34,8 @@ from diptych.transfer.nixl_wire import (
     NixlOrder,
     NixlRead,
     NixlUp,
+    ring,
+    still,
 )
 from diptych.transfer.processes import die_with_parent, name_process
 from diptych.transfer.tcp_wire import (
@@ -48,6 +50,7 @@ from diptych.transfer.tcp_wire import (
 
 _POLL_S: Final = 0.0002  # between two looks at transfers under way
 _BATCH_BYTES_MAX: Final = 64 << 20
+_FEW_READS: Final = 4
 _CARD_BYTES_MAX: Final = 1 << 20
 
 _log = logging.getLogger("diptych")
@@ -70,16 +73,20 @@ class Peer:
     waiting: deque[NixlRead] = field(default_factory=deque)
     pool: RemotePool | None = None
 
-    def next_batch(self, block_bytes: int) -> list[NixlRead]:
-        """All reads that wait but the last: that one moves while the worker hears of the others
-        and asks for more."""
-        waiting, batch, num_bytes = self.waiting, [self.waiting.popleft()], 0
-        while len(waiting) > 1:
-            num_bytes += len(batch[-1].own) // 4 * block_bytes
-            if num_bytes >= _BATCH_BYTES_MAX:
+    def take(self, begun: bool, room: int, block_bytes: int) -> list[NixlRead]:
+        """Of the reads that wait, those that a batch takes (on): all, where many wait. Of a few the
+        last one moves while the worker hears of the others and asks for more. At most `room` bytes,
+        or one read."""
+        waiting, taken = self.waiting, list[NixlRead]()
+        few = len(waiting) <= _FEW_READS
+        if begun and few:
+            return taken
+        while waiting and (len(waiting) > 1 or not few or not taken):
+            room -= len(waiting[0].own) // 4 * block_bytes
+            if room < 0 and (begun or taken):
                 break
-            batch.append(waiting.popleft())
-        return batch
+            taken.append(waiting.popleft())
+        return taken
 
 
 class NixlProcess:
@@ -95,19 +102,17 @@ class NixlProcess:
         self._free_pages = list(range(SCRATCH_PAGES))
         self._cards: deque[tuple[Peer, NixlCard | NoCard]] = deque()  # from the asking threads
         self._said_s = time.monotonic()
-        self._wake_read, self._wake_write = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
+        self._bell = boot.order_bell_fd  # rung by the asking threads, too
 
     def run(self) -> None:
         """Until the worker's end of the control socket is gone."""
         threading.Thread(target=self._hand_out_cards, daemon=True).start()
         self._say(NixlUp())
         while True:
-            wait_s = 0.0 if self._ready else _POLL_S if self._running else ALIVE_S
-            control = self._control.fileno()
-            ready = select.select([control, self._wake_read], [], [], wait_s)[0]
-            if self._wake_read in ready:
-                os.read(self._wake_read, 4096)
-            if control in ready and not self._take_orders():
+            if not self._ready:
+                select.select([self._bell], [], [], _POLL_S if self._running else ALIVE_S)
+            still(self._bell)
+            if not self._take_orders():
                 return
             while self._cards:
                 self._take_card(*self._cards.popleft())
@@ -121,10 +126,8 @@ class NixlProcess:
 
     def _take_orders(self) -> bool:
         """All that wait. False: the worker is gone."""
-        flags = 0
         with suppress(BlockingIOError):
-            while packet := self._control.recv(PACKET_BYTES_MAX, flags):
-                flags = socket.MSG_DONTWAIT
+            while packet := self._control.recv(PACKET_BYTES_MAX, socket.MSG_DONTWAIT):
                 order = msgspec.msgpack.decode(packet, type=NixlOrder)
                 if isinstance(order, NixlRead):
                     self._read(order)
@@ -158,11 +161,14 @@ class NixlProcess:
         if not peer.waiting:
             return
         assert peer.pool is not None
-        batch = Batch(self._agent, peer.pool, peer.next_batch(self._boot.into_block_bytes))
+        batch, size = Batch(self._agent, peer.pool), self._boot.into_block_bytes
         self._running.append((peer, batch))
-        if peer.waiting:
+        while reads := peer.take(bool(batch.reads), _BATCH_BYTES_MAX - batch.num_bytes, size):
+            batch.move(reads, self._say)
+            if batch.failure is not None or not self._take_orders():
+                break
+        if peer.waiting and peer not in self._ready:
             self._ready.append(peer)
-        batch.post(self._say)
 
     # ---- transfers
 
@@ -229,7 +235,7 @@ class NixlProcess:
             self._cards.append((peer, NoCard(f"{peer.endpoint}: {words(error)}")))
         except NoCard as error:
             self._cards.append((peer, error))
-        os.write(self._wake_write, b"c")
+        ring(self._bell)
 
     def _fetch_card(self, endpoint: str) -> NixlCard:
         host, _, port = endpoint.rpartition(":")
@@ -260,6 +266,7 @@ class NixlProcess:
     def _say(self, answer: NixlAnswer) -> None:
         self._said_s = time.monotonic()
         self._control.sendall(msgspec.msgpack.encode(answer))
+        ring(self._boot.answer_bell_fd)
 
 
 def main() -> None:

@@ -1,10 +1,14 @@
 """What a worker and its NIXL process say to each other, and two NIXL processes to find each other.
 
-Orders and answers are msgpack, one a packet, over a Unix socket. Owns nothing. Invariant: every
+Orders and answers are msgpack, one a packet, over a Unix socket; a bell (an eventfd) each way says
+that there are some. Nobody sleeps on the socket: Linux takes its writer to be about to sleep, and
+wakes the reader on the writer's core, where the copying is to go on. Owns nothing. Invariant: every
 `NixlRead` is answered by `NixlDone` or `ReadFailed`, or by the end of the process.
 """
 
 import importlib.util
+import os
+from contextlib import suppress
 from typing import Final
 
 import msgspec
@@ -28,6 +32,8 @@ class NixlBoot(msgspec.Struct, frozen=True, kw_only=True):
 
     worker_pid: int
     control_fd: int
+    order_bell_fd: int  # rung by the worker
+    answer_bell_fd: int  # by the process
     listen_fd: int  # where peers ask for `NixlCard`
     pool_fd: int
     page_fd: int
@@ -95,6 +101,20 @@ class NixlCard(msgspec.Struct, frozen=True, kw_only=True):
 
 NixlOrder = NixlRead | NixlCancel
 NixlAnswer = NixlUp | NixlMoved | NixlDone | NixlFailed
+
+
+def make_bell() -> int:
+    return os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
+
+
+def ring(bell: int) -> None:
+    os.eventfd_write(bell, 1)
+
+
+def still(bell: int) -> None:
+    """Until it is rung again; what it was rung for is looked at after this."""
+    with suppress(BlockingIOError):
+        os.eventfd_read(bell)
 
 
 def nixl_installed() -> bool:
