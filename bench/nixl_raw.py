@@ -2,7 +2,8 @@
 
 `python -m bench.nixl_raw` is the reader: for each line on standard input it makes one request of
 all blocks, posts it, waits until it is done, and prints the seconds. The source is a process of its
-own, which only keeps its agent alive. `UCX_TLS` in the environment says what UCX may use.
+own, which only keeps its agent alive. `UCX_TLS` in the environment says what UCX may use;
+`--threads`: NIXL has the threads that the engine's agents have, which it has not by itself.
 """
 
 import argparse
@@ -15,20 +16,20 @@ from typing import Any, Final
 
 import numpy as np
 
-from diptych.transfer.nixl_agent import PROGRESS_DELAY_US, nixl
+from diptych.transfer.nixl_agent import PROGRESS_DELAY_US, backend_params, nixl
 from diptych.transfer.shared_memory import SharedMemory, create_memory
 
 _SOURCE: Final = "source"
 
 
 class RawAgent:
-    def __init__(self, name: str, num_bytes: int) -> None:
+    def __init__(self, name: str, num_bytes: int, params: dict[str, str]) -> None:
         os.putenv("UCX_NET_DEVICES", "lo")
         config = nixl.nixlAgentConfig()
         config.useProgThread = True
         config.pthrDelay = PROGRESS_DELAY_US
         self.agent = nixl.nixlAgent(name, config)
-        backend = self.agent.createBackend("UCX", {})
+        backend = self.agent.createBackend("UCX", params)
         self.memory = SharedMemory(create_memory("raw", num_bytes), num_bytes).view  # as a pool
         self.address = int(np.frombuffer(self.memory, np.uint8).__array_interface__["data"][0])
         rows = [(self.address, num_bytes, 0, "")]
@@ -39,23 +40,24 @@ class RawAgent:
         return self.agent.prepXferDlist(name, nixl.nixlXferDList(nixl.DRAM_SEG, rows), [])
 
 
-def serve(count: int, size: int) -> None:
+def serve(count: int, size: int, params: dict[str, str]) -> None:
     """The source: says how to read it, and lives until its standard input ends."""
-    source = RawAgent(_SOURCE, count * size)
+    source = RawAgent(_SOURCE, count * size, params)
     for block in range(count):
         source.memory[block * size : block * size + 8] = block.to_bytes(8, "little")
     print(source.agent.getLocalMD().hex(), source.address, flush=True)
     sys.stdin.read()
 
 
-def read(count: int, size: int, blocks: int, seed: int) -> None:
+def read(count: int, size: int, blocks: int, seed: int, params: dict[str, str]) -> None:
     command = [sys.executable, "-m", "bench.nixl_raw", "--serve", str(count), str(size)]
+    command += ["--threads"] if params else []
     with subprocess.Popen(
         command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
     ) as peer:
         assert peer.stdout is not None
         metadata, address = peer.stdout.readline().split()
-        own = RawAgent("reader", count * size)
+        own = RawAgent("reader", count * size, params)
         name = own.agent.loadRemoteMD(bytes.fromhex(metadata))
         mine = own.pieces(nixl.NIXL_INIT_AGENT, own.address, count, size)
         theirs = own.pieces(name, int(address), count, size)
@@ -86,11 +88,13 @@ def main() -> None:
     parser.add_argument("size", type=int, help="bytes of a block")
     parser.add_argument("blocks", type=int, nargs="?", help="to read")
     parser.add_argument("seed", type=int, nargs="?", default=0)
+    parser.add_argument("--threads", action="store_true")
     args = parser.parse_args()
+    params = backend_params() if args.threads else {}
     if args.serve:
-        serve(args.count, args.size)
+        serve(args.count, args.size, params)
     else:
-        read(args.count, args.size, args.blocks, args.seed)
+        read(args.count, args.size, args.blocks, args.seed, params)
     sys.stdout.flush()
     os._exit(0)  # no destructor of UCX's may hang on the peer
 

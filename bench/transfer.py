@@ -2,7 +2,8 @@
 
 Each way stands beside its bound, measured in the same run in turns: shared memory beside plain
 copies of the same blocks; TCP on loopback beside a bare sendmsg and recv_into loop over the same
-pieces, ZeroMQ multipart messages and NIXL over TCP; NIXL beside plain NIXL (bench/nixl_raw.py). The
+pieces, ZeroMQ multipart messages and NIXL over TCP; NIXL beside plain NIXL (bench/nixl_raw.py), as
+it is by itself, where the thread that posts copies, and with as many threads as ours has. The
 figures of the backends hold all that serving needs: requests, generations, and one digest per
 block, which is also timed alone. Without NIXL installed its rows are left out.
 """
@@ -52,6 +53,7 @@ _BOUNDS: Final = (
     ("tcp", "zmq"),
     ("tcp", "nixl over tcp"),
     ("nixl", "raw nixl"),
+    ("nixl", "raw nixl threads"),
 )
 Way = Callable[[], float]
 """Moves all blocks once; returns the seconds."""
@@ -183,8 +185,8 @@ class Sleepers:
 class RawNixl:
     """bench/nixl_raw.py, told what UCX may use; times itself."""
 
-    def __init__(self, tls: str, seed: int) -> None:
-        words = [str(_POOL_BLOCKS), str(BLOCK_BYTES), str(BLOCKS), str(seed)]
+    def __init__(self, tls: str, seed: int, *flags: str) -> None:
+        words = [str(_POOL_BLOCKS), str(BLOCK_BYTES), str(BLOCKS), str(seed), *flags]
         self._process = subprocess.Popen(
             [sys.executable, "-m", "bench.nixl_raw", *words],
             stdin=subprocess.PIPE,
@@ -254,7 +256,8 @@ def make_ways(source: Pool, own: Pool, seed: int, stack: ExitStack) -> dict[str,
             for p in (source, own)
         ]
         raw, raw_tcp = RawNixl("", seed), RawNixl("tcp", seed)
-        for end in (*ends, raw, raw_tcp):
+        raw_threads = RawNixl("", seed, "--threads")
+        for end in (*ends, raw, raw_threads, raw_tcp):
             stack.callback(end.close)
         reads = job.reads(ends[0].endpoint)  # plain NIXL has its lists ready too
         through_nixl = timed(lambda: through(ends[1], reads))
@@ -263,6 +266,7 @@ def make_ways(source: Pool, own: Pool, seed: int, stack: ExitStack) -> dict[str,
         for name, way, processes in (
             ("raw nixl", raw.run, raw.pids),
             ("nixl", through_nixl, pids),
+            ("raw nixl threads", raw_threads.run, raw_threads.pids),
             ("nixl over tcp", raw_tcp.run, raw_tcp.pids),
         ):
             sleepers = Sleepers(processes)
@@ -281,7 +285,7 @@ def report(speeds: dict[str, list[float]]) -> dict[str, float]:
     """Each way's share of its bound: the median over rounds of the two beside each other."""
     for name, values in speeds.items():
         middle = statistics.median(values)
-        print(f"{name:13s} median {middle:6.2f} best {max(values):6.2f} GB/s")
+        print(f"{name:16s} median {middle:6.2f} best {max(values):6.2f} GB/s")
     shares = {}
     for name, bound in _BOUNDS:
         if bound in speeds and name in speeds:

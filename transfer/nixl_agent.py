@@ -23,12 +23,22 @@ except ImportError:
     from nixl_cu12 import _bindings as nixl
 
 PROGRESS_DELAY_US: Final = 200  # NIXL's own Python module leaves it at 0: the thread would spin
+COPY_THREADS_MAX: Final = 2
+SPLIT_BLOCKS: Final = 16
+"""Transfers of so many pieces go over NIXL's threads; smaller ones are carried out by the post."""
 ENTRIES: Final = 512  # generations of one page of the column
 SCRATCH_PAGES: Final = 256
 
 Indices = np.ndarray[Any, np.dtype[np.int32]]  # [count]
 
 _log = logging.getLogger("diptych")
+
+
+def backend_params() -> dict[str, str]:
+    """Under CMA the processor copies: two threads are faster than one, and their posts return at
+    once, so that this process answers while they copy."""
+    threads = min(COPY_THREADS_MAX, len(os.sched_getaffinity(0)))
+    return {"num_threads": str(threads), "split_batch_size": str(SPLIT_BLOCKS)}
 
 
 class Agent:
@@ -41,7 +51,7 @@ class Agent:
         config.useProgThread = True  # without it a peer's read of a passive side never ends
         config.pthrDelay = PROGRESS_DELAY_US
         self.raw = nixl.nixlAgent(f"diptych-{os.getpid()}-{os.urandom(8).hex()}", config)
-        self._backend = self.raw.createBackend("UCX", {})
+        self._backend = self.raw.createBackend("UCX", backend_params())
         pool_bytes = boot.num_blocks * boot.block_bytes
         self._pool = SharedMemory(boot.pool_fd, pool_bytes)
         into_bytes = boot.into_blocks * boot.into_block_bytes
@@ -98,7 +108,7 @@ class Transfer:
     request: Any  # None: over
 
     def post(self) -> None:
-        """Under CMA this copies before it returns: one of the traps this process is for."""
+        """A small one copies before it returns, under CMA: one of the traps this process is for."""
         self._judge(lambda: self.agent.raw.postXferReq(self.request, b""))
 
     def over(self) -> bool:

@@ -18,7 +18,7 @@ from array import array
 from collections import deque
 from collections.abc import Callable
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Final
 
 import msgspec
@@ -56,7 +56,6 @@ _log = logging.getLogger("diptych")
 @dataclass(slots=True)
 class _Reading:
     blocks: list[BlockId]  # own
-    digests: list[int] = field(default_factory=list)  # of those that are here, a prefix
     cancelled: bool = False
 
 
@@ -162,6 +161,7 @@ class NixlBackend:
             loopback=host == "127.0.0.1",
         )
         self._reads: dict[int, _Reading] = {}  # of the process that runs
+        self._digests: dict[BlockId, int] = {}  # of own blocks that are here, of those
         self._answers: list[ReadDone | ReadFailed] = []
         self._failed_starts = 0  # in a row
         self._start_at = 0.0
@@ -232,6 +232,7 @@ class NixlBackend:
             self._process.close()
             self._process = None
         self._reads.clear()
+        self._digests.clear()
         self._listener.close()
 
     def _start(self) -> None:
@@ -252,30 +253,27 @@ class NixlBackend:
             elif isinstance(answer, NixlDone):
                 self._take(answer)
             else:
-                del self._reads[answer.handle]
+                for block in self._reads.pop(answer.handle).blocks:
+                    self._digests.pop(block, None)
                 self._answers.append(answer.as_answer())
 
     def _digest(self, moved: NixlMoved) -> int:
         """Digests are taken here: of what this process sees of the bytes, on its own core, while
         the other one moves more. How many blocks it were."""
-        count = 0
-        for handle, upto in moved.upto:
-            reading = self._reads[handle]
-            fresh = reading.blocks[len(reading.digests) : upto]
-            reading.digests += self._into.digests(fresh)
-            count += len(fresh)
-        return count
+        blocks = array("i", moved.own)
+        self._digests.update(zip(blocks, self._into.digests(blocks), strict=True))
+        return len(blocks)
 
     def _take(self, done: NixlDone) -> None:
         generations, first = array("Q", done.generations).tolist(), 0
         for handle in done.handles:
             reading = self._reads.pop(handle)
             end = first + len(reading.blocks)
-            assert len(reading.digests) == len(reading.blocks), "a piece was not said to be here"
+            digests = list(map(self._digests.pop, reading.blocks))
             if reading.cancelled:  # it was quicker
                 self._answers.append(ReadFailed(handle, "cancelled"))
             else:
-                self._answers.append(ReadDone(handle, generations[first:end], reading.digests))
+                self._answers.append(ReadDone(handle, generations[first:end], digests))
             first = end
 
     def _watch(self, process: _Process) -> None:
@@ -297,6 +295,7 @@ class NixlBackend:
         failed = [ReadFailed(handle, "the NIXL process ended") for handle in self._reads]
         self._answers += failed
         self._reads.clear()
+        self._digests.clear()
         wait_s = 0.0
         if not process.up:
             wait_s = min(RESTART_S_MAX, RESTART_S * 2.0 ** min(self._failed_starts, 10))

@@ -6,9 +6,7 @@ is here; a batch is over only when nothing of it is under way, whatever became o
 """
 
 import time
-from collections import deque
-from collections.abc import Callable, Iterator, Sequence
-from typing import Final
+from collections.abc import Callable, Sequence
 
 import numpy as np
 
@@ -22,109 +20,69 @@ from diptych.transfer.nixl_agent import (
     Transfer,
 )
 from diptych.transfer.nixl_wire import NixlMoved, NixlRead
-
-PIECE_BYTES_MAX: Final = 8 << 20
-PIECE_BYTES_MIN: Final = 2 << 20
-
-
-def cut(count: int, block_bytes: int) -> Iterator[tuple[int, int]]:
-    """Pieces [first, end) of so many blocks: none is more than half of what is left, so that
-    little is left to digest when the last one is here; few, since each costs a call."""
-    most, least = (max(1, size // block_bytes) for size in (PIECE_BYTES_MAX, PIECE_BYTES_MIN))
-    first = 0
-    while first < count:
-        left = count - first
-        size = min(left, max(least, min(most, left // 2)))
-        yield first, first + size
-        first += size
-
-
-def upto(reads: Sequence[NixlRead], first: int, end: int) -> list[tuple[int, int]]:
-    """Which of the reads have blocks in [first, end) of the row, and how many of theirs are before
-    its end: (handle, blocks)."""
-    found, start = [], 0
-    for read in reads:
-        count = len(read.own) // 4
-        if first < start + count and start < end:
-            found.append((read.handle, min(count, end - start)))
-        start += count
-    return found
+from diptych.transfer.spans import cut
 
 
 class Batch:
-    """Reads in the order in which they were added, as one row of blocks."""
+    """`reads` in order, as one row of blocks; `move` begins it."""
 
-    def __init__(self, agent: Agent, pool: RemotePool) -> None:
-        self.reads: list[NixlRead] = []
+    def __init__(self, agent: Agent, pool: RemotePool, reads: Sequence[NixlRead]) -> None:
+        self.reads = reads
         self.since_s = time.monotonic()
         self.num_cancelled = 0
         self.failure: Exception | None = None  # nothing new begins; what is under way is awaited
         self._agent = agent
         self._pool = pool
-        self._moving: deque[tuple[Transfer, list[tuple[int, int]]]] = deque()  # and `upto`
-        self._places: list[
-            tuple[Indices, Indices]
-        ] = []  # page of the column, entry in it; by block
-        self._columns: set[int] = set()  # pages of the column that hold generations of these blocks
-        self._page_of: Indices = np.empty(0, np.int32)  # of the scratch, by page of the column
-        self._pages: list[int] = []  # those
+        self._source = np.frombuffer(b"".join(read.source for read in reads), np.int32)
+        self._moving: list[tuple[Transfer, Indices]] = []  # and the own blocks of its piece
+        self._places: Indices = np.empty(0, np.int32)  # by block: its page of the scratch
+        self._pages: list[int] = []  # of the scratch, for those of the column of generations
         self._generations: Transfer | None = None
-
-    @property
-    def num_bytes(self) -> int:
-        return sum(len(read.own) for read in self.reads) // 4 * self._agent.peer_block_bytes
 
     # ---- data
 
-    def move(self, reads: Sequence[NixlRead], tell: Callable[[NixlMoved], None]) -> None:
-        """Adds them and moves their data, piece by piece; `tell` hears of what is here when a post
-        returns."""
-        self.reads += reads
+    def move(self) -> None:
+        """Begins all pieces."""
         agent, pool = self._agent, self._pool
-        source = np.frombuffer(b"".join(read.source for read in reads), np.int32)
-        own = np.frombuffer(b"".join(read.own for read in reads), np.int32)
-        columns = source // ENTRIES  # here: once the data is moved, all else has left the caches
-        self._places.append((columns, source % ENTRIES))
-        self._columns.update(np.flatnonzero(np.bincount(columns)).tolist())
+        own = np.frombuffer(b"".join(read.own for read in self.reads), np.int32)
         for first, end in cut(len(own), agent.peer_block_bytes):
-            if self.failure is not None:
-                return
+            mine, theirs = own[first:end], self._source[first:end]
             try:
-                transfer = agent.make(agent.blocks, own[first:end], pool.blocks, source[first:end])
+                transfer = agent.make(agent.blocks, mine, pool.blocks, theirs)
                 transfer.post()
             except Exception as error:  # whatever NIXL raises: nothing of this piece is under way
                 self.failure = error
                 return
-            self._moving.append((transfer, upto(reads, first, end)))
-            self.look(tell)
+            self._moving.append((transfer, mine))
 
     def look(self, tell: Callable[[NixlMoved], None]) -> bool:
-        """Whether data is under way still."""
-        while self._moving:
-            transfer, here = self._moving[0]
+        """Whether data is under way still; `tell` hears what came."""
+        for piece in self._moving.copy():
+            transfer, mine = piece
             try:
                 if not transfer.over():
-                    break
-                if self.failure is None:
-                    tell(NixlMoved(here))
+                    continue
+                tell(NixlMoved(mine.tobytes()))
             except PeerGone as error:
                 self.failure = error
-            self._moving.popleft()
+            self._moving.remove(piece)
         return bool(self._moving)
 
     # ---- generations
 
     def ask_generations(self, free_pages: list[int]) -> bool:
         """Once all data is here. False: other batches have the pages that it would need."""
-        assert len(self._columns) <= SCRATCH_PAGES
-        if len(self._columns) > len(free_pages):
+        columns = self._source // ENTRIES
+        wanted = np.flatnonzero(np.bincount(columns)).astype(np.int32)
+        assert len(wanted) <= SCRATCH_PAGES
+        if len(wanted) > len(free_pages):
             return False
-        wanted = np.array(sorted(self._columns), np.int32)
         self._pages = free_pages[: len(wanted)]
         del free_pages[: len(wanted)]
         mine = np.array(self._pages, np.int32)
-        self._page_of = np.zeros(int(wanted[-1]) + 1, np.int32)
-        self._page_of[wanted] = mine
+        page_of = np.zeros(int(wanted[-1]) + 1, np.int32)
+        page_of[wanted] = mine
+        self._places = page_of[columns]
         pool = self._pool
         try:
             self._generations = self._agent.make(pool.scratch, mine, pool.pages, wanted)
@@ -147,8 +105,7 @@ class Batch:
         except PeerGone as error:
             self.failure = error
             return None
-        scratch, page_of = self._agent.scratch, self._page_of
-        return b"".join(scratch[page_of[column], entry].tobytes() for column, entry in self._places)
+        return self._agent.scratch[self._places, self._source % ENTRIES].tobytes()
 
     def free(self, free_pages: list[int]) -> None:
         """Nothing is under way any more."""

@@ -48,9 +48,8 @@ from diptych.transfer.tcp_wire import (
     serve_hello,
 )
 
-_POLL_S: Final = 0.0002  # between two looks at transfers under way
-_BATCH_BYTES_MAX: Final = 64 << 20
-_FEW_READS: Final = 4
+_POLL_S: Final = 0.0001  # between two looks at transfers under way
+_BATCH_BYTES_MAX: Final = 8 << 20  # of which the generations are read together
 _CARD_BYTES_MAX: Final = 1 << 20
 
 _log = logging.getLogger("diptych")
@@ -73,20 +72,15 @@ class Peer:
     waiting: deque[NixlRead] = field(default_factory=deque)
     pool: RemotePool | None = None
 
-    def take(self, begun: bool, room: int, block_bytes: int) -> list[NixlRead]:
-        """Of the reads that wait, those that a batch takes (on): all, where many wait. Of a few the
-        last one moves while the worker hears of the others and asks for more. At most `room` bytes,
-        or one read."""
-        waiting, taken = self.waiting, list[NixlRead]()
-        few = len(waiting) <= _FEW_READS
-        if begun and few:
-            return taken
-        while waiting and (len(waiting) > 1 or not few or not taken):
-            room -= len(waiting[0].own) // 4 * block_bytes
-            if room < 0 and (begun or taken):
+    def next_batch(self, block_bytes: int) -> list[NixlRead]:
+        """Reads that wait, at most `_BATCH_BYTES_MAX` of them, or one."""
+        waiting, batch, num_bytes = self.waiting, [self.waiting.popleft()], 0
+        while waiting:
+            num_bytes += len(batch[-1].own) // 4 * block_bytes
+            if num_bytes >= _BATCH_BYTES_MAX:
                 break
-            taken.append(waiting.popleft())
-        return taken
+            batch.append(waiting.popleft())
+        return batch
 
 
 class NixlProcess:
@@ -161,14 +155,11 @@ class NixlProcess:
         if not peer.waiting:
             return
         assert peer.pool is not None
-        batch, size = Batch(self._agent, peer.pool), self._boot.into_block_bytes
+        batch = Batch(self._agent, peer.pool, peer.next_batch(self._boot.into_block_bytes))
         self._running.append((peer, batch))
-        while reads := peer.take(bool(batch.reads), _BATCH_BYTES_MAX - batch.num_bytes, size):
-            batch.move(reads, self._say)
-            if batch.failure is not None or not self._take_orders():
-                break
-        if peer.waiting and peer not in self._ready:
+        if peer.waiting:
             self._ready.append(peer)
+        batch.move()
 
     # ---- transfers
 

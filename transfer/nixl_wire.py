@@ -54,10 +54,9 @@ class NixlUp(msgspec.Struct, frozen=True, tag=True):
 
 
 class NixlMoved(msgspec.Struct, frozen=True, tag=True):
-    """Of each of these reads, so many blocks are here, all in all: digests are for the worker to
-    take, while more is on its way."""
+    """These own blocks are here: digests are for the worker to take, while more is on its way."""
 
-    upto: list[tuple[int, int]]  # (handle, blocks)
+    own: bytes  # int32 each
 
 
 class NixlDone(msgspec.Struct, frozen=True, tag=True):

@@ -4,11 +4,15 @@ Owns nothing. Invariant: spans cover exactly the pairs (source block, own block)
 from, in order, and a span is contiguous on both sides.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from typing import Final
 
 import msgspec
 
 from diptych.engine.core.types import BlockId, Epoch, Generation, PoolId, WorkerId
+
+PIECE_BYTES_MAX: Final = 8 << 20
+PIECE_BYTES_MIN: Final = 2 << 20
 
 
 class Span(msgspec.Struct, frozen=True, array_like=True):
@@ -81,3 +85,15 @@ def source_blocks(spans: Sequence[Span]) -> list[BlockId]:
 def own_blocks(spans: Sequence[Span]) -> list[BlockId]:
     """The own blocks that they are read into, in order."""
     return [block for span in spans for block in range(span.own, span.own + span.count)]
+
+
+def cut(count: int, block_bytes: int) -> Iterator[tuple[int, int]]:
+    """Pieces [first, end) of so many blocks: none is more than half of what is left, so that
+    little is left to digest when the last one is here; few, since each costs a call."""
+    most, least = (max(1, size // block_bytes) for size in (PIECE_BYTES_MAX, PIECE_BYTES_MIN))
+    first = 0
+    while first < count:
+        left = count - first
+        size = min(left, max(least, min(most, left // 2)))
+        yield first, first + size
+        first += size

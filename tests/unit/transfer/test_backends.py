@@ -330,10 +330,11 @@ def test_reads_survive_the_end_of_either_nixl_process() -> None:
 
 def test_a_nixl_process_that_stands_still_is_killed() -> None:
     needs_nixl()
-    rig, now = Rig("nixl"), [time.monotonic()]
+    rig = Rig("nixl")
     assert isinstance(rig.backend, NixlBackend)
     rig.read(1, [1], [1])
     assert isinstance(rig.wait(1)[1], ReadDone)
+    now = [time.monotonic()]  # not before: NIXL may have taken seconds to load
     rig.backend._clock = lambda: now[0]
     pid = rig.backend.pid
     assert pid is not None
