@@ -16,7 +16,7 @@ from typing import Any, Final
 
 import numpy as np
 
-from diptych.transfer.nixl_agent import PROGRESS_DELAY_US, backend_params, nixl
+from diptych.transfer.nixl_agent import PROGRESS_DELAY_US, copy_threads, nixl
 from diptych.transfer.shared_memory import SharedMemory, create_memory
 
 _SOURCE: Final = "source"
@@ -90,7 +90,7 @@ def main() -> None:
     parser.add_argument("seed", type=int, nargs="?", default=0)
     parser.add_argument("--threads", action="store_true")
     args = parser.parse_args()
-    params = backend_params() if args.threads else {}
+    params = copy_threads() if args.threads else {}
     if args.serve:
         serve(args.count, args.size, params)
     else:

@@ -34,9 +34,9 @@ Indices = np.ndarray[Any, np.dtype[np.int32]]  # [count]
 _log = logging.getLogger("diptych")
 
 
-def backend_params() -> dict[str, str]:
-    """Under CMA the processor copies: two threads are faster than one, and their posts return at
-    once, so that this process answers while they copy."""
+def copy_threads() -> dict[str, str]:
+    """For the pools of one host, where no device moves the bytes: two threads copy faster than one,
+    and the posts return, so that this process answers while they copy."""
     threads = min(COPY_THREADS_MAX, len(os.sched_getaffinity(0)))
     return {"num_threads": str(threads), "split_batch_size": str(SPLIT_BLOCKS)}
 
@@ -50,8 +50,9 @@ class Agent:
         config = nixl.nixlAgentConfig()
         config.useProgThread = True  # without it a peer's read of a passive side never ends
         config.pthrDelay = PROGRESS_DELAY_US
+        self._has_threads = boot.loopback
         self.raw = nixl.nixlAgent(f"diptych-{os.getpid()}-{os.urandom(8).hex()}", config)
-        self._backend = self.raw.createBackend("UCX", backend_params())
+        self._backend = self.raw.createBackend("UCX", copy_threads() if boot.loopback else {})
         pool_bytes = boot.num_blocks * boot.block_bytes
         self._pool = SharedMemory(boot.pool_fd, pool_bytes)
         into_bytes = boot.into_blocks * boot.into_block_bytes
@@ -95,7 +96,7 @@ class Agent:
     def make(self, mine: Any, own: Indices, theirs: Any, source: Indices) -> "Transfer":
         """Not begun yet. Raises an error of NIXL's where the peer has no such blocks."""
         request = self.raw.makeXferReq(nixl.NIXL_READ, mine, own, theirs, source, b"", [], False)
-        return Transfer(self, request)
+        return Transfer(self, request, self._has_threads and len(own) >= SPLIT_BLOCKS)
 
 
 class PeerGone(Exception):
@@ -106,6 +107,7 @@ class PeerGone(Exception):
 class Transfer:
     agent: Agent
     request: Any  # None: over
+    is_split: bool  # over threads: one that sees the peer dead does not speak for the others
 
     def post(self) -> None:
         """A small one copies before it returns, under CMA: one of the traps this process is for."""
@@ -120,6 +122,8 @@ class Transfer:
         try:
             state = call()
         except nixl.nixlRemoteDisconnectError as error:
+            if self.is_split:
+                end_process(f"a peer of several threads is gone: {words(error)}")
             self._release()
             raise PeerGone(str(error)) from error
         except Exception as error:  # does it write still? Nothing of NIXL's tells
