@@ -9,6 +9,7 @@ from collections.abc import Sequence as Seq
 import numpy as np
 from numpy.typing import NDArray
 
+from diptych.engine.core.params import SamplingParams
 from diptych.engine.core.request import Sequence
 from diptych.engine.logit_edits import edits_logits
 
@@ -18,10 +19,20 @@ __all__ = ["Asked", "Draws"]
 class Asked:
     """Of some sequences, by what is done with their rows of logits."""
 
-    __slots__ = ("_step", "_unreached", "draws", "edited", "plain", "seqs", "takes_best", "tops")
+    __slots__ = (
+        "_step",
+        "_unreached",
+        "drawn",
+        "edited",
+        "filtered",
+        "plain",
+        "seqs",
+        "takes_best",
+        "tops",
+    )
 
     def __init__(self, seqs: Seq[Sequence], step: int) -> None:
-        """step: rows that are drawn together at most."""
+        """step: rows that are filtered together at most."""
         self.seqs = seqs
         self._step = step
         self.tops = [  # (row, length of `top`) where log-probabilities are wanted
@@ -34,17 +45,21 @@ class Asked:
     def _look(self) -> None:
         self.plain: list[int] = []  # rows: the model's first choice
         self.edited: list[int] = []  # rows: their logits are edited first
-        as_they_are: list[int] = []
+        drawn: list[int] = []  # rows: from all tokens, at a temperature
+        filtered: list[int] = []  # rows: from some
         for r, seq in enumerate(self.seqs):
             if edits_logits(seq):
                 self.edited.append(r)
             elif seq.request.params.temperature == 0.0:
                 self.plain.append(r)
+            elif _filters(seq.request.params):
+                filtered.append(r)
             else:
-                as_they_are.append(r)
-        self.draws = [
-            Draws(rows := as_they_are[start : start + self._step], [self.seqs[r] for r in rows])
-            for start in range(0, len(as_they_are), self._step)
+                drawn.append(r)
+        self.drawn = Draws(drawn, [self.seqs[r] for r in drawn]) if drawn else None
+        self.filtered = [
+            Draws(rows := filtered[start : start + self._step], [self.seqs[r] for r in rows])
+            for start in range(0, len(filtered), self._step)
         ]
         self._unreached = [seq for seq in self.seqs if not _reached(seq)]
         self.takes_best = len(self.plain) == len(self.seqs) and not self.tops
@@ -58,17 +73,18 @@ class Asked:
 class Draws:
     """Rows that are drawn together."""
 
-    __slots__ = ("_keys", "_seqs", "_starts", "filtered", "rows", "temperatures")
+    __slots__ = ("_keys", "_seqs", "_starts", "filtered", "index", "rows", "temperatures")
 
     def __init__(self, rows: list[int], seqs: list[Sequence]) -> None:
         """seqs: one for each of the rows."""
         params = [seq.request.params for seq in seqs]
         self.rows = rows
+        self.index = np.array(rows, dtype=np.int32)
         self._seqs = seqs
         self._starts = [seq.num_prompt for seq in seqs]
         self.temperatures = np.array([[p.temperature] for p in params], dtype=np.float64)  # [R, 1]
         self.filtered = [  # of these rows, with parameters of which tokens are possible at all
-            (i, p) for i, p in enumerate(params) if p.min_p > 0.0 or p.top_k > 0 or p.top_p < 1.0
+            (i, p) for i, p in enumerate(params) if _filters(p)
         ]
         self._keys = np.zeros((len(rows), 3), dtype=np.uint64)
         self._keys[:, 0] = [_seed(seq) % 2**64 for seq in seqs]
@@ -82,8 +98,13 @@ class Draws:
         return self._keys
 
     def only(self, picked: list[int]) -> "Draws":
-        """Some of these."""
+        """Some of these, by their places."""
         return Draws([self.rows[i] for i in picked], [self._seqs[i] for i in picked])
+
+
+def _filters(params: SamplingParams) -> bool:
+    """Whether some tokens are ruled out by their weights."""
+    return params.min_p > 0.0 or params.top_k > 0 or params.top_p < 1.0
 
 
 def _reached(seq: Sequence) -> bool:

@@ -6,7 +6,8 @@ whatever else is in the batch. Log-probabilities are those of the raw logits.
 
 Order, as in vLLM: edits (logit_edits.py), temperature, min_p, top_k (ties of the k-th are kept),
 top_p (ties by lower id). A token is drawn by inverting the sum of the kept probabilities, in
-order of token id, in float64.
+order of token id, in float64; where none is ruled out the kernels do so unless it is a close call
+(`Kernels.draw_plain`), with the same result.
 """
 
 from collections import OrderedDict
@@ -53,6 +54,7 @@ class Sampler:
         self._edits: OrderedDict[SeqRef, tuple[LogitEdits, int]] = OrderedDict()  # with last call
         self._num_calls = 0
         self._asked: Asked | None = None  # of the newest rows
+        self._step = max(1, _CHUNK_ELEMENTS // vocab_size)  # rows drawn together at most
         self._spans = np.arange(0, vocab_size, DRAW_SPAN)  # where each begins
 
     def takes_best(self, seqs: Seq[Sequence]) -> bool:
@@ -62,7 +64,7 @@ class Sampler:
 
     def _ask(self, seqs: Seq[Sequence]) -> Asked:
         if self._asked is None or self._asked.seqs is not seqs:
-            self._asked = Asked(seqs, max(1, _CHUNK_ELEMENTS // self._vocab_size))
+            self._asked = Asked(seqs, self._step)
         else:
             self._asked.refresh()
         return self._asked
@@ -83,11 +85,12 @@ class Sampler:
                 if token >= 0:
                     tokens[r] = token
                     known[r] = logprob
-        for draws in asked.draws:
+        if asked.drawn is not None:
+            self._draw_plain(logits, asked.drawn, tokens)
+        for draws in asked.filtered:
             self._draw(_rows(logits, draws.rows).numpy(), draws, tokens)
-        step = max(1, _CHUNK_ELEMENTS // self._vocab_size)
-        for start in range(0, len(asked.edited), step):
-            self._draw_edited(logits, seqs, asked.edited[start : start + step], tokens)
+        for start in range(0, len(asked.edited), self._step):
+            self._draw_edited(logits, seqs, asked.edited[start : start + self._step], tokens)
         entries = self._logprobs(logits, asked.tops, tokens, known) if asked.tops else {}
         return [
             Sample(-1, None, token) if isinstance(token, str) else Sample(token, entries.get(r))
@@ -95,6 +98,19 @@ class Sampler:
         ]
 
     # ---- rows that are not simply greedy -------------------------------------------------------
+
+    def _draw_plain(self, logits: Tensor, draws: Draws, tokens: list[int | str]) -> None:
+        """Fill `tokens` of these rows, drawn from all of the vocabulary."""
+        drawn = self._kernels.draw_plain(logits, draws.index, draws.temperatures, draws.keys())
+        unsure = []
+        for i, token in enumerate(drawn):
+            if token >= 0:
+                tokens[draws.rows[i]] = token
+            else:
+                unsure.append(i)
+        for start in range(0, len(unsure), self._step):
+            some = draws.only(unsure[start : start + self._step])
+            self._draw(_rows(logits, some.rows).numpy(), some, tokens)
 
     def _draw_edited(
         self, logits: Tensor, seqs: Seq[Sequence], rows: list[int], tokens: list[int | str]

@@ -309,6 +309,19 @@ class Kernels(Protocol):
         """
         ...
 
+    def draw_plain(
+        self,
+        logits: Tensor,
+        index: NDArray[np.int32],
+        temperatures: NDArray[np.float64],
+        keys: NDArray[np.uint64],
+    ) -> list[int]:
+        """One token of each row `index[r]` of logits ([any, V] fp32) at its temperature above 0: as
+        `draw` would from weights `exp((logits - largest) / temperature)` in float64; -1 where it
+        takes those to know, or the largest is not finite. temperatures: [R, 1]; keys: [R, 3].
+        """
+        ...
+
     def log_softmax(self, out: Tensor, logits: Tensor) -> None:
         """`out = logits - logsumexp(logits)` per row; both [R, V] fp32. -inf stays -inf.
 

@@ -70,6 +70,7 @@ class CppKernels:
         self._attention: Callable[..., None] = lib.attention
         self._argmax_logprob: Callable[..., None] = lib.argmax_logprob
         self._draw: Callable[..., None] = lib.draw
+        self._draw_plain: Callable[..., None] = lib.draw_plain
         self._log_softmax: Callable[..., None] = lib.log_softmax
         self._set_num_threads: Callable[[int], None] = lib.set_num_threads
         self.pack_into(None)
@@ -230,6 +231,18 @@ class CppKernels:
     ) -> list[int]:
         tokens = np.empty(len(keys), dtype=np.int32)
         self._draw(tokens, keys, weights, spans)
+        drawn: list[int] = tokens.tolist()
+        return drawn
+
+    def draw_plain(
+        self,
+        logits: Tensor,
+        index: NDArray[np.int32],
+        temperatures: NDArray[np.float64],
+        keys: NDArray[np.uint64],
+    ) -> list[int]:
+        tokens = np.empty(len(keys), dtype=np.int32)
+        self._draw_plain(self._level, tokens, keys, logits, index, temperatures)
         drawn: list[int] = tokens.tolist()
         return drawn
 

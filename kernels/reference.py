@@ -192,6 +192,15 @@ class ReferenceKernels:
             found.append(span * DRAW_SPAN + index)
         return found
 
+    def draw_plain(
+        self,
+        logits: Tensor,
+        index: NDArray[np.int32],
+        temperatures: NDArray[np.float64],
+        keys: NDArray[np.uint64],
+    ) -> list[int]:
+        return [-1] * len(index)  # it takes the weights to know
+
     def log_softmax(self, out: Tensor, logits: Tensor) -> None:
         for r, row in enumerate(logits.double()):
             finite = math.isfinite(float(row.max()))

@@ -126,6 +126,15 @@ struct LogitsArgs {
   float* out;       // [rows, vocab] or null
 };
 
+struct DrawArgs {
+  const float* logits;     // [any, vocab]
+  const int32_t* index;    // [rows] which of them
+  const double* inverses;  // [rows] of the temperatures
+  const double* numbers;   // [rows] in [0, 1)
+  int64_t rows, vocab;
+  int32_t* tokens;  // [rows], -1 where there is doubt
+};
+
 // One decoder layer, whole: its packed weights and its part of the pool.
 struct LayerWeights {
   LinearWeights qkv, o, gate_up, down;
@@ -180,6 +189,7 @@ struct KernelTable {
   void (*write_kv)(const WriteKvArgs&);
   void (*attention)(const AttentionArgs&);
   void (*logits)(const LogitsArgs&);
+  void (*draw)(const DrawArgs&);
   void (*layer)(const LayerArgs&);
   void (*probe)(const ProbeArgs&);
   int64_t (*probe_operations)(bool pairs);  // floating-point operations of one round

@@ -2,6 +2,7 @@
 // level's table.
 #pragma once
 
+#include "draws.h"
 #include "layer.h"
 #include "logits.h"
 #include "probe.h"
@@ -10,6 +11,6 @@
   namespace diptych::cpu {                                                \
   const KernelTable variable = {                                          \
       name,     pack,     linear,    embedding, norm,  rope,              \
-      silu_mul, write_kv, attention, logits,    layer, probe,             \
-      probe_operations};                                                  \
+      silu_mul, write_kv, attention, logits,    draw_rows, layer,         \
+      probe,    probe_operations};                                        \
   }

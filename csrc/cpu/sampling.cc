@@ -4,6 +4,8 @@
 // so every machine and level gives the same tokens.
 #include <tvm/ffi/function.h>
 
+#include <vector>
+
 #include "tensors.h"
 
 namespace diptych::cpu {
@@ -68,7 +70,31 @@ void draw(TensorView tokens, TensorView keys, TensorView weights, TensorView spa
   }
 }
 
+// The same from logits ([any, V], rows `index`), and temperatures above 0, where there is no doubt;
+// else -1. temperatures: [R].
+void draw_plain(int64_t level, TensorView tokens, TensorView keys, TensorView logits,
+                TensorView index, TensorView temperatures) {
+  const int64_t rows = index.size(0), vocab = logits.size(1);
+  CHECK(vocab > 0 && is_type(keys, kDLUInt, 64) && keys.IsContiguous() && keys.numel() == 3 * rows);
+  CHECK(is_type(temperatures, kDLFloat, 64) && temperatures.IsContiguous());
+  CHECK(temperatures.numel() == rows);
+  const auto* key = data<const uint64_t>(keys);
+  const auto* temperature = data<const double>(temperatures);
+  const int32_t* wanted = ints(index, rows);
+  check_range(wanted, rows, 0, logits.size(0));
+  std::vector<double> numbers, inverses;
+  for (int64_t r = 0; r < rows; ++r, key += 3) {
+    CHECK(temperature[r] > 0.0);
+    numbers.push_back(uniform(key[0], key[1], key[2]));
+    // Below 1e-300 only the best tokens are left either way; 0 times infinity would be no number.
+    inverses.push_back(temperature[r] < 1e-300 ? 1e300 : 1.0 / temperature[r]);
+  }
+  table(level).draw({dense_floats(logits, 2), wanted, inverses.data(), numbers.data(), rows, vocab,
+                     const_cast<int32_t*>(ints(tokens, rows))});
+}
+
 }  // namespace
 }  // namespace diptych::cpu
 
 TVM_FFI_DLL_EXPORT_TYPED_FUNC(draw, diptych::cpu::draw)
+TVM_FFI_DLL_EXPORT_TYPED_FUNC(draw_plain, diptych::cpu::draw_plain)
