@@ -10,29 +10,25 @@ import uuid
 from collections.abc import AsyncGenerator, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
-from typing import Final, Literal, Self, Unpack
+from typing import Final, Self, Unpack
 
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from diptych.engine.core.config import (
-    BatchOptions,
-    CacheOptions,
     Dtype,
     EngineOptions,
     KVCacheDtype,
-    ModelOptions,
     Quantization,
-    SchedulerOptions,
     Transfer,
 )
-from diptych.engine.core.errors import ConfigError, EngineDeadError, InvalidRequestError
+from diptych.engine.core.errors import EngineDeadError, InvalidRequestError
 from diptych.engine.core.messages import Stats
 from diptych.engine.core.model_config import load_model_config
 from diptych.engine.core.params import SamplingParams
 from diptych.engine.hub import resolve_model
 from diptych.server.builtin import BUILTIN_MODEL
 from diptych.server.client import EngineInfo
-from diptych.server.engine_arguments import MoreArguments, with_more
+from diptych.server.engine_arguments import EngineArguments, MoreArguments
 from diptych.server.hosting import Hosted, host_engine
 from diptych.server.loop_thread import LoopThread
 from diptych.server.outputs import CompletionOutput, RequestOutput
@@ -64,8 +60,8 @@ class Engine:
     autoscale: fewest and most workers; one leaves after `scale_down_delay_s` of fewer being enough.
     And, as the CLI's flags of these names: prefill_block_size, decode_block_size,
         prefill_kv_cache_dtype, decode_kv_cache_dtype (with separate_pools), packed_cache, kernels,
-        kernel_level, cpu_cores, prefill_core_share, rank_link, hang_timeout_s (`MoreArguments` in
-        engine_arguments.py has their types).
+        kernel_level, cpu_cores, prefill_core_share, rank_link, hang_timeout_s (`EngineArguments`
+        in engine_arguments.py says more).
     Raises ConfigError and ModelLoadError.
     """
 
@@ -103,26 +99,34 @@ class Engine:
         **more: Unpack[MoreArguments],
     ) -> None:
         folder = resolve_model(str(model or BUILTIN_MODEL))
-        scale = None if inline else autoscale
-        slo_s = (ttft_slo_s, itl_slo_s)
-        scheduler = _scheduler_options(max_num_seqs, slo_s, scale, scale_down_delay_s)
-        memory = (num_blocks, kv_cache_memory_bytes)
-        options = EngineOptions(
-            model=_model_options(folder, dtype, max_model_len, load_format, quantization),
-            cache=_cache_options(block_size, memory, kv_cache_dtype, enable_prefix_caching),
-            scheduler=scheduler,
-            batch=_batch_options(scheduler, max_num_batched_tokens, max_chunk_tokens),
+        options = EngineArguments(
             prefill=0 if inline else prefill,
             decode=0 if inline else decode,
             mixed=1 if inline else mixed,
+            dtype=dtype,
+            max_model_len=max_model_len,
+            load_format=load_format,
+            quantization=quantization,
+            block_size=block_size,
+            num_blocks=num_blocks,
+            kv_cache_memory_bytes=kv_cache_memory_bytes,
+            kv_cache_dtype=kv_cache_dtype,
+            enable_prefix_caching=enable_prefix_caching,
             separate_pools=separate_pools,
             transfer=transfer,
-            threads=threads,
+            max_num_seqs=max_num_seqs,
+            max_num_batched_tokens=max_num_batched_tokens,
+            max_chunk_tokens=max_chunk_tokens,
+            ttft_slo_s=ttft_slo_s,
+            itl_slo_s=itl_slo_s,
+            autoscale=None if inline else autoscale,
+            scale_down_delay_s=scale_down_delay_s,
             tensor_parallel_size=tensor_parallel_size,
             prefill_tp=prefill_tp,
             decode_tp=decode_tp,
-        )
-        options = with_more(options, more)
+            threads=threads,
+            **more,
+        ).options(folder)
         self.tokenizer = Tokenizer(folder, chat_template)
         self._defaults = load_model_config(folder, dtype, max_model_len).sampling_defaults
         self._loop = LoopThread("diptych-engine")
@@ -292,68 +296,6 @@ class Engine:
             prepared.prompt_ids,
             prepared.params,
         )
-
-
-def _scheduler_options(
-    max_num_seqs: int,
-    slo_s: tuple[float | None, float | None],
-    autoscale: tuple[int, int] | None,
-    idle_s: float,
-) -> SchedulerOptions:
-    return SchedulerOptions(
-        max_num_seqs=max_num_seqs,
-        max_waiting=1 << 20,
-        ttft_slo_s=slo_s[0],
-        itl_slo_s=slo_s[1],
-        autoscale=autoscale,
-        idle_s=idle_s,
-    )
-
-
-def _model_options(
-    folder: str,
-    dtype: Dtype,
-    max_model_len: int | None,
-    load_format: str,
-    quantization: Quantization | None,
-) -> ModelOptions:
-    return ModelOptions(
-        path=folder,
-        dtype=dtype,
-        max_model_len=max_model_len,
-        load_format=_load_format(load_format),
-        quantization=quantization,
-    )
-
-
-def _cache_options(
-    block_size: int, memory: tuple[int | None, int], dtype: KVCacheDtype, prefix_caching: bool
-) -> CacheOptions:
-    num_blocks, memory_bytes = memory
-    return CacheOptions(
-        block_size=block_size,
-        num_blocks=num_blocks,
-        memory_bytes=memory_bytes,
-        kv_cache_dtype=dtype,
-        enable_prefix_caching=prefix_caching,
-    )
-
-
-def _batch_options(
-    scheduler: SchedulerOptions, tokens_max: int, chunk_tokens_max: int | None
-) -> BatchOptions:
-    return BatchOptions(
-        max_num_batched_tokens=tokens_max,
-        max_chunk_tokens=chunk_tokens_max,
-        max_num_seqs=scheduler.max_num_seqs,
-        itl_slo_s=scheduler.pace_s,
-    )
-
-
-def _load_format(name: str) -> Literal["auto", "dummy"]:
-    if name not in ("auto", "dummy"):
-        raise ConfigError(f"load_format must be 'auto' or 'dummy', got {name!r}")
-    return "dummy" if name == "dummy" else "auto"
 
 
 def _as_prompts(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:

@@ -1,6 +1,6 @@
 """The flags that describe an engine, shared by every command that starts one.
 
-Owns the mapping from flags to `EngineOptions`. Names are vLLM's where the meaning is the same.
+Owns the mapping from flags to `EngineArguments`. Names are vLLM's where the meaning is the same.
 """
 
 import argparse
@@ -11,17 +11,13 @@ from typing import Final, get_args
 from diptych.engine.core.config import (
     ITL_SLO_S,
     TTFT_SLO_S,
-    BatchOptions,
-    CacheOptions,
     EngineOptions,
     KVCacheDtype,
-    ModelOptions,
     Quantization,
-    SchedulerOptions,
     Transfer,
 )
 from diptych.engine.core.errors import ConfigError
-from diptych.server.engine_arguments import pool_kinds
+from diptych.server.engine_arguments import EngineArguments
 
 _UNITS: Final = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
 
@@ -204,29 +200,6 @@ def _add_worker_arguments(parser: argparse.ArgumentParser) -> None:
     workers("--kernel-level", help="plain, avx2, avx512, avx512_bf16 or amx (default: the best)")
 
 
-def _model_options(args: argparse.Namespace, path: str) -> ModelOptions:
-    return ModelOptions(
-        path=path,
-        dtype=args.dtype,
-        max_model_len=args.max_model_len,
-        load_format=args.load_format,
-        packed_cache=args.packed_cache,
-        quantization=args.quantization,
-        kernels=args.kernels,
-        kernel_level=args.kernel_level or os.environ.get("DIPTYCH_KERNEL_LEVEL"),
-    )
-
-
-def _cache_options(args: argparse.Namespace, block_size: int) -> CacheOptions:
-    return CacheOptions(
-        block_size=block_size,
-        num_blocks=args.num_gpu_blocks_override,
-        memory_bytes=args.kv_cache_memory_bytes,
-        kv_cache_dtype=args.kv_cache_dtype,
-        enable_prefix_caching=args.enable_prefix_caching,
-    )
-
-
 def engine_options(
     args: argparse.Namespace,
     model_path: str,
@@ -239,46 +212,44 @@ def engine_options(
     single = args.autoscale is not None and args.autoscale[1] == 1  # then one does both
     if min(args.max_num_seqs, args.max_num_batched_tokens, args.max_num_queued_reqs) < 1:
         raise ConfigError("limits of sequences, tokens and queued requests must be at least 1")
-    scheduler = SchedulerOptions(
+    options = EngineArguments(
+        prefill=int(not single) if split else args.prefill or 0,
+        decode=int(not single) if split else args.decode or 0,
+        mixed=int(single) if split else args.mixed or 0,
+        dtype=args.dtype,
+        max_model_len=args.max_model_len,
+        load_format=args.load_format,
+        quantization=args.quantization,
+        packed_cache=args.packed_cache,
+        kernels=args.kernels,
+        kernel_level=args.kernel_level or os.environ.get("DIPTYCH_KERNEL_LEVEL"),
+        block_size=args.block_size,
+        num_blocks=args.num_gpu_blocks_override,
+        kv_cache_memory_bytes=args.kv_cache_memory_bytes,
+        kv_cache_dtype=args.kv_cache_dtype,
+        enable_prefix_caching=args.enable_prefix_caching,
+        separate_pools=args.separate_pools,
+        prefill_block_size=args.prefill_block_size,
+        decode_block_size=args.decode_block_size,
+        prefill_kv_cache_dtype=args.prefill_kv_cache_dtype,
+        decode_kv_cache_dtype=args.decode_kv_cache_dtype,
+        transfer=args.transfer,
         max_num_seqs=args.max_num_seqs,
+        max_num_batched_tokens=args.max_num_batched_tokens,
+        max_chunk_tokens=args.long_prefill_token_threshold,
         max_waiting=args.max_num_queued_reqs,
         ttft_slo_s=args.ttft_slo,
         itl_slo_s=args.itl_slo,
         autoscale=args.autoscale,
-        idle_s=args.scale_down_delay,
-    )
-    block_size, prefill_pool, decode_pool = pool_kinds(
-        args.block_size,
-        (args.prefill_block_size, args.decode_block_size),
-        (args.prefill_kv_cache_dtype, args.decode_kv_cache_dtype),
-    )
-    options = EngineOptions(
-        model=_model_options(args, model_path),
-        cache=_cache_options(args, block_size),
-        scheduler=scheduler,
-        batch=BatchOptions(
-            max_num_batched_tokens=args.max_num_batched_tokens,
-            max_chunk_tokens=args.long_prefill_token_threshold,
-            max_num_seqs=args.max_num_seqs,
-            itl_slo_s=scheduler.pace_s,
-        ),
-        prefill=int(not single) if split else args.prefill or 0,
-        decode=int(not single) if split else args.decode or 0,
-        mixed=int(single) if split else args.mixed or 0,
-        separate_pools=args.separate_pools,
-        transfer=args.transfer,
-        several_hosts=several_hosts,
-        elastic_hosts=elastic_hosts,
-        prefill_pool=prefill_pool,
-        decode_pool=decode_pool,
-        threads=args.threads,
-        cpu_cores=args.cpu_cores,
-        prefill_core_share=args.prefill_core_share,
+        scale_down_delay_s=args.scale_down_delay,
         tensor_parallel_size=args.tensor_parallel_size,
         prefill_tp=args.prefill_tp,
         decode_tp=args.decode_tp,
         rank_link=args.rank_link,
-        hang_s=args.hang_timeout,
-    )
+        threads=args.threads,
+        cpu_cores=args.cpu_cores,
+        prefill_core_share=args.prefill_core_share,
+        hang_timeout_s=args.hang_timeout,
+    ).options(model_path, several_hosts=several_hosts, elastic_hosts=elastic_hosts)
     options.verify()
     return options
