@@ -2,7 +2,7 @@
 
 Run: python -m bench.steps [--size bench-360m] [--quantization int8 ...] [--batches 1 32]. Variants
 alternate step by step, so that ratios hold on a busy machine. `outside_share` is the part of a step
-that passes outside the C++ functions: Python, torch and the sampler.
+that passes outside the C++ functions: Python, numpy and torch.
 """
 
 import argparse
@@ -148,12 +148,13 @@ def _decode(
     for name, variant in variants.items():
         kernels = models[name].kernels
         assert isinstance(kernels, CppKernels), "build the C++ kernels first"
-        outside = []
+        outside, outside_us = [], []
         with Clock(kernels) as clock:
             for _ in range(steps):
                 clock.seconds = 0.0
                 whole = variant.step()
                 outside.append((whole - clock.seconds) / whole)
+                outside_us.append((whole - clock.seconds) * 1e6)
         ratios = [a / b for a, b in zip(times[first], times[name], strict=True)]
         rows.append(
             {
@@ -163,6 +164,7 @@ def _decode(
                 "tokens_per_s": round(batch / min(times[name]), 1),
                 f"speed_against_{first}": spread(ratios),
                 "outside_share": spread(outside),
+                "outside_us": spread(outside_us),
             }
         )
     return rows
