@@ -19,7 +19,6 @@ from diptych.engine.core.config import (
     EngineOptions,
     KVCacheDtype,
     Quantization,
-    Transfer,
 )
 from diptych.engine.core.errors import EngineDeadError, InvalidRequestError
 from diptych.engine.core.messages import Stats
@@ -60,8 +59,8 @@ class Engine:
     autoscale: fewest and most workers; one leaves after `scale_down_delay_s` of fewer being enough.
     And, as the CLI's flags of these names: prefill_block_size, decode_block_size,
         prefill_kv_cache_dtype, decode_kv_cache_dtype (with separate_pools), packed_cache, kernels,
-        kernel_level, cpu_cores, prefill_core_share, rank_link, hang_timeout_s (`EngineArguments`
-        in engine_arguments.py says more).
+        kernel_level, cpu_cores, prefill_core_share, rank_link, hang_timeout_s, threads; and those
+        named above (`EngineArguments` in engine_arguments.py says more).
     Raises ConfigError and ModelLoadError.
     """
 
@@ -84,15 +83,11 @@ class Engine:
         max_num_batched_tokens: int = 512,
         max_chunk_tokens: int | None = None,
         separate_pools: bool = False,
-        transfer: Transfer = "auto",
         tensor_parallel_size: int = 1,
-        prefill_tp: int | None = None,
-        decode_tp: int | None = None,
         ttft_slo_s: float | None = None,
         itl_slo_s: float | None = None,
         autoscale: tuple[int, int] | None = None,
         scale_down_delay_s: float = 60.0,
-        threads: int | None = None,
         load_format: str = "auto",
         quantization: Quantization | None = None,
         chat_template: str | Path | None = None,
@@ -113,7 +108,6 @@ class Engine:
             kv_cache_dtype=kv_cache_dtype,
             enable_prefix_caching=enable_prefix_caching,
             separate_pools=separate_pools,
-            transfer=transfer,
             max_num_seqs=max_num_seqs,
             max_num_batched_tokens=max_num_batched_tokens,
             max_chunk_tokens=max_chunk_tokens,
@@ -122,9 +116,6 @@ class Engine:
             autoscale=None if inline else autoscale,
             scale_down_delay_s=scale_down_delay_s,
             tensor_parallel_size=tensor_parallel_size,
-            prefill_tp=prefill_tp,
-            decode_tp=decode_tp,
-            threads=threads,
             **more,
         ).options(folder)
         self.tokenizer = Tokenizer(folder, chat_template)

@@ -38,6 +38,10 @@ class MoreArguments(TypedDict, total=False):
     kernel_level: str | None
     cpu_cores: str | None
     prefill_core_share: int
+    threads: int | None
+    transfer: Transfer
+    prefill_tp: int | None
+    decode_tp: int | None
     rank_link: RankLink
     hang_timeout_s: float
 
@@ -77,9 +81,9 @@ class EngineArguments(msgspec.Struct, frozen=True, kw_only=True):
     scale_down_delay_s: float = 60.0
     tensor_parallel_size: int = 1
     prefill_tp: int | None = None
-    decode_tp: int | None = None
+    decode_tp: int | None = None  # of each decode worker, where that differs
     rank_link: RankLink = "auto"
-    threads: int | None = None
+    threads: int | None = None  # of one process at most
     cpu_cores: str | None = None  # of all workers: a count, or a list as "0-3,8"
     prefill_core_share: int = 50  # percent of the cores, while prefill and decode are both busy
     hang_timeout_s: float = 3.0  # until a hang is fenced
