@@ -1,9 +1,9 @@
 """A Ray cluster of two nodes on this machine, as a process: orders on standard input.
 
-`python -m bench.ray_nodes` prints one JSON line with the addresses when it is up; then each line is
-an order: "remove" kills the second node, "raylet" its raylet alone, "add" starts another node in
-its place, "gcs" kills Ray's control process. Each is answered with a line. The end of its input
-ends the cluster. `Nodes` is the other end.
+`python -m bench.ray_nodes [GPUS]` prints one JSON line with the addresses when it is up; then each
+line is an order: "remove" kills the second node, "raylet" its raylet alone, "add" starts another
+node in its place, "gcs" kills Ray's control process. Each is answered with a line. The end of its
+input ends the cluster. `Nodes` is the other end.
 """
 
 import json
@@ -37,18 +37,19 @@ def say(**row: Any) -> None:
 class Nodes:
     """The cluster's process; `env` is what every client of it needs."""
 
-    def __init__(self) -> None:
+    def __init__(self, gpus: int = 0) -> None:
         self._mark = uuid.uuid4().hex
         self.env = {
             **os.environ,
             MARK: self._mark,
             "RAY_USAGE_STATS_ENABLED": "0",
             "RAY_AUTH_MODE": "token",
+            "RAY_DEDUP_LOGS": "0",  # all that workers say is in the job's log
             "RAY_AUTH_TOKEN": secrets.token_hex(32),
             "PYTHONWARNINGS": "ignore",
         }
         self.process = subprocess.Popen(
-            [sys.executable, "-m", "bench.ray_nodes"],
+            [sys.executable, "-m", "bench.ray_nodes", str(gpus)],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             env=self.env,
@@ -85,8 +86,9 @@ class Nodes:
 
 
 @contextmanager
-def ray_nodes() -> Iterator[Nodes]:
-    nodes = Nodes()
+def ray_nodes(gpus: int = 0) -> Iterator[Nodes]:
+    """`gpus`: so many each node says that it has; none of them need exist."""
+    nodes = Nodes(gpus)
     try:
         yield nodes
     finally:
@@ -97,17 +99,19 @@ def main() -> None:
     from ray.cluster_utils import Cluster
 
     port = free_port()
+    gpus = int(sys.argv[1]) if len(sys.argv) > 1 else 0
     cluster = Cluster(
         initialize_head=True,
         head_node_args={
             "num_cpus": 1,
+            "num_gpus": gpus,
             "include_dashboard": True,
             "dashboard_host": "127.0.0.1",
             "dashboard_port": port,
             "object_store_memory": 80 << 20,
         },
     )
-    second = cluster.add_node(num_cpus=1, object_store_memory=80 << 20)
+    second = cluster.add_node(num_cpus=1, num_gpus=gpus, object_store_memory=80 << 20)
     cluster.wait_for_nodes()
     say(address=cluster.address, dashboard=f"http://127.0.0.1:{port}")
     try:
@@ -118,7 +122,7 @@ def main() -> None:
             elif order == "raylet":
                 second.kill_raylet(check_alive=False)
             elif order == "add":
-                second = cluster.add_node(num_cpus=1, object_store_memory=80 << 20)
+                second = cluster.add_node(num_cpus=1, num_gpus=gpus, object_store_memory=80 << 20)
             elif order == "gcs":
                 cluster.head_node.kill_gcs_server()
             say(done=order)

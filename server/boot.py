@@ -94,6 +94,7 @@ class HostBoot(msgspec.Struct, frozen=True, kw_only=True):
     lifeline_fd: int  # ends when the supervisor ends
     transfer_key: str  # hex; who has it may read blocks over the network
     network: Network | None = None  # of a cluster; None: there is only this host
+    devices: list[str] = []  # CUDA_VISIBLE_DEVICES of each worker here, in order; none: as it is
     log_level: str = "INFO"
 
 
@@ -160,6 +161,7 @@ class AgentBoot(msgspec.Struct, frozen=True, kw_only=True):
     prefill: int = 0
     decode: int = 0
     mixed: int = 0
+    devices: list[str] = []  # CUDA_VISIBLE_DEVICES of each worker, in that order; none: as it is
     api_host: str = "127.0.0.1"
     api_port: int | None = None  # of an API server here; None: there is none
     lifeline_fd: int | None = None  # whoever started it; its end means end

@@ -71,6 +71,10 @@ def cluster_boot(args: argparse.Namespace) -> ClusterBoot | None:
             raise ConfigError("resources of a worker cannot be negative")
         if not args.ray_cpus_per_worker + args.ray_gpus_per_worker:
             raise ConfigError("a worker needs CPU or GPU resources of Ray")
+        if args.ray_gpus_per_worker > 1 and args.ray_gpus_per_worker % 1:
+            raise ConfigError(
+                "of more than one GPU a worker takes whole ones: see --ray-gpus-per-worker"
+            )
         if args.autoscale is not None and args.ray_api_port is not None:
             raise ConfigError("--ray-api-port needs nodes that stay: not with --autoscale")
         options = RayOptions(

@@ -56,6 +56,7 @@ class Host:
         transfer_key: str,
         network: Network | None,
         log_level: str,
+        devices: Sequence[str] = (),
     ) -> None:
         layout = plan_layout(options, workers)  # first, so that a bad model costs nothing
         self.run_dir, self._lock_fd = create_run_dir()
@@ -74,6 +75,7 @@ class Host:
             lifeline_fd=self.lifeline_fd,
             transfer_key=transfer_key,
             network=network,
+            devices=list(devices),
             log_level=log_level,
         )
         self._pages = {pool.pool: layout.map_page(pool.pool) for pool in layout.pools}

@@ -230,6 +230,7 @@ class HostAgent:
                 transfer_key=welcome.transfer_key,
                 network=Network(self._ip, self._boot.secret),
                 log_level=welcome.log_level,
+                devices=self._boot.devices,
             )
         except DiptychError as error:
             self._link.send(HostModelFailed(type(error).__name__, error.message))

@@ -25,12 +25,15 @@ from ray.util.placement_group import (
     placement_group_table,
     remove_placement_group,
 )
-from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+from ray.util.scheduling_strategies import (
+    NodeAffinitySchedulingStrategy,
+    PlacementGroupSchedulingStrategy,
+)
 
 from diptych.server.boot import AgentBoot
 from diptych.server.lifeline import die_by_thread, leave_signals_to_supervisor
 from diptych.server.logs import configure_logs
-from diptych.server.ray_plan import Part, RayBoot, RayOrder, Seats, bundles, parts
+from diptych.server.ray_plan import Part, RayBoot, RayOrder, Seats, bundles, lack_of_room, parts
 from diptych.server.spawn import spawn
 from diptych.transfer.processes import name_process
 
@@ -62,6 +65,53 @@ class HostActor:
         return self._agent.poll()
 
 
+class GpuHolder:
+    """Sits in a bundle and holds its GPUs, since Ray says only to its own which ones these are."""
+
+    def devices(self) -> tuple[str, str]:
+        """(node, CUDA_VISIBLE_DEVICES)."""
+        context = ray.get_runtime_context()
+        return context.get_node_id(), ",".join(context.get_accelerator_ids()["GPU"])
+
+
+class BundleGpus:
+    """Which GPUs each bundle has. Ray starts a holder again where its bundle goes."""
+
+    def __init__(self, gpus: float) -> None:
+        self._gpus = gpus
+        self._holders: dict[tuple[str, int], Any] = {}  # (group, bundle)
+        self._asked: dict[tuple[str, int], Any] = {}
+        self._known: dict[tuple[str, int], tuple[str, str]] = {}  # (node, devices)
+
+    def of(self, group: PlacementGroup, bundle: int, node: str) -> str | None:
+        """None while it is not known."""
+        key = (group.id.hex(), bundle)
+        if not self._gpus or not node:
+            return "" if node else None
+        if self._known.get(key, ("", ""))[0] == node:
+            return self._known[key][1]
+        if key not in self._holders:
+            strategy = PlacementGroupSchedulingStrategy(group, bundle)
+            make = ray.remote(num_cpus=0, num_gpus=self._gpus, max_restarts=-1)(GpuHolder)
+            self._holders[key] = make.options(scheduling_strategy=strategy).remote()
+        if key not in self._asked:
+            self._asked[key] = self._holders[key].devices.remote()
+        if not ray.wait([self._asked[key]], timeout=0)[0]:
+            return None
+        with suppress(ray.exceptions.RayError):  # it is being started again: asked anew
+            self._known[key] = ray.get(self._asked[key])
+        del self._asked[key]
+        found = self._known.get(key, ("", ""))
+        return found[1] if found[0] == node else None
+
+    def forget(self, group: PlacementGroup) -> None:
+        """It is given back, and its holders end with it."""
+        for key in [key for key in self._holders if key[0] == group.id.hex()]:
+            del self._holders[key]
+            self._asked.pop(key, None)
+            self._known.pop(key, None)
+
+
 class Seat:
     """One node's actor, and when it may be started again."""
 
@@ -88,9 +138,10 @@ def nodes_of(group: PlacementGroup) -> list[str]:
 class ElasticGroups:
     """A placement group of one bundle for each worker that the head asks for."""
 
-    def __init__(self, boot: RayBoot) -> None:
+    def __init__(self, boot: RayBoot, gpus: BundleGpus) -> None:
         assert boot.orders_fd is not None
         self._boot = boot
+        self._gpus = gpus
         self._fd = boot.orders_fd
         self._rest = b""  # of a line
         self._order: RayOrder | None = None
@@ -114,6 +165,7 @@ class ElasticGroups:
             new, gone = self._seats.obey(self._order, nodes, self._places)
             for seat in gone:
                 _log.info("the bundle of worker place %d is given back", seat)
+                self._gpus.forget(self._groups[seat])
                 remove_placement_group(self._groups.pop(seat))
             for seat in new:
                 self._groups[seat] = placement_group(
@@ -121,7 +173,15 @@ class ElasticGroups:
                     strategy=self._boot.ray.strategy,
                     name=f"diptych-{self._seats.roles[seat]}-{os.getpid()}-{seat}",
                 )
-        found = self._seats.parts(nodes, living)
+        devices: dict[int, str] = {}
+        for seat, group in self._groups.items():
+            known = self._gpus.of(group, 0, nodes.get(seat, ""))
+            devices[seat] = known or ""
+            if known is None:
+                nodes.pop(seat, None)
+        found = self._seats.parts(
+            nodes, living, devices if self._boot.ray.gpus_per_worker else None
+        )
         self._places = {part.place: part.seat for part in found if part.seat is not None}
         names = {seat: f"{role} {seat}" for seat, role in self._seats.roles.items()}
         return {name: [nodes.get(seat, "")] for seat, name in names.items()}, found
@@ -134,7 +194,8 @@ class RayLauncher:
         self._boot = boot
         self._seats: dict[str, Seat] = {}  # by place
         self._groups: dict[str, PlacementGroup] = {}
-        self._elastic = ElasticGroups(boot) if boot.orders_fd is not None else None
+        self._gpus = BundleGpus(boot.ray.gpus_per_worker)
+        self._elastic = ElasticGroups(boot, self._gpus) if boot.orders_fd is not None else None
         self._started_s = time.monotonic()
         self._complete = False
         self._complained = False
@@ -165,7 +226,7 @@ class RayLauncher:
         living = [node["NodeID"] for node in ray.nodes() if node["Alive"]]
         if self._elastic is None:
             placed = {pool: nodes_of(group) for pool, group in self._groups.items()}
-            wanted = {part.place: part for part in parts(placed, living)}
+            wanted = {part.place: part for part in self._parts(placed, living)}
         else:
             placed, found = self._elastic.turn(living)
             wanted = {part.place: part for part in found}
@@ -182,6 +243,21 @@ class RayLauncher:
             if seat.actor is None and now >= seat.start_at_s:
                 self._start(seat, now)
 
+    def _parts(self, placed: dict[str, list[str]], living: list[str]) -> list[Part]:
+        if not self._boot.ray.gpus_per_worker:
+            return parts(placed, living)
+        devices = {
+            pool: [self._gpus.of(self._groups[pool], i, node) for i, node in enumerate(nodes)]
+            for pool, nodes in placed.items()
+        }
+        known = {
+            pool: [node if devices[pool][i] is not None else "" for i, node in enumerate(nodes)]
+            for pool, nodes in placed.items()
+        }
+        return parts(
+            known, living, {pool: [d or "" for d in all_] for pool, all_ in devices.items()}
+        )
+
     def _start(self, seat: Seat, now: float) -> None:
         part, boot = seat.part, self._boot
         record = AgentBoot(
@@ -192,6 +268,7 @@ class RayLauncher:
             prefill=part.prefill,
             decode=part.decode,
             mixed=part.mixed,
+            devices=list(part.devices),
             api_host=boot.ray.api_host,
             api_port=boot.ray.api_port,
             orphan_of=ray.get_runtime_context().gcs_address,
@@ -238,8 +315,8 @@ class RayLauncher:
             self._complete, self._started_s, self._complained = not missing, now, False
         if missing and not self._complained and now - self._started_s > PATIENCE_S:
             self._complained = True
-            text = ", ".join(f"{count} {pool}" for pool, count in missing.items())
-            _log.warning("Ray has no room for these workers (yet): %s", text)
+            total, free = ray.cluster_resources(), ray.available_resources()
+            _log.warning("%s", lack_of_room(missing, self._boot.ray, total, free))
 
 
 def main() -> None:

@@ -54,6 +54,7 @@ class Part(msgspec.Struct, frozen=True, order=True):
     decode: int
     mixed: int
     seat: int | None = None  # elastic: the bundle's number, given once
+    devices: tuple[str, ...] = ()  # CUDA_VISIBLE_DEVICES of each worker, in the order of the pools
 
     @property
     def place(self) -> str:
@@ -68,19 +69,42 @@ def bundles(options: RayOptions, count: int) -> list[dict[str, float]]:
     return [dict(one) for _ in range(count)]
 
 
-def parts(placed: Mapping[str, Sequence[str]], living: Sequence[str]) -> list[Part]:
-    """`placed`: pool -> the node of each bundle ("" while it has none); `living`: nodes."""
+def lack_of_room(
+    missing: Mapping[str, int],
+    options: RayOptions,
+    total: Mapping[str, float],
+    free: Mapping[str, float],
+) -> str:
+    """What the log says while Ray has no place for `missing` workers by pool."""
+    workers = ", ".join(f"{count} {pool}" for pool, count in missing.items())
+    one = bundles(options, 1)[0]
+    needs = " and ".join(f"{amount:g} {name}" for name, amount in one.items())
+    has = " and ".join(
+        f"{free.get(name, 0.0):g} of {total.get(name, 0.0):g} {name} free" for name in one
+    )
+    never = [name for name, amount in one.items() if amount > total.get(name, 0.0)]
+    text = f"Ray has no room for these workers (yet): {workers}; each needs {needs} of one node"
+    text += f", and its living nodes have {has}"
+    if never:
+        text += f": no node that is there can ever hold one, for want of {' and '.join(never)}"
+    return text
+
+
+def parts(
+    placed: Mapping[str, Sequence[str]],
+    living: Sequence[str],
+    devices: Mapping[str, Sequence[str]] | None = None,
+) -> list[Part]:
+    """`placed`: pool -> the node of each bundle ("" while it has none); `living`: nodes;
+    `devices`: pool -> what each bundle has of its node's GPUs, if it has any."""
     nodes = sorted({node for found in placed.values() for node in found} & set(living))
-    counted = {pool: list(found) for pool, found in placed.items()}
-    return [
-        Part(
-            node,
-            counted.get("prefill", []).count(node),
-            counted.get("decode", []).count(node),
-            counted.get("mixed", []).count(node),
-        )
-        for node in nodes
-    ]
+    found = []
+    for node in nodes:
+        at = {p: [i for i, n in enumerate(placed.get(p, ())) if n == node] for p in POOLS}
+        seen = [devices[pool][i] for pool in POOLS for i in at[pool]] if devices else []
+        prefill, decode, mixed = (len(at[pool]) for pool in POOLS)
+        found.append(Part(node, prefill, decode, mixed, devices=tuple(seen)))
+    return found
 
 
 class Seats:
@@ -121,7 +145,12 @@ class Seats:
             here[role] -= 1
         return self._turn[-1]
 
-    def parts(self, nodes: Mapping[int, str], living: Sequence[str]) -> list[Part]:
+    def parts(
+        self,
+        nodes: Mapping[int, str],
+        living: Sequence[str],
+        devices: Mapping[int, str] | None = None,
+    ) -> list[Part]:
         """One of each seat that is on a living node."""
         return [
             Part(
@@ -130,6 +159,7 @@ class Seats:
                 decode=int(role == "decode"),
                 mixed=int(role == "mixed"),
                 seat=seat,
+                devices=(devices[seat],) if devices else (),
             )
             for seat, role in self.roles.items()
             if nodes.get(seat) in living

@@ -7,6 +7,7 @@ never waits for anyone, and without work it sleeps until a message comes.
 
 import logging
 import os
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Final, Protocol
 
@@ -145,6 +146,13 @@ def _commit(page: ControlPage, command: CommitBlock) -> None:
     page.commit(command.block, command.generation, command.hash, command.parent)
 
 
+def see_devices(devices: Sequence[str], slot: int) -> None:
+    """Before CUDA is touched: this process computes on what was assigned to it alone."""
+    if slot < len(devices):
+        os.environ["CUDA_VISIBLE_DEVICES"] = devices[slot]
+        _log.info("sees the GPUs %s", devices[slot] or "(none)")
+
+
 def run_worker(boot: HostBoot, model: LoadedModel, worker: WorkerId, epoch: Epoch) -> None:
     """The life of a forked worker; an exception that leaves here is a fault of this incarnation."""
     me = Address("worker", worker, epoch)
@@ -154,6 +162,7 @@ def run_worker(boot: HostBoot, model: LoadedModel, worker: WorkerId, epoch: Epoc
     layout = boot.layout
     os.sched_setaffinity(0, layout.cores)  # for its other threads; those that compute are pinned
     slot, spec = layout.slot(worker), layout.spec(worker)
+    see_devices(boot.devices, slot)
     home = spec.pool
     page, memory = layout.map_page(home), layout.map_pool(home)
 

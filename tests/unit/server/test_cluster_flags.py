@@ -60,6 +60,7 @@ def test_hosts_that_join_need_the_key_of_a_file(tmp_path: Path) -> None:
         (["--ray", "--ray-cpus-per-worker", "0"], "CPU or GPU"),
         (["--ray", "--ray-api-port", "8001", "--autoscale", "0:2"], "--ray-api-port"),
         (["--ray", "--ray-cpus-per-worker", "-1"], "negative"),
+        (["--ray", "--ray-gpus-per-worker", "1.5"], "whole ones"),
         (["--ray", "--cluster-address", "0.0.0.0:1"], "the one address"),
         (["--ray", "--cluster-address", "somewhere"], "no IP address"),
     ],

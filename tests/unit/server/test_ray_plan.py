@@ -1,6 +1,13 @@
 """A bundle for each worker that is asked for: which are new, and which are given back."""
 
-from diptych.server.ray_plan import Part, RayOrder, Seats
+from diptych.server.ray_plan import (
+    Part,
+    RayOptions,
+    RayOrder,
+    Seats,
+    lack_of_room,
+    parts,
+)
 
 ROLES = ["prefill", "decode", "decode", "prefill"]
 
@@ -50,3 +57,31 @@ def test_a_seat_without_a_living_node_has_no_part() -> None:
     seats.obey(RayOrder(2, []), {}, {})
     assert seats.parts({0: "a", 1: ""}, ["b"]) == []
     assert seats.parts({0: "a", 1: "b"}, ["b"]) == [Part("b", 0, 0, 1, 1)]
+
+
+def test_each_worker_of_a_node_has_its_bundles_gpus() -> None:
+    placed = {"prefill": ["a", "b"], "decode": ["b", "", "a"]}
+    devices = {"prefill": ["0", "2,3"], "decode": ["0", "", "1"]}
+    assert parts(placed, ["a", "b"], devices) == [
+        Part("a", 1, 1, 0, devices=("0", "1")),
+        Part("b", 1, 1, 0, devices=("2,3", "0")),
+    ]
+    moved = {**devices, "decode": ["0", "", "2"]}
+    assert parts(placed, ["a", "b"], moved)[0] != parts(placed, ["a", "b"], devices)[0]
+    seats = Seats(["mixed"])
+    seats.obey(RayOrder(2, []), {}, {})
+    found = seats.parts({0: "a", 1: "a"}, ["a"], {0: "0", 1: "1"})
+    assert [part.devices for part in found] == [("0",), ("1",)]
+
+
+def test_a_lack_of_room_says_what_is_needed_and_what_there_is() -> None:
+    options = RayOptions(cpus_per_worker=0, gpus_per_worker=0.5)
+    total = {"CPU": 8.0, "GPU": 1.0}
+    text = lack_of_room({"prefill": 1, "decode": 2}, options, total, {"CPU": 8.0})
+    assert "1 prefill, 2 decode" in text
+    assert "each needs 0.5 GPU of one node" in text
+    assert "0 of 1 GPU free" in text
+    assert "can ever hold" not in text, "it may fit once others are gone"
+    text = lack_of_room({"mixed": 1}, RayOptions(gpus_per_worker=1), {"CPU": 8.0}, {"CPU": 8.0})
+    assert "1 CPU and 1 GPU" in text
+    assert "can ever hold one, for want of GPU" in text
