@@ -4,6 +4,7 @@ Owns nothing. Invariant: a child has its own session (signals of the terminal re
 only) and no descriptor but those named; its orders come on standard input.
 """
 
+import logging
 import os
 import signal
 import subprocess
@@ -20,6 +21,8 @@ import diptych
 _DEFAULTS: Final = {"UCX_TLS": "^posix,sysv"}
 """Where the environment does not say it: those ways of UCX leave segments when a process of NIXL
 is killed, and data does not take them."""
+
+_log = logging.getLogger("diptych")
 
 
 def spawn(module: str, boot: msgspec.Struct, fds: Sequence[int]) -> subprocess.Popen[bytes]:
@@ -53,6 +56,13 @@ def kill_child(process: subprocess.Popen[bytes]) -> None:
     if process.returncode is None:
         with suppress(ProcessLookupError):
             os.kill(process.pid, signal.SIGKILL)
+
+
+def see_devices(devices: Sequence[str], slot: int) -> None:
+    """Before CUDA is touched: this process computes on what was assigned to it alone."""
+    if slot < len(devices):
+        os.environ["CUDA_VISIBLE_DEVICES"] = devices[slot]
+        _log.info("sees the GPUs %s", devices[slot] or "(none)")
 
 
 def python_environment() -> dict[str, str]:

@@ -7,7 +7,6 @@ never waits for anyone, and without work it sleeps until a message comes.
 
 import logging
 import os
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Final, Protocol
 
@@ -35,6 +34,7 @@ from diptych.server.lifeline import die_by_kernel
 from diptych.server.logs import configure_logs
 from diptych.server.pool_routes import make_porter
 from diptych.server.ranks import share_of_cores, start_ranks
+from diptych.server.spawn import see_devices
 from diptych.transfer.channels import Channels
 from diptych.transfer.control_page import ControlPage
 from diptych.transfer.core_table import CoreTable, rank_slots
@@ -144,13 +144,6 @@ class Worker:
 
 def _commit(page: ControlPage, command: CommitBlock) -> None:
     page.commit(command.block, command.generation, command.hash, command.parent)
-
-
-def see_devices(devices: Sequence[str], slot: int) -> None:
-    """Before CUDA is touched: this process computes on what was assigned to it alone."""
-    if slot < len(devices):
-        os.environ["CUDA_VISIBLE_DEVICES"] = devices[slot]
-        _log.info("sees the GPUs %s", devices[slot] or "(none)")
 
 
 def run_worker(boot: HostBoot, model: LoadedModel, worker: WorkerId, epoch: Epoch) -> None:

@@ -4,7 +4,7 @@ import os
 
 import pytest
 
-from diptych.server.worker import see_devices
+from diptych.server.spawn import see_devices
 
 
 def test_each_worker_sees_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
