@@ -24,6 +24,7 @@ from diptych.server.spawn import python_environment
 from tests.support.processes import (
     MARK,
     WAIT_S,
+    changes,
     kill,
     kill_and_time,
     marked_processes,
@@ -145,9 +146,10 @@ def test_workers_survive_their_warm_parent(tmp_path: Path, clean: str) -> None:
 def test_worker_and_warm_parent_killed_together(tmp_path: Path, clean: str) -> None:
     def scenario(launched: Launched) -> None:
         run_dir = launched.api.path
-        kill(run_dir, "warm")
-        kill(run_dir, "worker0")
-        wait_for("worker0 is up again", lambda: up(run_dir, "worker0", 2))
+        with changes(run_dir) as fd:
+            kill(run_dir, "warm")
+            kill(run_dir, "worker0")
+            wait_for("worker0 is up again", lambda: up(run_dir, "worker0", 2), WAIT_S, fd)
 
     with_engine(tiny_options(tmp_path), scenario)
 

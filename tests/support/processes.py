@@ -1,10 +1,13 @@
 """For tests of real processes: a tiny model, waiting on conditions, and who is still there."""
 
+import ctypes
 import json
 import os
+import select
 import signal
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from bench.procs import processes_with
@@ -12,7 +15,10 @@ from diptych.engine.core.config import CacheOptions, EngineOptions, ModelOptions
 from diptych.server.process_table import ProcessRow, read_processes
 
 WAIT_S = 30.0
+LOOK_MS = 5
 MARK = "DIPTYCH_TEST_MARK"
+_IN_MOVED_TO = 0x80
+_LIBC = ctypes.CDLL(None, use_errno=True)
 
 
 def write_tiny_model(folder: Path) -> Path:
@@ -52,12 +58,40 @@ def tiny_options(
     )
 
 
-def wait_for(what: str, condition: Callable[[], bool], timeout_s: float = WAIT_S) -> None:
-    """Looks every millisecond; fails with `what` after the timeout."""
-    until_s = time.monotonic() + timeout_s
+def wait_for(
+    what: str, condition: Callable[[], bool], timeout_s: float = WAIT_S, *fds: int
+) -> None:
+    """Looks when one of `fds` has news, and now and then; fails with `what` after the timeout."""
+    poller, until_s = select.poll(), time.monotonic() + timeout_s
+    for fd in fds:
+        poller.register(fd, select.POLLIN)
     while not condition():
         assert time.monotonic() < until_s, f"not within {timeout_s:g} s: {what}"
-        time.sleep(0.001)
+        for fd, _ in poller.poll(LOOK_MS):
+            os.read(fd, 4096)
+
+
+@contextmanager
+def changes(folder: Path) -> Iterator[int]:
+    """A descriptor that has news whenever a file in the folder is replaced."""
+    fd = _LIBC.inotify_init1(os.O_NONBLOCK | os.O_CLOEXEC)
+    assert fd >= 0, os.strerror(ctypes.get_errno())
+    try:
+        watch = _LIBC.inotify_add_watch(fd, bytes(folder), _IN_MOVED_TO)
+        assert watch >= 0, os.strerror(ctypes.get_errno())
+        yield fd
+    finally:
+        os.close(fd)
+
+
+def wait_gone(pid: int, end: Callable[[], object], timeout_s: float = WAIT_S) -> None:
+    """Until a process is over that `end` ends; it need not be a child."""
+    pidfd = os.pidfd_open(pid)
+    try:
+        end()
+        assert select.select([pidfd], [], [], timeout_s)[0], f"{pid} lives after {timeout_s:g} s"
+    finally:
+        os.close(pidfd)
 
 
 def state_of(pid: int) -> str:
@@ -99,6 +133,7 @@ def kill_and_time(run_dir: Path, name: str, number: signal.Signals = signal.SIGK
             seen.append(row.changed_ns)
         return bool(seen)
 
-    wait_for(f"{name} is seen dead", replaced)
-    wait_for(f"{name} is up again", lambda: up(run_dir, name, victim.epoch + 1))
+    with changes(run_dir) as fd:
+        wait_for(f"{name} is seen dead", replaced, WAIT_S, fd)
+        wait_for(f"{name} is up again", lambda: up(run_dir, name, victim.epoch + 1), WAIT_S, fd)
     return (seen[0] - start_ns) / 1e9

@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 
 from diptych.transfer.processes import name_process
-from tests.support.processes import state_of, wait_for
+from tests.support.processes import state_of, wait_gone
 
 STOPPED_CHILD = """
 import os, signal, sys, time
@@ -34,8 +34,8 @@ def test_a_child_that_stands_still_ends_with_its_parent() -> None:
         assert parent.stdout is not None
         child = int(parent.stdout.readline())
         assert state_of(child) == "T"
-        os.kill(parent.pid, signal.SIGKILL)
-        wait_for("the stopped child is gone", lambda: state_of(child) in "ZX")
+        wait_gone(child, lambda: os.kill(parent.pid, signal.SIGKILL))
+        assert state_of(child) in "ZX"
 
 
 def test_a_long_name_is_cut() -> None:
