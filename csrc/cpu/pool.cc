@@ -15,7 +15,6 @@
 #include <signal.h>
 #include <stdlib.h>
 #include <sys/syscall.h>
-#include <time.h>
 #include <unistd.h>
 
 #include <atomic>
@@ -23,6 +22,7 @@
 #include <vector>
 
 #include "cores.h"
+#include "wait.h"
 
 namespace diptych::cpu {
 namespace {
@@ -31,20 +31,6 @@ constexpr int64_t kSpinNs = 20'000;  // longer than the gap between two kernels 
 constexpr uint64_t kOpen = 1ull << 31;
 constexpr uint64_t kEntered = kOpen - 1;
 constexpr uint64_t kOneEpoch = 1ull << 32;
-
-void pause_cpu() {
-#if defined(__x86_64__)
-  __builtin_ia32_pause();
-#elif defined(__aarch64__)
-  asm volatile("yield");
-#endif
-}
-
-int64_t now_ns() {
-  timespec t;
-  clock_gettime(CLOCK_MONOTONIC, &t);
-  return t.tv_sec * 1'000'000'000ll + t.tv_nsec;
-}
 
 long futex(std::atomic<uint32_t>* word, int op, uint32_t value, uint32_t bits) {
   return syscall(SYS_futex, reinterpret_cast<uint32_t*>(word), op | FUTEX_PRIVATE_FLAG, value,

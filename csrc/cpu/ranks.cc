@@ -6,13 +6,13 @@
 #include <linux/futex.h>
 #include <sched.h>
 #include <sys/syscall.h>
-#include <time.h>
 #include <unistd.h>
 
 #include <atomic>
 #include <new>
 
 #include "pool.h"
+#include "wait.h"
 
 namespace diptych::cpu {
 namespace {
@@ -53,20 +53,6 @@ struct Meeting {
 };
 static_assert(sizeof(Meeting) == kMeetingWords * sizeof(int32_t));
 static_assert(std::atomic<uint32_t>::is_always_lock_free);
-
-void pause_cpu() {
-#if defined(__x86_64__)
-  __builtin_ia32_pause();
-#elif defined(__aarch64__)
-  asm volatile("yield");
-#endif
-}
-
-int64_t now_ns() {
-  timespec t;
-  clock_gettime(CLOCK_MONOTONIC, &t);
-  return t.tv_sec * 1'000'000'000ll + t.tv_nsec;
-}
 
 // Not private: the word is shared by processes.
 void futex(std::atomic<uint32_t>* word, int op, uint32_t value) {
