@@ -20,8 +20,14 @@ struct AttentionJob {
   const AttentionArgs& a;
   const RowBlock* blocks;
   const Part* parts;
-  float* partials;  // per block: [splits][rows][dim + 2], the last two are the maximum and the sum
+  float* partials;  // per block: [splits] of [rows, dim] accumulators, [rows] maxima, [rows] sums
 };
+
+inline Softmax part_of(const AttentionJob& job, const RowBlock& block, int64_t split, int64_t rows,
+                       int64_t dim) {
+  float* acc = job.partials + block.partial + (split - block.split_begin) * rows * (dim + 2);
+  return {acc, acc + rows * dim, acc + rows * (dim + 1)};
+}
 
 template <class E>
 void run_block(void* context, int64_t index) {
@@ -33,9 +39,7 @@ void run_block(void* context, int64_t index) {
   reset(w.total, rows, dim);
   for (int64_t split = block.split_begin; split < block.split_end; ++split) {
     run_split<E>(a, block, rows, split, w);
-    for (int64_t r = 0; r < rows; ++r) {
-      merge_row(w.total, r, w.split.acc + r * dim, w.split.largest[r], w.split.sum[r], dim);
-    }
+    merge_rows(w.total, w.split, rows, dim);
   }
   for (int64_t r = 0; r < rows; ++r) write_row(a, block, r, w.total.acc + r * dim, w.total.sum[r]);
 }
@@ -49,12 +53,10 @@ void run_part(void* context, int64_t index) {
   const int64_t rows = block_rows(a, block), dim = a.k_cache.dim;
   Workspace w = open_block<E>(a, block, rows);
   run_split<E>(a, block, rows, part.split, w);
-  float* out = job.partials + block.partial + (part.split - block.split_begin) * rows * (dim + 2);
-  for (int64_t r = 0; r < rows; ++r, out += dim + 2) {
-    memcpy(out, w.split.acc + r * dim, static_cast<size_t>(dim) * 4);
-    out[dim] = w.split.largest[r];
-    out[dim + 1] = w.split.sum[r];
-  }
+  const Softmax out = part_of(job, block, part.split, rows, dim);
+  memcpy(out.acc, w.split.acc, static_cast<size_t>(rows * dim) * 4);
+  memcpy(out.largest, w.split.largest, static_cast<size_t>(rows) * 4);
+  memcpy(out.sum, w.split.sum, static_cast<size_t>(rows) * 4);
 }
 
 void merge_block(void* context, int64_t index) {
@@ -64,11 +66,8 @@ void merge_block(void* context, int64_t index) {
   const int64_t rows = block_rows(a, block), dim = a.k_cache.dim;
   const Workspace w = make_workspace<F32>(rows, dim);
   reset(w.total, rows, dim);
-  const float* part = job.partials + block.partial;
-  for (int64_t split = block.split_begin; split < block.split_end; ++split) {
-    for (int64_t r = 0; r < rows; ++r, part += dim + 2)
-      merge_row(w.total, r, part, part[dim], part[dim + 1], dim);
-  }
+  for (int64_t split = block.split_begin; split < block.split_end; ++split)
+    merge_rows(w.total, part_of(job, block, split, rows, dim), rows, dim);
   for (int64_t r = 0; r < rows; ++r) write_row(a, block, r, w.total.acc + r * dim, w.total.sum[r]);
 }
 

@@ -46,7 +46,7 @@ Workspace make_workspace(int64_t rows, int64_t dim) {
   const int64_t columns = whole_vectors(dim), wide = Format<E>::kScaled ? kTile * columns : 0;
   const int64_t query = Format<E>::kBytes ? padded(rows * columns) : acc;
   const int64_t floats =
-      query + 2 * acc + Vec::kRows * kTile * 3 / 2 + 7 * each + wide + 2 * kTile + 16;
+      query + 2 * acc + Vec::kRows * kTile * 3 / 2 + 7 * each + wide + 2 * kTile + 32;
   auto* p = static_cast<float*>(
       scratch(kScratchItem, static_cast<size_t>(floats) * 4 + static_cast<size_t>(each) * 16));
   auto take = [&p](int64_t n) {
@@ -69,6 +69,7 @@ Workspace make_workspace(int64_t rows, int64_t dim) {
   w.q_steps = take(each);
   w.q_sums = reinterpret_cast<int32_t*>(take(2 * each));
   w.steps = take(16);
+  w.alpha = take(16);
   w.split.largest = take(each);
   w.split.sum = take(each);
   w.total.largest = take(each);
@@ -91,25 +92,37 @@ void scale_row(float* row, float factor, int64_t dim) {
   each_vec(dim, [&](int64_t i, int n) { Vec::store_n(row + i, Vec::load_n(row + i, n) * f, n); });
 }
 
-// total (+) part, one row. A row that has seen no key has sum 0; any other has at least 1 (or NaN).
-void merge_row(const Softmax& total, int64_t r, const float* acc, float largest, float sum,
-               int64_t dim) {
-  if (sum == 0.0f) return;
-  float* out = total.acc + r * dim;
-  if (total.sum[r] == 0.0f) {
-    memcpy(out, acc, static_cast<size_t>(dim) * 4);
-    total.largest[r] = largest;
-    total.sum[r] = sum;
-    return;
+// total (+) part. A row that has seen no key has sum 0; any other has at least 1 (or NaN).
+void merge_rows(const Softmax& total, const Softmax& part, int64_t rows, int64_t dim) {
+  alignas(64) float ours[Vec::W], theirs[Vec::W], tops[Vec::W];
+  for (int64_t first = 0; first < rows; first += Vec::W) {
+    const int n = rows - first < Vec::W ? static_cast<int>(rows - first) : Vec::W;
+    const F before = Vec::load_n(total.largest + first, n),
+            largest = Vec::load_n(part.largest + first, n), top = Vec::max(largest, before);
+    Vec::store(tops, top);
+    Vec::store(ours, exp2_vec(before - top));
+    Vec::store(theirs, exp2_vec(largest - top));
+    for (int i = 0; i < n; ++i) {
+      const int64_t r = first + i;
+      float* out = total.acc + r * dim;
+      const float* acc = part.acc + r * dim;
+      if (part.sum[r] == 0.0f) continue;
+      if (total.sum[r] == 0.0f) {
+        memcpy(out, acc, static_cast<size_t>(dim) * 4);
+        total.largest[r] = part.largest[r];
+        total.sum[r] = part.sum[r];
+        continue;
+      }
+      const F a = Vec::set1(ours[i]), b = Vec::set1(theirs[i]);
+      each_vec(dim, [&](int64_t d, int lanes) {
+        Vec::store_n(out + d,
+                     Vec::fma(Vec::load_n(acc + d, lanes), b, Vec::load_n(out + d, lanes) * a),
+                     lanes);
+      });
+      total.sum[r] = total.sum[r] * ours[i] + part.sum[r] * theirs[i];
+      total.largest[r] = tops[i];
+    }
   }
-  const float top = largest > total.largest[r] ? largest : total.largest[r];
-  const float a = exp2_one(total.largest[r] - top), b = exp2_one(largest - top);
-  const F va = Vec::set1(a), vb = Vec::set1(b);
-  each_vec(dim, [&](int64_t i, int n) {
-    Vec::store_n(out + i, Vec::fma(Vec::load_n(acc + i, n), vb, Vec::load_n(out + i, n) * va), n);
-  });
-  total.sum[r] = total.sum[r] * a + sum * b;
-  total.largest[r] = top;
 }
 
 void write_row(const AttentionArgs& a, const RowBlock& block, int64_t r, const float* acc,
@@ -131,7 +144,7 @@ void locate(const AttentionArgs& a, const RowBlock& block, int64_t head, int64_t
   const int32_t* table = a.kv_indices + a.kv_indptr[block.seq];
   for (int64_t p = 0; p < kTilePanels; ++p) {
     const int64_t token = base + p * kPanel;
-    w.panels[p] = nullptr;
+    w.place->panels[p] = nullptr;
     if (token >= end || token + kPanel <= begin) continue;
     const int64_t index = token / size, inside = head * size + token - index * size;
     const int64_t physical = table[index];
@@ -149,9 +162,9 @@ void locate(const AttentionArgs& a, const RowBlock& block, int64_t head, int64_t
       k = reinterpret_cast<const char*>(wide_k);
       v = reinterpret_cast<const char*>(wide_v);
     }
-    w.panels[p] = k;
+    w.place->panels[p] = k;
     for (int64_t i = 0; i < kPanel / unit; ++i)
-      w.values[p * kPanel / unit + i] = v + i * unit * dim * sizeof(typename Format<E>::Tile::Raw);
+      w.place->values[p * kPanel / unit + i] = v + i * unit * dim * sizeof(typename Format<E>::Tile::Raw);
   }
 }
 
@@ -194,10 +207,69 @@ inline void scale_scores(float* s, const float* scales) {
     Vec::store(s + j, Vec::load(s + j) * Vec::load(scales + j));
 }
 
-// Scores become weights, in place; maxima, sums and accumulators follow. At most kRows rows.
-// full: every row sees the whole tile.
+// The weight of a score: 2 to what it lies below the row's largest.
+template <class E>
+inline F weight_of(F below) {
+  if constexpr (Format<E>::kDot || (Format<E>::kBytes && Vec::kBf16Dot)) {
+    return Vec::exp2_short(below);
+  } else {
+    return exp2_vec(below);
+  }
+}
+
+// softmax_rows for R rows that see the whole tile, where what has one value per row is computed for
+// all of them at once; bits are the same.
+template <class E, int R>
+void softmax_full(const Workspace& w) {
+  F rows[8];
+#pragma GCC unroll 8
+  for (int r = 0; r < R; ++r) {
+    const float* s = w.scores + r * kTile;
+    rows[r] = Vec::load(s);
+#pragma GCC unroll 4
+    for (int j = Vec::W; j < kTile; j += Vec::W) rows[r] = Vec::max(Vec::load(s + j), rows[r]);
+  }
+#pragma GCC unroll 8
+  for (int r = R; r < 8; ++r) rows[r] = rows[0];
+  const F before = Vec::load_n(w.split.largest, R), after = Vec::max(Vec::tops(rows), before);
+  const F alpha = exp2_vec(before - after);
+  Vec::store_n(w.split.largest, after, R);
+  Vec::store(w.alpha, alpha);
+#pragma GCC unroll 8
+  for (int r = 0; r < R; ++r) {
+    float* s = w.scores + r * kTile;
+    auto* pairs = reinterpret_cast<uint16_t*>(w.weights + r * (kTile / 2));
+    const F shift = Vec::set1(w.split.largest[r]);
+    rows[r] = Vec::set1(0.0f);
+#pragma GCC unroll 4
+    for (int j = 0; j < kTile; j += Vec::W) {
+      const F weight = weight_of<E>(Vec::load(s + j) - shift);
+      rows[r] = rows[r] + weight;
+      if constexpr (Format<E>::kDot) {
+        Vec::store_bf16(pairs + j, weight);
+      } else {
+        Vec::store(s + j, weight);
+      }
+    }
+  }
+  Vec::store_n(w.split.sum, Vec::load_n(w.split.sum, R) * alpha + Vec::sums(rows), R);
+}
+
+template <class E, int R = Vec::kRows>
+void softmax_full_rows(const Workspace& w, int64_t count) {
+  if constexpr (R > 1) {
+    if (count < R) return softmax_full_rows<E, R - 1>(w, count);
+  }
+  softmax_full<E, R>(w);
+}
+
+// Scores become weights, in place; maxima and sums follow. At most kRows rows. full: every row sees
+// the whole tile. Accumulators follow too, or, with floats of a full tile, w.alpha says how.
 template <class E>
 void softmax_rows(const Workspace& w, int64_t rows, bool full, int64_t base, int64_t dim) {
+  if constexpr (Vec::kManySums && !Format<E>::kScaled) {
+    if (full) return softmax_full_rows<E>(w, rows);
+  }
   alignas(64) float alpha[16] = {}, after[16] = {};
   static_assert(Vec::kRows <= 16 && 16 % Vec::W == 0);
   for (int64_t r = 0; r < rows; ++r) {
@@ -220,12 +292,7 @@ void softmax_rows(const Workspace& w, int64_t rows, bool full, int64_t base, int
 #pragma GCC unroll 4
     for (int j = 0; j < kTile; j += Vec::W) {
       const F below = Vec::load(s + j) - shift;
-      F weight;
-      if constexpr (Format<E>::kDot || (Format<E>::kBytes && Vec::kBf16Dot)) {
-        weight = Vec::exp2_short(below);
-      } else {
-        weight = exp2_vec(below);
-      }
+      F weight = weight_of<E>(below);
       sum = sum + weight;
       if constexpr (Format<E>::kScaled) weight = weight * Vec::load(w.v_scales + j);
       if constexpr (Format<E>::kDot) {
@@ -242,7 +309,11 @@ void softmax_rows(const Workspace& w, int64_t rows, bool full, int64_t base, int
       if (range.high % 2 != 0) pairs[range.high] = 0;
     }
     w.split.sum[r] = w.split.sum[r] * alpha[r] + Vec::sum(sum);
-    if (alpha[r] != 1.0f) scale_row(w.split.acc + r * dim, alpha[r], dim);
+    if (full && !Format<E>::kBytes) {
+      w.alpha[r] = alpha[r];
+    } else if (alpha[r] != 1.0f) {
+      scale_row(w.split.acc + r * dim, alpha[r], dim);
+    }
   }
 }
 
@@ -276,10 +347,12 @@ void add_tile(const AttentionArgs& a, const RowBlock& block, int64_t base, const
     } else if (base + kTile < high) {
       fetch_ahead<E>(a, block, block.first_head, base + kTile, high);
     }
+    TilePlace place;
     Workspace w = rows_from<E>(all, h * rows, dim);
+    w.place = &place;
     locate<E>(a, block, head, base, begin, end, w);
     bool complete = true;
-    for (const char* panel : w.panels) complete &= panel != nullptr;
+    for (const char* panel : place.panels) complete &= panel != nullptr;
     for (int64_t r = 0; r < rows; r += Vec::kRows) {
       const int64_t some = rows - r < Vec::kRows ? rows - r : Vec::kRows;
       const Workspace few = rows_from<E>(w, r, dim);
@@ -294,7 +367,7 @@ void add_tile(const AttentionArgs& a, const RowBlock& block, int64_t base, const
       if constexpr (Format<E>::kBytes) {
         each_byte_rows(some, [&](int64_t i, int64_t n) { weigh_bytes(few, i, n, base, dim); });
       } else if (full) {
-        weigh_shared<Tile>(few, some, {0, kTile}, dim);
+        weigh_shared<Tile, true>(few, some, {0, kTile}, dim);
       } else {
         weigh_values<Tile>(few, some, base, dim);
       }

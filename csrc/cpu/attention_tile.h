@@ -46,15 +46,20 @@ struct Softmax {
   float *acc, *largest, *sum;  // [rows, dim], [rows], [rows]
 };
 
+struct TilePlace {
+  const char* panels[kTilePanels];  // null: nobody sees a key of it
+  const char* values[kTile];        // per key or pair of keys
+};
+
 struct Workspace {
   void* q;                  // [rows, q_stride] scaled: floats or pairs of bf16
   int64_t q_stride;
   float* scores;            // [kRows, kTile]
   uint32_t* weights;        // [kRows, kTile / 2] pairs of bf16, where values are multiplied so
+  float* alpha;             // [kRows] by which a tile's values shrink what came before them
   Softmax split, total;
   int64_t *low, *high;      // [rows]: the keys that a row sees, [low, high)
-  const char* panels[kTilePanels];  // null: nobody sees a key of it
-  const char* values[kTile];        // per key or pair of keys
+  TilePlace* place;                 // of the tile
   uint16_t* wide;                   // int8: [2, kTile, dim] keys and values of the tile as bf16
   float *k_scales, *v_scales;       // int8: [kTile]
   // Byte products (attention_bytes.h): q and weights are two rows of bytes per row.
@@ -86,7 +91,7 @@ void score_tile(const Workspace& w, int64_t first, int64_t dim) {
   const auto* q = static_cast<const typename Operand<Q>::Act*>(w.q);
   const typename E::Raw* panels[P];
   for (int p = 0; p < P; ++p)
-    panels[p] = reinterpret_cast<const typename E::Raw*>(w.panels[first + p]);
+    panels[p] = reinterpret_cast<const typename E::Raw*>(w.place->panels[first + p]);
   F acc[R][V];
   for (int r = 0; r < R; ++r) {
     for (int v = 0; v < V; ++v) acc[r][v] = Vec::set1(0.0f);
@@ -111,7 +116,7 @@ void score_rows(const Workspace& w, int64_t count, bool all, int64_t dim) {
     if (all) return score_tile<E, R, kTilePanels>(w, 0, dim);
   }
   for (int p = 0; p < kTilePanels; ++p) {
-    if (w.panels[p] != nullptr) score_tile<E, R, 1>(w, p, dim);
+    if (w.place->panels[p] != nullptr) score_tile<E, R, 1>(w, p, dim);
   }
 }
 
@@ -122,7 +127,7 @@ inline __attribute__((always_inline)) void weigh_step(F (&acc)[R][V], const Work
                                                       int64_t row, int64_t s, int64_t d,
                                                       int columns, int halves) {
   constexpr int64_t unit = Format<E>::kUnit;
-  const auto* value = reinterpret_cast<const typename E::Raw*>(w.values[s]) + d * unit;
+  const auto* value = reinterpret_cast<const typename E::Raw*>(w.place->values[s]) + d * unit;
 #pragma GCC unroll 16
   for (int v = 0; v < V; ++v) {
     const auto* at = value + v * Vec::W * unit;
@@ -157,8 +162,9 @@ inline __attribute__((always_inline)) void weigh_step(F (&acc)[R][V], const Work
   }
 }
 
-// Keys [range.low, range.high) of the tile, in order, for R rows and V vectors of columns.
-template <class E, int R, int V>
+// Keys [range.low, range.high) of the tile, in order, for R rows and V vectors of columns. SHRINK: the
+// accumulators are multiplied by w.alpha on the way, which is 1 for most: cheaper than a branch.
+template <class E, int R, int V, bool SHRINK>
 void weigh_columns(const Workspace& w, int64_t row, Range range, int64_t d, int columns,
                    int64_t dim) {
   constexpr int64_t unit = Format<E>::kUnit;
@@ -168,8 +174,10 @@ void weigh_columns(const Workspace& w, int64_t row, Range range, int64_t d, int 
 #pragma GCC unroll 16
   for (int r = 0; r < R; ++r) {
 #pragma GCC unroll 16
-    for (int v = 0; v < V; ++v)
+    for (int v = 0; v < V; ++v) {
       acc[r][v] = whole ? Vec::load(out + r * dim + v * Vec::W) : Vec::load_n(out + r * dim, columns);
+      if constexpr (SHRINK) acc[r][v] = acc[r][v] * Vec::set1(w.alpha[r]);
+    }
   }
   int64_t s = range.low / unit;
   const int64_t end = range.high / unit;
@@ -197,23 +205,23 @@ void weigh_columns(const Workspace& w, int64_t row, Range range, int64_t d, int 
   }
 }
 
-template <class E, int R>
+template <class E, int R, bool SHRINK = false>
 void weigh_rows(const Workspace& w, int64_t row, Range range, int64_t dim) {
   constexpr int V = Vec::W == 16 ? 4 : 2;
   if (range.low >= range.high) return;
   int64_t d = 0;
   for (; d + V * Vec::W <= dim; d += V * Vec::W)
-    weigh_columns<E, R, V>(w, row, range, d, Vec::W, dim);
-  for (; d + Vec::W <= dim; d += Vec::W) weigh_columns<E, R, 1>(w, row, range, d, Vec::W, dim);
-  if (d < dim) weigh_columns<E, R, 1>(w, row, range, d, static_cast<int>(dim - d), dim);
+    weigh_columns<E, R, V, SHRINK>(w, row, range, d, Vec::W, dim);
+  for (; d + Vec::W <= dim; d += Vec::W) weigh_columns<E, R, 1, SHRINK>(w, row, range, d, Vec::W, dim);
+  if (d < dim) weigh_columns<E, R, 1, SHRINK>(w, row, range, d, static_cast<int>(dim - d), dim);
 }
 
-template <class E, int R = Vec::kRows>
+template <class E, bool SHRINK = false, int R = Vec::kRows>
 void weigh_shared(const Workspace& w, int64_t count, Range range, int64_t dim) {
   if constexpr (R > 1) {
-    if (count < R) return weigh_shared<E, R - 1>(w, count, range, dim);
+    if (count < R) return weigh_shared<E, SHRINK, R - 1>(w, count, range, dim);
   }
-  weigh_rows<E, R>(w, 0, range, dim);
+  weigh_rows<E, R, SHRINK>(w, 0, range, dim);
 }
 
 // At most kRows rows. Those whose ranges differ a little share the pairs that all of them see; each

@@ -16,6 +16,7 @@ struct Vec {
   static constexpr int kPanelsOne = 4;  // the same for a single row
   static constexpr bool kBf16Dot = false;
   static constexpr bool kByteDot = false;
+  static constexpr bool kManySums = false;
   using F = __m256;
   using I = __m256i;  // 32-bit integers
 
@@ -96,6 +97,8 @@ struct Vec {
   static void split_limbs(F x, int8_t* high, int8_t* low, I& high_sum, I& low_sum);
   static void store_bf16(uint16_t* p, F v);                  // likewise
   static F exp2_short(F x);                                  // likewise
+  static F sums(const F (&v)[8]);
+  static F tops(const F (&v)[8]);
 
  private:
   static __m256i lane_mask(int n) {

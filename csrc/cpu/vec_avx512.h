@@ -25,6 +25,7 @@ struct Vec {
 #else
   static constexpr bool kByteDot = false;
 #endif
+  static constexpr bool kManySums = true;  // sums() and tops() are there
   using F = __m512;
   using I = __m512i;  // 32-bit integers
 
@@ -94,6 +95,32 @@ struct Vec {
     const __m128 b = _mm_max_ps(_mm256_castps256_ps128(a), _mm256_extractf128_ps(a, 1));
     const __m128 c = _mm_max_ps(b, _mm_movehl_ps(b, b));
     return _mm_cvtss_f32(_mm_max_ss(c, _mm_movehdup_ps(c)));
+  }
+
+  // sum() and largest() of up to eight vectors at once, in the same order of operations: lane r is
+  // that of v[r].
+  template <class Op>
+  static F reduce8(const F (&v)[8], Op op) {
+    F by4[2];
+    for (int i = 0; i < 2; ++i) {
+      F by8[2];
+      for (int j = 0; j < 2; ++j) {
+        const F a = v[4 * i + 2 * j], b = v[4 * i + 2 * j + 1];
+        by8[j] = op(_mm512_shuffle_f32x4(a, b, 0x44), _mm512_shuffle_f32x4(a, b, 0xee));
+      }
+      by4[i] = op(_mm512_shuffle_f32x4(by8[0], by8[1], 0x88),
+                  _mm512_shuffle_f32x4(by8[0], by8[1], 0xdd));
+    }
+    const F by2 = op(_mm512_shuffle_ps(by4[0], by4[1], 0x44), _mm512_shuffle_ps(by4[0], by4[1], 0xee));
+    const F one = op(by2, _mm512_movehdup_ps(by2));
+    const I turn = _mm512_set_epi32(0, 0, 0, 0, 0, 0, 0, 0, 14, 10, 6, 2, 12, 8, 4, 0);
+    return _mm512_permutexvar_ps(turn, one);
+  }
+  static F sums(const F (&v)[8]) {
+    return reduce8(v, [](F a, F b) { return _mm512_add_ps(a, b); });
+  }
+  static F tops(const F (&v)[8]) {
+    return reduce8(v, [](F a, F b) { return _mm512_max_ps(a, b); });
   }
 
   // W pairs of bf16 -> the first and the second of each

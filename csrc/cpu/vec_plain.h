@@ -18,6 +18,7 @@ struct Vec {
   static constexpr int kPanelsOne = 2;  // the same for a single row
   static constexpr bool kBf16Dot = false;
   static constexpr bool kByteDot = false;
+  static constexpr bool kManySums = false;
   typedef float F __attribute__((vector_size(16)));
   typedef uint32_t U __attribute__((vector_size(16)));
   typedef int32_t I __attribute__((vector_size(16)));
@@ -97,6 +98,8 @@ struct Vec {
   static void split_limbs(F x, int8_t* high, int8_t* low, I& high_sum, I& low_sum);
   static void store_bf16(uint16_t* p, F v);                  // likewise
   static F exp2_short(F x);                                  // likewise
+  static F sums(const F (&v)[8]);
+  static F tops(const F (&v)[8]);
 
  private:
   static unsigned lanes(U m) { return (m[0] & 1) | (m[1] & 2) | (m[2] & 4) | (m[3] & 8); }
