@@ -80,7 +80,7 @@ def write_ggufs(args: argparse.Namespace) -> None:
     wide = args.models / f"{args.size}-bf16.gguf"
     if not wide.exists():
         source = str(args.models / args.size)
-        words = [str(args.llama_python), "-c", _CONVERT, str(args.llama_cpp), source]
+        words = [str(args.llama_python), "-P", "-c", _CONVERT, str(args.llama_cpp), source]
         subprocess.run([*words, "--outtype", "bf16", "--outfile", str(wide)], check=True)
     for width in ("q8_0", "q4_0"):
         narrow = args.models / f"{args.size}-{width}.gguf"

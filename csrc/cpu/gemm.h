@@ -7,6 +7,7 @@
 // bits do not depend on how many rows or columns are computed beside it.
 #pragma once
 
+#include "ahead.h"
 #include "kernels.h"
 
 namespace diptych::cpu {
@@ -20,6 +21,7 @@ constexpr bool kTiles = false;
 #endif
 constexpr bool kPairs = kTiles || Vec::kBf16Dot;  // bf16 rows are multiplied as packed pairs
 constexpr int kVecs = kPanel / Vec::W;  // vectors of one row of a panel
+constexpr int64_t kBeat = 8;            // steps between looks at what to fetch ahead
 
 // What a row of activations looks like to the tile, and how many K steps (pairs for bf16) it has.
 template <class E>
@@ -60,6 +62,7 @@ struct TileArgs {
   int64_t columns;    // valid columns from the first one on
   bool accumulate = false;
   int64_t first_step = 0;  // of tiles: x starts at step 0
+  Ahead ahead = {};        // to be fetched meanwhile
 };
 
 // One step of R rows of x against V vectors of weights; panel(p): step `s` of panel p.
@@ -117,10 +120,19 @@ void tile(const TileArgs<E>& a) {
         acc[r][v] = Vec::load_n(a.out + r * a.out_stride + v * Vec::W, n);
     }
   }
-  for (int64_t s = 0; s < a.steps; ++s) {
+  auto step = [&](int64_t s) __attribute__((always_inline)) {
     const typename E::Raw* w = a.w + s * Operand<E>::kRawPerStep;
     tile_step<E, R, V>(acc, a.x, a.x_stride, s, [&](int p) { return w + p * a.panel_stride; });
+  };
+  int64_t s = 0;
+  if (a.ahead.lines > 0) {
+    Prefetch prefetch(a.ahead, a.steps / kBeat);
+    for (; s + kBeat <= a.steps; s += kBeat) {
+      prefetch.beat();
+      for (int64_t i = s; i < s + kBeat; ++i) step(i);
+    }
   }
+  for (; s < a.steps; ++s) step(s);
   for (int v = 0; v < V; ++v) {
     const int64_t left = a.columns - v * Vec::W;
     if (left <= 0) break;
@@ -160,6 +172,7 @@ void tile_rows(const TileArgs<E>& a, int64_t rows) {
 template <class E>
 void gemm(TileArgs<E> a, int64_t rows, int64_t panels) {
   const TileArgs<E> first = a;
+  const int64_t tiles = (rows + Vec::kRows - 1) / Vec::kRows;
   for (int64_t r = 0; r < rows; r += Vec::kRows) {
     const int64_t tile_height = rows - r < Vec::kRows ? rows - r : Vec::kRows;
     int64_t p = 0;
@@ -169,6 +182,7 @@ void gemm(TileArgs<E> a, int64_t rows, int64_t panels) {
       a.out = first.out + r * a.out_stride + p * kPanel;
       a.bias = first.bias == nullptr ? nullptr : first.bias + p * kPanel;
       a.columns = first.columns - p * kPanel;
+      a.ahead = p == 0 ? first.ahead.of_tile(r / Vec::kRows, tiles) : Ahead{};
       const int64_t left = panels - p;
       if (tile_height == 1 && left >= Vec::kPanelsOne) {
         tile<E, 1, Vec::kPanelsOne>(a);

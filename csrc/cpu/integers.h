@@ -103,6 +103,8 @@ struct IntegerRowsJob {
   }
 };
 
+constexpr int64_t kIntegerBeat = 32;  // inputs between looks at what to fetch ahead
+
 // Some rows against some panels: what one tile works on.
 struct IntegerTile {
   const int8_t* x;      // first row
@@ -118,15 +120,18 @@ struct IntegerTile {
   const float* bias;           // of the first column, or null
   float* out;                  // first row and column
   int64_t out_stride, columns;  // valid columns from the first one on
+  Ahead ahead;                  // to be fetched meanwhile
 };
 
 // acc[r][v] += the products of inputs [begin, end).
 template <int BITS, int R, int V>
 inline __attribute__((always_inline)) void add_products(I (&acc)[R][V], const IntegerTile& t,
-                                                        int64_t begin, int64_t end) {
+                                                        int64_t begin, int64_t end,
+                                                        Prefetch& prefetch) {
   constexpr int per_step = 32 / BITS;  // inputs
   const I mask = Vec::set1_int(0x0f0f0f0f);
   for (int64_t k = begin; k < end; k += per_step) {
+    if (k % kIntegerBeat == 0) prefetch.beat();
     const uint8_t* w = t.w + k / per_step * (4 * kPanel);
     const int8_t* x = t.x + k;
 #pragma GCC unroll 16
@@ -174,7 +179,8 @@ void int8_tile(const IntegerTile& t) {
   constexpr int R = ROWS * LIMBS, V = P * kVecs;
   I acc[R][V];
   start<R, V>(acc, t, 0);
-  add_products<8, R, V>(acc, t, 0, t.padded);
+  Prefetch prefetch(t.ahead, t.padded / kIntegerBeat);
+  add_products<8, R, V>(acc, t, 0, t.padded, prefetch);
 #pragma GCC unroll 16
   for (int v = 0; v < V; ++v) {
 #pragma GCC unroll 16
@@ -196,10 +202,11 @@ void int4_tile(const IntegerTile& t) {
   asm volatile("" : "+r"(sums) : : "memory");  // not to be taken apart into registers
   for (int i = 0; i < ROWS * V; ++i) Vec::store(sums + i * Vec::W, Vec::set1(0.0f));
   int64_t g = 0;
+  Prefetch prefetch(t.ahead, t.padded / kIntegerBeat);
   for (int64_t begin = 0; begin < t.padded; begin += t.group, ++g) {
     I acc[R][V];
     start<R, V>(acc, t, g);
-    add_products<4, R, V>(acc, t, begin, begin + t.group);
+    add_products<4, R, V>(acc, t, begin, begin + t.group, prefetch);
 #pragma GCC unroll 16
     for (int v = 0; v < V; ++v) {
       const F step = Vec::load_as<BF16>(t.steps + (v / kVecs) * t.steps_stride + g * kPanel +
@@ -235,6 +242,7 @@ void integer_tile_rows(const IntegerTile& t, int64_t rows) {
 template <int BITS, int LIMBS>
 void integer_gemm(const IntegerTile& first, int64_t rows, int64_t panels) {
   constexpr int64_t height = Vec::kRows / LIMBS;
+  const int64_t tiles = (rows + height - 1) / height;
   for (int64_t r = 0; r < rows; r += height) {
     const int64_t left = rows - r < height ? rows - r : height;
     for (int64_t p = 0; p < panels;) {
@@ -248,6 +256,7 @@ void integer_gemm(const IntegerTile& first, int64_t rows, int64_t panels) {
       if (t.bias != nullptr) t.bias += p * kPanel;
       t.out += r * t.out_stride + p * kPanel;
       t.columns -= p * kPanel;
+      t.ahead = p == 0 ? first.ahead.of_tile(r / height, tiles) : Ahead{};
       if (panels - p >= Vec::kPanels) {
         integer_tile_rows<BITS, LIMBS, Vec::kPanels>(t, left);
         p += Vec::kPanels;
@@ -262,7 +271,7 @@ void integer_gemm(const IntegerTile& first, int64_t rows, int64_t panels) {
 struct IntegerJob {
   const LinearArgs& a;
   const IntegerRows& q;
-  int64_t group_panels, groups, rows_per_item;
+  int64_t group_panels, groups, rows_per_item, items;
 
   static void item(void* context, int64_t index) {
     const auto& job = *static_cast<const IntegerJob*>(context);
@@ -292,6 +301,7 @@ struct IntegerJob {
     t.out = a.out + row * a.num_out + column;
     t.out_stride = a.num_out;
     t.columns = a.num_out - column;
+    t.ahead = next_item(a, index, job.items, job.groups, job.group_panels);
     if (int8 && q.limbs == 1) integer_gemm<8, 1>(t, rows, panels);
     if (int8 && q.limbs == 2) integer_gemm<8, 2>(t, rows, panels);
     if (!int8 && q.limbs == 1) integer_gemm<4, 1>(t, rows, panels);

@@ -46,6 +46,7 @@ struct LinearArgs : LinearWeights {
   const float* x;     // [rows, num_in]
   int64_t rows;
   RowMaker maker;     // of x
+  const LinearWeights* next = nullptr;  // likely to be read after this layer's, if known
 };
 
 struct PackArgs {
@@ -167,6 +168,7 @@ struct LayerArgs {
   const StepArgs& step;
   bool first;  // of the step: nothing is in `hidden`
   bool last;   // `hidden` is added to `residual` in the end
+  const LinearWeights* next;  // that are read after the layer, or null
 };
 
 struct ProbeArgs {

@@ -79,18 +79,18 @@ void layer(const LayerArgs& a) {
   const int64_t rows = s.rows;
   const NormArgs before{s.hidden, a.first ? nullptr : s.residual, a.first ? s.residual : s.hidden,
                         w.attn_norm, rows, shape.hidden, shape.eps};
-  linear({w.qkv, s.qkv, s.hidden, rows, maker_of<NormArgs, norm_row>(before, 2 * shape.hidden)});
+  linear({w.qkv, s.qkv, s.hidden, rows, maker_of<NormArgs, norm_row>(before, 2 * shape.hidden), &w.o});
   place(a);
   attention({s.attention, s.qkv, w.qkv.num_out, w.k_cache, w.v_cache, s.qo_indptr, s.kv_indptr,
              s.kv_indices, s.kv_len, s.num_seqs, shape.q_heads, shape.scale, w.window});
-  linear({w.o, s.hidden, s.attention, rows, {}});
+  linear({w.o, s.hidden, s.attention, rows, {}, &w.gate_up});
   const NormArgs between{s.hidden,   s.residual, s.hidden, w.mlp_norm,
                          rows,       shape.hidden, shape.eps};
   linear({w.gate_up, s.gate_up, s.hidden, rows,
-          maker_of<NormArgs, norm_row>(between, 2 * shape.hidden)});
+          maker_of<NormArgs, norm_row>(between, 2 * shape.hidden), &w.down});
   const SiluArgs silu{s.inner, s.gate_up, rows, shape.inner};
   linear({w.down, s.hidden, s.inner, rows,
-          maker_of<SiluArgs, silu_row>(silu, 4 * shape.inner)});
+          maker_of<SiluArgs, silu_row>(silu, 4 * shape.inner), a.next});
   if (a.last) run_rows<LayerArgs, add_row>(a, rows, shape.hidden);
 }
 

@@ -71,7 +71,9 @@ class LayersObj : public tvm::ffi::Object {
   void run(int64_t level, const StepArgs& step) const {
     const size_t count = layers.size();
     for (size_t i = 0; i < count; ++i) {
-      table(level).layer({layers[i], shape, step, i == 0, i + 1 == count});
+      const bool last = i + 1 == count;
+      const LinearWeights* head = ends.tokens > 0 ? &ends.head : nullptr;
+      table(level).layer({layers[i], shape, step, i == 0, last, last ? head : &layers[i + 1].qkv});
       if (pulse != nullptr) __atomic_store_n(pulse, *pulse + 1, __ATOMIC_RELAXED);  // one writer
     }
   }

@@ -28,19 +28,9 @@ constexpr int64_t kPieceManyRows = 512;
 
 inline int64_t round_up(int64_t n, int64_t unit) { return (n + unit - 1) / unit * unit; }
 
-inline int64_t panels_of(const LinearArgs& a) { return (a.num_out + kPanel - 1) / kPanel; }
-
 inline void run_unless_small(int64_t items, ItemFn fn, void* context, int64_t work) {
   if (work >= kInlineProducts) return run_items(items, fn, context);
   for (int64_t i = 0; i < items; ++i) fn(context, i);
-}
-
-// Inputs of a packed panel.
-inline int64_t padded_inputs(const LinearArgs& a) {
-  if (a.width == Width::kInt8) return round_up(a.num_in, kNarrowInputs);
-  if (a.width == Width::kInt4)
-    return round_up(a.num_in, a.group > kNarrowInputs ? a.group : kNarrowInputs);
-  return a.dtype == DType::kBF16 ? round_up(a.num_in, kPairInputs) : a.num_in;
 }
 
 // `inputs` (a multiple of 32) inputs of a full panel of bf16, in squares of 16 pairs by 16 outputs
@@ -94,7 +84,7 @@ template <class E>
 struct LinearJob {
   const LinearArgs& a;
   const typename Operand<E>::Act* x;
-  int64_t x_stride, group_panels, groups, rows_per_item;
+  int64_t x_stride, group_panels, groups, rows_per_item, items;
 
   static constexpr bool kBf16 = Operand<E>::kRawPerStep == 2 * kPanel;
 
@@ -113,6 +103,7 @@ struct LinearJob {
     t.out = a.out + row * a.num_out + column;
     t.out_stride = a.num_out;
     t.columns = a.num_out - column;
+    t.ahead = next_item(a, index, job.items, job.groups, job.group_panels);
     if constexpr (kBf16) {
       job.passes(t, row, rows, first_panel, panels);
     } else {
@@ -188,8 +179,8 @@ void linear_with(const LinearArgs& a, const typename Operand<E>::Act* x, int64_t
   // Items of narrow weights all widen their columns, so rows are the last thing to be cut.
   int64_t rows_per_item = groups >= wanted || narrow ? kRowsPerItemMax : kRowsPerItem;
   if (rows_per_item > a.rows) rows_per_item = a.rows;
-  LinearJob<E> job{a, x, x_stride, group_panels, groups, rows_per_item};
   const int64_t items = groups * ((a.rows + rows_per_item - 1) / rows_per_item);
+  LinearJob<E> job{a, x, x_stride, group_panels, groups, rows_per_item, items};
   run_unless_small(items, LinearJob<E>::item, &job, a.rows * a.num_out * a.num_in);
 }
 
@@ -285,8 +276,8 @@ void linear_integers(const LinearArgs& a) {
   const int64_t wanted = 4 * num_threads();
   int64_t rows_per_item = row_groups >= wanted ? kRowsPerItemMax : kRowsPerItem;
   if (rows_per_item > a.rows) rows_per_item = a.rows;
-  IntegerJob job{a, q, kGroupPanels, row_groups, rows_per_item};
   const int64_t items = row_groups * ((a.rows + rows_per_item - 1) / rows_per_item);
+  IntegerJob job{a, q, kGroupPanels, row_groups, rows_per_item, items};
   round_rows(a, IntegerRowsJob::item, &rounding);
   run_unless_small(items, IntegerJob::item, &job, a.rows * a.num_out * a.num_in);
 }

@@ -100,7 +100,7 @@ struct Vec {
   // sum() and largest() of up to eight vectors at once, in the same order of operations: lane r is
   // that of v[r].
   template <class Op>
-  static F reduce8(const F (&v)[8], Op op) {
+  static inline __attribute__((always_inline)) F reduce8(const F (&v)[8], Op op) {
     F by4[2];
     for (int i = 0; i < 2; ++i) {
       F by8[2];

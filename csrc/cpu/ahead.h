@@ -1,0 +1,89 @@
+// Weights asked for ahead of their turn: while a thread computes one work item it has the next one's
+// brought into its second cache, so that memory is read all the time and not only by the first rows.
+// Hardware follows a stream of weights too, but stops at the end of a page and of an item.
+#pragma once
+
+#include "kernels.h"
+#include "pool.h"
+
+namespace diptych::cpu {
+namespace {
+
+constexpr int64_t kLine = 64;
+constexpr int64_t kAheadBytesMax = 384 << 10;  // of an item; with the current one's below 1 MiB
+constexpr int64_t kTilesThatFetch = 6;
+// With fewer rows nothing but memory is waited for, and hardware's own order of reading is best.
+constexpr int64_t kAheadRowsMin = 13;
+
+// Memory that is going to be read.
+struct Ahead {
+  const char* data = nullptr;
+  int64_t lines = 0;
+
+  // The share of one of an item's tiles of rows: the last ones fetch, so that it is not all thrown
+  // out again by many rows.
+  Ahead of_tile(int64_t index, int64_t tiles) const {
+    const int64_t count = tiles < kTilesThatFetch ? tiles : kTilesThatFetch;
+    index -= tiles - count;
+    if (index < 0) return {};
+    const int64_t begin = lines * index / count;
+    return {data + begin * kLine, lines * (index + 1) / count - begin};
+  }
+};
+
+// Spreads the lines of `ahead` evenly over `beats` calls of beat().
+class Prefetch {
+ public:
+  Prefetch(const Ahead& ahead, int64_t beats) : at_(ahead.data), lines_(ahead.lines), beats_(beats) {}
+
+  void beat() {
+    for (credit_ += lines_; credit_ >= beats_; credit_ -= beats_, at_ += kLine)
+      __builtin_prefetch(at_, 0, 2);
+  }
+
+ private:
+  const char* at_;
+  int64_t lines_, beats_, credit_ = 0;
+};
+
+// Inputs of a packed panel.
+inline int64_t padded_inputs(const LinearWeights& w) {
+  auto round = [](int64_t n, int64_t unit) { return (n + unit - 1) / unit * unit; };
+  if (w.width == Width::kInt8) return round(w.num_in, kNarrowInputs);
+  if (w.width == Width::kInt4)
+    return round(w.num_in, w.group > kNarrowInputs ? w.group : kNarrowInputs);
+  return w.dtype == DType::kBF16 ? round(w.num_in, kPairInputs) : w.num_in;
+}
+
+inline int64_t panel_bytes(const LinearWeights& w) {
+  const int64_t values = padded_inputs(w) * kPanel;
+  if (w.width == Width::kInt4) return values / 2;
+  if (w.width == Width::kInt8) return values;
+  return values * (w.dtype == DType::kF32 ? 4 : 2);
+}
+
+inline int64_t panels_of(const LinearWeights& w) { return (w.num_out + kPanel - 1) / kPanel; }
+
+inline Ahead panels_ahead(const LinearWeights& w, int64_t first, int64_t count) {
+  const int64_t left = panels_of(w) - first;
+  if (left <= 0) return {};
+  const int64_t bytes = panel_bytes(w) * (left < count ? left : count);
+  if (bytes > kAheadBytesMax) return {};
+  return {static_cast<const char*>(w.w) + first * panel_bytes(w), bytes / kLine};
+}
+
+// What the thread that has item `index` of `items` is likely to read next: items are taken in order
+// by all threads, groups of `panels` columns first.
+inline Ahead next_item(const LinearArgs& a, int64_t index, int64_t items, int64_t groups,
+                       int64_t panels) {
+  if (a.rows < kAheadRowsMin) return {};
+  const int64_t next = index + num_threads();
+  if (next < items) {
+    if (next % groups == index % groups) return {};
+    return panels_ahead(a, next % groups * panels, panels);
+  }
+  return a.next == nullptr ? Ahead{} : panels_ahead(*a.next, (next - items) * panels, panels);
+}
+
+}  // namespace
+}  // namespace diptych::cpu
