@@ -11,7 +11,7 @@ from torch import Tensor
 
 from diptych.engine.core.plan import StepRow
 
-__all__ = ["HeadCall", "head_calls"]
+__all__ = ["HeadCall", "head_calls", "outputs"]
 
 
 @dataclass(slots=True, frozen=True, eq=False)
@@ -51,3 +51,11 @@ def head_calls(rows: list[StepRow], portion: int) -> list[HeadCall]:
         for start in range(0, len(sampled), portion)
     ]
     return samples + prompts
+
+
+def outputs(calls: list[HeadCall]) -> Tensor | None:
+    """The rows of the plan ([n] int32, ascending) whose last hidden state is all that is asked for;
+    None: prompts ask for more."""
+    if any(call.prompt is not None for call in calls):
+        return None
+    return torch.tensor([row for call in calls for row in call.rows], dtype=torch.int32)

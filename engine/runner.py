@@ -25,7 +25,7 @@ from diptych.engine.core.plan import Sample, StepPlan, StepResult, StepRow, Toke
 from diptych.engine.core.request import Sequence
 from diptych.engine.decode_batch import DecodeBatch
 from diptych.engine.follower import encode_step, follow
-from diptych.engine.head_calls import head_calls
+from diptych.engine.head_calls import head_calls, outputs
 from diptych.engine.logprobs import token_logprobs
 from diptych.engine.models.decoder import Decoder
 from diptych.engine.models.weights import DecoderWeights
@@ -264,7 +264,7 @@ class Runner:
         calls = head_calls(plan.rows, self._portion)
         if self._ranks is not None:
             self._ranks.share(encode_step(inputs, [call.hidden for call in calls]))
-        hidden = self._decoder.forward(inputs)
+        hidden = self._decoder.forward(inputs, outputs(calls))
         result = StepResult([None] * len(plan.rows))
         for index, row in enumerate(plan.rows):
             if row.seq.want_prompt_logprobs:

@@ -116,9 +116,10 @@ class DecodeRows:
 class FusedDecoder(Protocol):
     """A decoder over one pool; owns what it computes in. Not for two threads."""
 
-    def run_layers(self, residual: Tensor, indices: StepIndices) -> None:
+    def run_layers(self, residual: Tensor, indices: StepIndices, outputs: Tensor | None) -> None:
         """All layers of a step. residual: [T, hidden] fp32, the embeddings before and the hidden
-        states after. Every bit as by single calls.
+        states after. outputs: [n] int32, the sequences, ascending, whose last row is all that is
+        needed of the hidden states; the others' are undefined then. Every bit as by single calls.
         """
         ...
 

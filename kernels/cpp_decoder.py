@@ -56,7 +56,7 @@ class CppDecoder:
             self._layers, embedding, num_tokens, parts.norm, head.data, head.bias, head.num_out
         )
 
-    def run_layers(self, residual: Tensor, indices: StepIndices) -> None:
+    def run_layers(self, residual: Tensor, indices: StepIndices, outputs: Tensor | None) -> None:
         self._run_layers(
             self._level,
             self._layers,
@@ -67,6 +67,7 @@ class CppDecoder:
             indices.kv_indptr,
             indices.kv_indices,
             indices.kv_len,
+            outputs,
         )
 
     def decode(self, rows: DecodeRows, logits: Tensor, *, choose: bool) -> bool:

@@ -9,6 +9,7 @@ from typing import Final
 from diptych.engine.core.config import BatchOptions
 from diptych.engine.core.plan import StepPlan, StepRow
 from diptych.engine.core.request import SeqRef
+from diptych.scheduler.knee import Knee
 from diptych.scheduler.lineup import Lineup
 from diptych.scheduler.pace import Pace
 from diptych.scheduler.running import Running
@@ -41,11 +42,13 @@ class StepPlanner:
         self._options = options
         self._block_size = block_size
         self._pace = Pace(options.itl_slo_s)
+        self._knee = Knee()
         self._odd = 0  # parity of the steps that ran
 
     def stepped(self, plan: StepPlan, compute_s: float) -> None:
         """A planned step is over."""
         self._odd = 1 - self._odd
+        self._knee.observe(plan.num_tokens, compute_s)
         self._pace.observe(compute_s, plan.num_tokens - plan.num_decodes, plan.num_decodes)
 
     def plan(self, dial: int, starved: list[SeqRef]) -> tuple[StepPlan, list[Running]]:
@@ -77,10 +80,14 @@ class StepPlanner:
     def _plan_prefills(
         self, rows: list[StepRow], runs: list[Running], budget: int, starved: list[SeqRef]
     ) -> int:
-        """Append chunks of the waiting prompts, in their order; returns the tokens planned."""
+        """Append chunks of the waiting prompts, in their order, while another one costs the step
+        less than it waits; returns the tokens planned."""
         options, block_size, left = self._options, self._block_size, budget
+        enough = options.prefill_batch_tokens or self._knee.tokens()
         for run in self._lineup.prefills.copy():
             if left <= 0 or len(rows) >= options.max_num_seqs:
+                break
+            if budget - left >= enough:
                 break
             start, end = run.seq.num_computed, run.prefill_end
             room = run.room(block_size)

@@ -59,8 +59,9 @@ class Engine:
     autoscale: fewest and most workers; one leaves after `scale_down_delay_s` of fewer being enough.
     And, as the CLI's flags of these names: prefill_block_size, decode_block_size,
         prefill_kv_cache_dtype, decode_kv_cache_dtype (with separate_pools), packed_cache, kernels,
-        kernel_level, cpu_cores, prefill_core_share, rank_link, hang_timeout_s, threads; and those
-        named above (`EngineArguments` in engine_arguments.py says more).
+        kernel_level, cpu_cores, prefill_core_share, prefill_batch_tokens, rank_link,
+        hang_timeout_s, threads; and those named above (`EngineArguments` in engine_arguments.py
+        says more).
     Raises ConfigError and ModelLoadError.
     """
 

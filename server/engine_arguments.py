@@ -38,6 +38,7 @@ class MoreArguments(TypedDict, total=False):
     kernel_level: str | None
     cpu_cores: str | None
     prefill_core_share: int
+    prefill_batch_tokens: int | None
     threads: int | None
     transfer: Transfer
     prefill_tp: int | None
@@ -74,6 +75,7 @@ class EngineArguments(msgspec.Struct, frozen=True, kw_only=True):
     max_num_seqs: int = 256
     max_num_batched_tokens: int = 512
     max_chunk_tokens: int | None = None
+    prefill_batch_tokens: int | None = None
     max_waiting: int = 1 << 20  # a program waits for its own requests; a server refuses some
     ttft_slo_s: float | None = None
     itl_slo_s: float | None = None
@@ -107,6 +109,7 @@ class EngineArguments(msgspec.Struct, frozen=True, kw_only=True):
             batch=BatchOptions(
                 max_num_batched_tokens=self.max_num_batched_tokens,
                 max_chunk_tokens=self.max_chunk_tokens,
+                prefill_batch_tokens=self.prefill_batch_tokens,
                 max_num_seqs=self.max_num_seqs,
                 itl_slo_s=scheduler.pace_s,
             ),

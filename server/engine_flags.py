@@ -129,6 +129,13 @@ def _add_scheduling_arguments(parser: argparse.ArgumentParser) -> None:
     scheduling("--max-num-seqs", type=int, default=256, help="sequences on one worker")
     scheduling("--max-num-batched-tokens", type=int, default=512, help="tokens of one step")
     scheduling("--long-prefill-token-threshold", type=int, metavar="N", help="cap of one chunk")
+    scheduling(
+        "--prefill-batch-tokens",
+        type=int,
+        metavar="N",
+        help="prompts share a step up to here (default: fitted to what steps cost); more of them "
+        "would only wait for each other",
+    )
     scheduling("--max-num-queued-reqs", type=int, default=1024, help="waiting before 429")
     scheduling("--hang-timeout", type=float, default=3.0, help="seconds until a hang is fenced")
 
@@ -237,6 +244,7 @@ def engine_options(
         max_num_seqs=args.max_num_seqs,
         max_num_batched_tokens=args.max_num_batched_tokens,
         max_chunk_tokens=args.long_prefill_token_threshold,
+        prefill_batch_tokens=args.prefill_batch_tokens,
         max_waiting=args.max_num_queued_reqs,
         ttft_slo_s=args.ttft_slo,
         itl_slo_s=args.itl_slo,

@@ -162,6 +162,13 @@ struct StepArgs {
   int64_t rows, num_seqs;
 };
 
+// What of a step is needed after its last layer's keys and values: the last tokens of some sequences,
+// a row each in the same memory.
+struct LastRows {
+  StepArgs step;        // of these rows
+  const int32_t* rows;  // [step.rows] of the whole step, ascending
+};
+
 struct LayerArgs {
   const LayerWeights& weights;
   const DecoderShape& shape;
@@ -169,6 +176,7 @@ struct LayerArgs {
   bool first;  // of the step: nothing is in `hidden`
   bool last;   // `hidden` is added to `residual` in the end
   const LinearWeights* next;  // that are read after the layer, or null
+  const LastRows* needed;     // null: all rows
 };
 
 struct ProbeArgs {

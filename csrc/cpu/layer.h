@@ -63,13 +63,50 @@ void place(const LayerArgs& a) {
     run_rows<PlaceArgs, place_row<write_kv_row_int8>>(args, rows, values);
 }
 
-void add_row(const LayerArgs& a, int64_t t) {
-  const int64_t dim = a.shape.hidden;
-  float* to = a.step.residual + t * dim;
-  const float* x = a.step.hidden + t * dim;
+struct AddArgs {
+  float* to;       // [rows, dim]
+  const float* x;  // [rows, dim]
+  int64_t dim;
+};
+
+void add_row(const AddArgs& a, int64_t t) {
+  const int64_t dim = a.dim;
+  float* to = a.to + t * dim;
+  const float* x = a.x + t * dim;
   each_vec(dim, [&](int64_t i, int n) {
     Vec::store_n(to + i, Vec::load_n(to + i, n) + Vec::load_n(x + i, n), n);
   });
+}
+
+// The needed rows, `width` floats each, to the front: no row is lost, each moves to a smaller place.
+void gather(const LastRows& needed, float* x, int64_t width, int64_t stride) {
+  for (int64_t i = 0; i < needed.step.rows; ++i)
+    memmove(x + i * stride, x + needed.rows[i] * stride, static_cast<size_t>(width) * 4);
+}
+
+void scatter(const LastRows& needed, float* x, int64_t width) {
+  for (int64_t i = needed.step.rows - 1; i >= 0; --i)
+    memmove(x + needed.rows[i] * width, x + i * width, static_cast<size_t>(width) * 4);
+}
+
+// The layer from the step's queries on.
+void attend_and_mix(const LayerArgs& a, const StepArgs& s) {
+  const LayerWeights& w = a.weights;
+  const DecoderShape& shape = a.shape;
+  const int64_t rows = s.rows;
+  attention({s.attention, s.qkv, w.qkv.num_out, w.k_cache, w.v_cache, s.qo_indptr, s.kv_indptr,
+             s.kv_indices, s.kv_len, s.num_seqs, shape.q_heads, shape.scale, w.window});
+  linear({w.o, s.hidden, s.attention, rows, {}, &w.gate_up});
+  const NormArgs between{s.hidden,   s.residual, s.hidden, w.mlp_norm,
+                         rows,       shape.hidden, shape.eps};
+  linear({w.gate_up, s.gate_up, s.hidden, rows,
+          maker_of<NormArgs, norm_row>(between, 2 * shape.hidden), &w.down});
+  const SiluArgs silu{s.inner, s.gate_up, rows, shape.inner};
+  linear({w.down, s.hidden, s.inner, rows,
+          maker_of<SiluArgs, silu_row>(silu, 4 * shape.inner), a.next});
+  if (!a.last) return;
+  const AddArgs add{s.residual, s.hidden, shape.hidden};
+  run_rows<AddArgs, add_row>(add, rows, shape.hidden);
 }
 
 void layer(const LayerArgs& a) {
@@ -81,17 +118,12 @@ void layer(const LayerArgs& a) {
                         w.attn_norm, rows, shape.hidden, shape.eps};
   linear({w.qkv, s.qkv, s.hidden, rows, maker_of<NormArgs, norm_row>(before, 2 * shape.hidden), &w.o});
   place(a);
-  attention({s.attention, s.qkv, w.qkv.num_out, w.k_cache, w.v_cache, s.qo_indptr, s.kv_indptr,
-             s.kv_indices, s.kv_len, s.num_seqs, shape.q_heads, shape.scale, w.window});
-  linear({w.o, s.hidden, s.attention, rows, {}, &w.gate_up});
-  const NormArgs between{s.hidden,   s.residual, s.hidden, w.mlp_norm,
-                         rows,       shape.hidden, shape.eps};
-  linear({w.gate_up, s.gate_up, s.hidden, rows,
-          maker_of<NormArgs, norm_row>(between, 2 * shape.hidden), &w.down});
-  const SiluArgs silu{s.inner, s.gate_up, rows, shape.inner};
-  linear({w.down, s.hidden, s.inner, rows,
-          maker_of<SiluArgs, silu_row>(silu, 4 * shape.inner), a.next});
-  if (a.last) run_rows<LayerArgs, add_row>(a, rows, shape.hidden);
+  if (a.needed == nullptr) return attend_and_mix(a, s);
+  if (a.needed->step.rows == 0) return;
+  gather(*a.needed, s.qkv, shape.q_heads * shape.dim, w.qkv.num_out);
+  gather(*a.needed, s.residual, shape.hidden, shape.hidden);
+  attend_and_mix(a, a.needed->step);
+  scatter(*a.needed, s.residual, shape.hidden);
 }
 
 }  // namespace

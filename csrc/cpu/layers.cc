@@ -68,12 +68,14 @@ class LayersObj : public tvm::ffi::Object {
   int32_t* kv_len() { return indices_.get() + capacity_; }
   int32_t* qo_indptr() { return indices_.get() + 2 * capacity_; }  // [capacity + 1]
 
-  void run(int64_t level, const StepArgs& step) const {
+  // needed: of the last layer, or null for all rows.
+  void run(int64_t level, const StepArgs& step, const LastRows* needed) const {
     const size_t count = layers.size();
     for (size_t i = 0; i < count; ++i) {
       const bool last = i + 1 == count;
       const LinearWeights* head = ends.tokens > 0 ? &ends.head : nullptr;
-      table(level).layer({layers[i], shape, step, i == 0, last, last ? head : &layers[i + 1].qkv});
+      table(level).layer({layers[i], shape, step, i == 0, last, last ? head : &layers[i + 1].qkv,
+                          last ? needed : nullptr});
       if (pulse != nullptr) __atomic_store_n(pulse, *pulse + 1, __ATOMIC_RELAXED);  // one writer
     }
   }
@@ -198,10 +200,34 @@ void add_ends(Layers layers, TensorView embedding, int64_t tokens, TensorView no
                   model_weights(head, head_bias, vocab, hidden)};
 }
 
-// All layers of a step over `residual`, [rows, hidden]; the rest as in single calls.
+// The last tokens of the sequences in `outputs` (ascending) as the rows that the last layer ends with.
+// Indices are put into `indices`.
+LastRows last_rows(const StepArgs& step, const int32_t* outputs, int64_t count,
+                   std::vector<int32_t>& indices) {
+  indices.resize(static_cast<size_t>(4 * count + 1));
+  int32_t *rows = indices.data(), *kv_indptr = rows + count, *kv_len = kv_indptr + count,
+          *qo_indptr = kv_len + count;
+  for (int64_t i = 0; i < count; ++i) {
+    const int32_t seq = outputs[i];
+    CHECK(i == 0 || outputs[i - 1] < seq);
+    CHECK(step.qo_indptr[seq] < step.qo_indptr[seq + 1]);
+    rows[i] = step.qo_indptr[seq + 1] - 1;
+    kv_indptr[i] = step.kv_indptr[seq];  // only where a table starts is read
+    kv_len[i] = step.kv_len[seq];
+    qo_indptr[i] = static_cast<int32_t>(i);
+  }
+  qo_indptr[count] = static_cast<int32_t>(count);
+  LastRows last{step, rows};
+  last.step.rows = last.step.num_seqs = count;
+  last.step.qo_indptr = qo_indptr, last.step.kv_indptr = kv_indptr, last.step.kv_len = kv_len;
+  return last;
+}
+
+// All layers of a step over `residual`, [rows, hidden]; the rest as in single calls. outputs: the
+// sequences, ascending, whose last rows are needed after the last layer; without it all rows are.
 void run_layers(int64_t level, Layers layers, TensorView residual, TensorView positions,
                 TensorView slots, TensorView qo_indptr, TensorView kv_indptr,
-                TensorView kv_indices, TensorView kv_len) {
+                TensorView kv_indices, TensorView kv_len, Optional<TensorView> outputs) {
   const int64_t rows = residual.size(0), seqs = kv_len.size(0);
   CHECK(layers->weights_left == 0);
   CHECK(residual.ndim() == 2 && residual.size(1) == layers->shape.hidden);
@@ -217,7 +243,12 @@ void run_layers(int64_t level, Layers layers, TensorView residual, TensorView po
   check_range(step.slots, rows, -1, layers->num_blocks * block_size);
   check_sequences(step.qo_indptr, step.kv_indptr, step.kv_indices, kv_indices.size(0), step.kv_len,
                   seqs, rows, layers->num_blocks, block_size);
-  layers->run(level, step);
+  if (!outputs.has_value()) return layers->run(level, step, nullptr);
+  const int64_t count = (*outputs).numel();
+  check_range(ints(*outputs, count), count, 0, seqs);
+  std::vector<int32_t> indices;
+  const LastRows needed = last_rows(step, ints(*outputs, count), count, indices);
+  layers->run(level, step, &needed);
 }
 
 // Fills in what follows from a decode step's positions and tables; false: a row needs a block that
@@ -267,7 +298,7 @@ bool decode(int64_t level, Layers layers, int64_t rows, TensorView ids, TensorVi
   const KernelTable& kernels = table(level);
   kernels.embedding({step.residual, ends.embedding, tokens, rows, shape.hidden, ends.dtype,
                      ends.packed});
-  layers->run(level, step);
+  layers->run(level, step, nullptr);
   kernels.norm({step.hidden, nullptr, step.residual, ends.norm, rows, shape.hidden, shape.eps});
   kernels.linear({ends.head, dense_floats(logits, 2), step.hidden, rows, {}});
   if (choose) kernels.logits(choice);

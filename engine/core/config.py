@@ -103,6 +103,9 @@ class BatchOptions(msgspec.Struct, frozen=True, kw_only=True):
 
     max_num_batched_tokens: int = 512
     max_chunk_tokens: int | None = None  # cap of one prefill chunk; None: the whole budget
+    # Prompts share a step until it has so many of their tokens: one more would only make the first
+    # ones wait. None: fitted to what steps cost (scheduler/knee.py).
+    prefill_batch_tokens: int | None = None
     max_num_seqs: int = 256
     itl_slo_s: float | None = None  # a step with decodes takes no more prefill than this leaves
 
@@ -230,6 +233,8 @@ class EngineOptions(msgspec.Struct, frozen=True, kw_only=True):
             raise ConfigError(f"a share is 0 to 100 percent, got {self.prefill_core_share}")
         if self.batch.max_num_batched_tokens < 1:
             raise ConfigError("max_num_batched_tokens must be at least 1")
+        if self.batch.prefill_batch_tokens is not None and self.batch.prefill_batch_tokens < 1:
+            raise ConfigError("prefill_batch_tokens must be at least 1")
 
     def _verify_kv_dtypes(self) -> None:
         """Pools may differ, but for int8: its scales have no partner in another dtype."""

@@ -68,14 +68,18 @@ class Decoder:
         logits = self._logits_of(rows.num_rows)
         return logits if self._fused.decode(rows, logits, choose=choose) else None
 
-    def forward(self, inputs: ModelInput) -> Tensor:
-        """Hidden states before the last norm, [T, hidden] fp32; valid until the next call."""
+    def forward(self, inputs: ModelInput, outputs: Tensor | None = None) -> Tensor:
+        """Hidden states before the last norm, [T, hidden] fp32; valid until the next call.
+
+        outputs: [n] int32, the sequences, ascending, of which the last row is all that is needed;
+        the other rows are undefined then. Most of the last layer is left out for them.
+        """
         rows, capacity = inputs.ids.shape[0], self._residual.shape[0]
         if rows > capacity:
             self._residual = torch.empty(max(rows, 2 * capacity), self._config.hidden_size)
         residual = self._residual[:rows]
         self._embed(residual, inputs.ids)
-        self._layers.run_layers(residual, inputs)
+        self._layers.run_layers(residual, inputs, outputs)
         return residual
 
     def _embed(self, out: Tensor, ids: Tensor) -> None:

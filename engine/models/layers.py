@@ -26,9 +26,9 @@ _OwnShard = tuple[LayerShard, Tensor, Tensor]  # and its heads' keys and values
 
 
 class Layers(Protocol):
-    def run_layers(self, residual: Tensor, inputs: ModelInput, /) -> None:
+    def run_layers(self, residual: Tensor, inputs: ModelInput, outputs: Tensor | None, /) -> None:
         """All layers of a step over residual ([T, hidden] fp32: the embeddings, then the hidden
-        states), writing its KV into the pool."""
+        states), writing its KV into the pool. outputs: as in `FusedDecoder.run_layers`."""
         ...
 
 
@@ -184,8 +184,8 @@ class SingleCalls:
             for number, shard in zip(self._ranks.shards, self._shards, strict=True)
         ]
 
-    def run_layers(self, residual: Tensor, inputs: ModelInput, /) -> None:
-        """As `Layers.run_layers`."""
+    def run_layers(self, residual: Tensor, inputs: ModelInput, outputs: Tensor | None, /) -> None:
+        """As `Layers.run_layers`; computes every row all the same."""
         kernels, eps = self._kernels, self._config.rms_norm_eps
         b = self._views_of(residual.shape[0])
         for index, (layer, window, shards) in enumerate(self._layers):

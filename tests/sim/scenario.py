@@ -270,6 +270,7 @@ def _options(rng: Random, has: frozenset[str]) -> tuple[SchedulerOptions, BatchO
         itl_slo_s=scheduler.pace_s,
         max_num_batched_tokens=rng.choice((8, 16, 24, 64, 256)),
         max_chunk_tokens=rng.choice((None, None, 7, 16, 32)),
+        prefill_batch_tokens=(1, 16, None)[scheduler.headroom_blocks - 1],
         max_num_seqs=scheduler.max_num_seqs,
     )
     return scheduler, batch

@@ -62,6 +62,23 @@ def _computed(
     return hidden, driver.pool.data.view(torch.uint8)
 
 
+def _last_rows(model: LoadedModel, kv_dtype: KVDtype | None) -> tuple[list[Tensor], Tensor]:
+    """Every step asked for the last rows of some sequences only, and of all: what the rows were
+    when all was asked for, beside what they are; and the pool."""
+    driver = Driver(model, threads=2, kv_dtype=kv_dtype)
+    decoder = Decoder(model.config, model.weights, model.kernels, driver.pool)
+    pairs = []
+    for number, step in enumerate(_steps(model, driver)):
+        whole, seqs = decoder.forward(step).clone(), list(range(len(step.kv_len)))
+        for asked in (seqs[number % 2 :: 2], seqs[-1:], [], seqs):
+            outputs = torch.tensor(asked, dtype=torch.int32)
+            rows = step.qo_indptr[1:].index_select(0, outputs) - 1
+            got = decoder.forward(step, outputs)
+            pairs.append(torch.stack([t.index_select(0, rows) for t in (whole, got)]))
+    model.kernels.set_num_threads(1)
+    return pairs, driver.pool.data.view(torch.uint8)
+
+
 def _decoded(
     model: LoadedModel, *, fuse: bool, kv_dtype: KVDtype | None
 ) -> tuple[list[Tensor], Tensor]:
@@ -99,6 +116,10 @@ def _assert_equal(model: LoadedModel, kv_dtype: KVDtype | None = None) -> None:
     single, single_pool = _computed(model, fuse=False, kv_dtype=kv_dtype)
     assert hidden.isfinite().all()
     assert torch.equal(hidden, single)
+    assert torch.equal(pool, single_pool)
+    pairs, pool = _last_rows(model, kv_dtype)
+    for whole, got in pairs:
+        assert torch.equal(whole, got)
     assert torch.equal(pool, single_pool)
     results, pool = _decoded(model, fuse=True, kv_dtype=kv_dtype)
     singles, single_pool = _decoded(model, fuse=False, kv_dtype=kv_dtype)
@@ -149,6 +170,9 @@ def test_wrong_indices_are_refused() -> None:
             decoder.forward(step)
         tensor[3] = before
     decoder.forward(step)
+    for wrong in ([-1], [1], [0, 0]):
+        with pytest.raises(AssertionError):
+            decoder.forward(step, torch.tensor(wrong, dtype=torch.int32))
 
 
 def test_wrong_indices_of_a_decode_step_are_refused() -> None:

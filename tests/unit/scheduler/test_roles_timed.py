@@ -85,8 +85,8 @@ def test_near_the_best_fixed_split_where_steps_barely_meet_their_target() -> Non
         arrivals, slo_s = square(workers, load, seed), (TTFT_S, of_step * ITL_S / 1.5)
         moving = play(middle(workers), arrivals, slo_s, steers=True).attained(*slo_s)
         behind[case] = best_fixed(workers, arrivals, slo_s) - moving
-    assert max(behind.values()) < 0.1, behind
-    assert sum(behind.values()) / len(behind) < 0.04, behind
+    assert max(behind.values()) < 0.15, behind
+    assert sum(behind.values()) / len(behind) < 0.05, behind
 
 
 def test_separate_roles_stay_where_they_are_better() -> None:

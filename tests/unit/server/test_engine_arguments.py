@@ -29,6 +29,7 @@ FLAGS: dict[str, tuple[list[str], object]] = {
     "max_num_seqs": (["--max-num-seqs", "3"], 3),
     "max_num_batched_tokens": (["--max-num-batched-tokens", "64"], 64),
     "max_chunk_tokens": (["--long-prefill-token-threshold", "32"], 32),
+    "prefill_batch_tokens": (["--prefill-batch-tokens", "96"], 96),
     "ttft_slo_s": (["--ttft-slo", "0.5s"], 0.5),
     "itl_slo_s": (["--itl-slo", "50ms"], 0.05),
     "autoscale": (["--autoscale", "1:4"], (1, 4)),
