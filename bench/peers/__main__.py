@@ -239,6 +239,7 @@ def main() -> None:
     engines.add_arguments(parser)
     args = parser.parse_args()
     args.logs = args.logs.absolute()
+    args.logs.mkdir(parents=True, exist_ok=True)
     args.hold = Hold(args.alone, args.hold_s)
     try:
         _run_all(args)
