@@ -11,6 +11,7 @@ import asyncio
 import json
 import random
 import shlex
+import signal
 import sys
 import time
 from collections.abc import Callable
@@ -70,7 +71,8 @@ async def turn(server: Server, row: Row, args: argparse.Namespace, pair: int) ->
         async with session.get(f"{server.url}/v1/models") as answer:
             name = str((await answer.json())["data"][0]["id"])
         client = Client(session, server.url, name, config["vocab_size"])
-        metrics = await row.load(client, random.Random(f"{args.seed} {pair}"))
+        # Rows share servers: another row's prompts would be in their caches.
+        metrics = await row.load(client, random.Random(f"{args.seed} {row.help} {pair}"))
     metrics["server_cpu_s"] = server.cpu_s() - before_s
     metrics["foreign_cpu_share"] = before.foreign_share(metrics["server_cpu_s"])
     if "output_tokens" in metrics:
@@ -240,6 +242,7 @@ def main() -> None:
     args = parser.parse_args()
     args.logs = args.logs.absolute()
     args.logs.mkdir(parents=True, exist_ok=True)
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # servers are ended on the way
     args.hold = Hold(args.alone, args.hold_s)
     try:
         _run_all(args)
