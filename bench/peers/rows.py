@@ -76,6 +76,7 @@ ROWS: Final = {
         ("ttft_p50_ms", "output_tok_s"),
         num_seqs=16,
         context=2304,
+        step_tokens=(2048, 256),
     ),
     "http": Row(
         "a tiny model, 64 streams, 32 in / 128 out: the cost of serving itself",
