@@ -141,13 +141,24 @@ def test_scale_to_zero_and_back(tmp_path: Path) -> None:
     asyncio.run(to_zero_and_back(msgspec.structs.replace(options, mixed=1, scheduler=scheduler)))
 
 
+async def keep_busy(hosted: Hosted, over: asyncio.Event) -> None:
+    """Prompts until `over`, however fast they are answered."""
+    turn = 0
+    while not over.is_set():
+        asks = [ask(hosted.client, f"busy{turn}-{i}-", 1500, LONG, salt=8 + i) for i in range(8)]
+        await asyncio.gather(*asks)
+        turn += 1
+
+
 async def grow_and_shrink(options: EngineOptions) -> None:
     hosted = await host_engine(options, inline=False)
     try:
         waves = [ask(hosted.client, f"a{i}-", 1500, LONG, salt=i) for i in range(8)]
-        first = asyncio.gather(*waves)
+        over = asyncio.Event()
+        first = asyncio.gather(*waves, keep_busy(hosted, over))
         await until(hosted, "three workers", lambda stats: len(stats.workers) == 3)
-        right = await first
+        over.set()
+        right = (await first)[:-1]
         await until(hosted, "one worker", lambda stats: len(stats.workers) == 1)
         for i in (0, 7):
             again = await ask(hosted.client, f"b{i}-", 1500, LONG, salt=i)
