@@ -85,9 +85,7 @@ class StepPlanner:
         options, block_size, left = self._options, self._block_size, budget
         enough = options.prefill_batch_tokens or self._knee.tokens()
         for run in self._lineup.prefills.copy():
-            if left <= 0 or len(rows) >= options.max_num_seqs:
-                break
-            if budget - left >= enough:
+            if left <= 0 or budget - left >= enough or len(rows) >= options.max_num_seqs:
                 break
             start, end = run.seq.num_computed, run.prefill_end
             room = run.room(block_size)

@@ -46,13 +46,14 @@ class Prefetch {
   int64_t lines_, beats_, credit_ = 0;
 };
 
+inline int64_t round_up(int64_t n, int64_t unit) { return (n + unit - 1) / unit * unit; }
+
 // Inputs of a packed panel.
 inline int64_t padded_inputs(const LinearWeights& w) {
-  auto round = [](int64_t n, int64_t unit) { return (n + unit - 1) / unit * unit; };
-  if (w.width == Width::kInt8) return round(w.num_in, kNarrowInputs);
+  if (w.width == Width::kInt8) return round_up(w.num_in, kNarrowInputs);
   if (w.width == Width::kInt4)
-    return round(w.num_in, w.group > kNarrowInputs ? w.group : kNarrowInputs);
-  return w.dtype == DType::kBF16 ? round(w.num_in, kPairInputs) : w.num_in;
+    return round_up(w.num_in, w.group > kNarrowInputs ? w.group : kNarrowInputs);
+  return w.dtype == DType::kBF16 ? round_up(w.num_in, kPairInputs) : w.num_in;
 }
 
 inline int64_t panel_bytes(const LinearWeights& w) {

@@ -26,8 +26,6 @@ constexpr int64_t kPieceFewRows = 128;  // inputs of narrow weights widened at o
 // cache and the whole pass in the second.
 constexpr int64_t kPieceManyRows = 512;
 
-inline int64_t round_up(int64_t n, int64_t unit) { return (n + unit - 1) / unit * unit; }
-
 inline void run_unless_small(int64_t items, ItemFn fn, void* context, int64_t work) {
   if (work >= kInlineProducts) return run_items(items, fn, context);
   for (int64_t i = 0; i < items; ++i) fn(context, i);

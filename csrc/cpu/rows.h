@@ -73,12 +73,6 @@ inline F exp2_vec(F x) {
   return Vec::zero_below(x, limit, Vec::mul_pow2(p, biased));
 }
 
-inline float exp2_one(float x) {
-  float lanes[Vec::W];
-  Vec::store(lanes, exp2_vec(Vec::set1(x)));
-  return lanes[0];
-}
-
 inline float exp_one(float x) {
   float lanes[Vec::W];
   Vec::store(lanes, exp_vec(Vec::set1(x)));
