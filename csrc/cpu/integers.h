@@ -37,6 +37,13 @@ struct IntegerRows {
 };
 
 inline float largest_of(const float* x, int64_t n) {
+  if constexpr (Vec::kRoundsBytes) {  // as integers: floats without a sign are in the same order
+    I top = Vec::set1_int(0);
+    int64_t i = 0;
+    for (; i + Vec::W <= n; i += Vec::W) top = Vec::larger_size(top, Vec::load(x + i));
+    if (i < n) top = Vec::larger_size(top, Vec::load_n(x + i, static_cast<int>(n - i)));
+    return bits_float(static_cast<uint32_t>(Vec::largest_int(top)));
+  }
   F top = Vec::set1(0.0f);
   unsigned nan = 0;
   const F zero = Vec::set1(0.0f);
@@ -56,9 +63,27 @@ inline int32_t nearest(float x) {
   return static_cast<int32_t>(float_bits(x + magic) - float_bits(magic));
 }
 
+// A whole chunk of byte rows, see round_chunk.
+inline void round_full_chunk(const IntegerRows& q, const float* x, int64_t row, int64_t k,
+                             float inverse) {
+  int8_t* out = q.values + row * q.stride + k;
+  int32_t* sums = q.sums + row * q.groups;
+  const F factor = Vec::set1(inverse);
+  const int64_t part = q.group < kChunk ? q.group : kChunk;
+  for (int64_t begin = 0; begin < kChunk; begin += part) {
+    I sum = Vec::set1_int(0);
+    for (int64_t i = begin; i < begin + part; i += Vec::W)
+      sum = Vec::add_int(sum, Vec::round_bytes(out + i, Vec::load(x + k + i) * factor));
+    sums[(k + begin) / q.group] -= q.zero * Vec::sum_int(sum);
+  }
+}
+
 // Inputs [k, k + kChunk) of a row, those from num_in on as zeros.
 inline void round_chunk(const IntegerRows& q, const float* x, int64_t row, int64_t k,
                         int64_t inside, float inverse) {
+  if constexpr (Vec::kRoundsBytes) {
+    if (q.limbs == 1 && inside == kChunk) return round_full_chunk(q, x, row, k, inverse);
+  }
   int32_t whole[kChunk] = {};
   for (int64_t i = 0; i < inside; ++i) whole[i] = nearest(x[k + i] * inverse);
   int8_t* first = q.values + row * q.limbs * q.stride + k;
@@ -123,6 +148,24 @@ struct IntegerTile {
   Ahead ahead;                  // to be fetched meanwhile
 };
 
+// acc[r][v] += the products of one step of weights, `w`, with four bytes of every row at `x`. With
+// many rows the bytes go through a register once for all of them: loads would be what is waited for.
+template <int R, int V>
+inline __attribute__((always_inline)) void add_step(I (&acc)[R][V], const I (&w)[V],
+                                                    const int8_t* x, int64_t x_stride) {
+#pragma GCC unroll 16
+  for (int r = 0; r < R; ++r) {
+    if constexpr (Vec::kByteDot && R > 2) {
+      const I bytes = Vec::four_bytes(x + r * x_stride);
+#pragma GCC unroll 16
+      for (int v = 0; v < V; ++v) acc[r][v] = Vec::dot_bytes(acc[r][v], w[v], bytes);
+    } else {
+#pragma GCC unroll 16
+      for (int v = 0; v < V; ++v) acc[r][v] = Vec::dot_bytes(acc[r][v], w[v], x + r * x_stride);
+    }
+  }
+}
+
 // acc[r][v] += the products of inputs [begin, end).
 template <int BITS, int R, int V>
 inline __attribute__((always_inline)) void add_products(I (&acc)[R][V], const IntegerTile& t,
@@ -132,23 +175,22 @@ inline __attribute__((always_inline)) void add_products(I (&acc)[R][V], const In
   const I mask = Vec::set1_int(0x0f0f0f0f);
   for (int64_t k = begin; k < end; k += per_step) {
     if (k % kIntegerBeat == 0) prefetch.beat();
-    const uint8_t* w = t.w + k / per_step * (4 * kPanel);
+    const uint8_t* at = t.w + k / per_step * (4 * kPanel);
     const int8_t* x = t.x + k;
+    I w[V];
 #pragma GCC unroll 16
-    for (int v = 0; v < V; ++v) {
-      const I both = Vec::load_int(w + (v / kVecs) * t.panel_stride + (v % kVecs) * 4 * Vec::W);
-      if constexpr (BITS == 8) {
+    for (int v = 0; v < V; ++v)
+      w[v] = Vec::load_int(at + (v / kVecs) * t.panel_stride + (v % kVecs) * 4 * Vec::W);
+    if constexpr (BITS == 8) {
+      add_step<R, V>(acc, w, x, t.x_stride);
+    } else {
+      I half[V];
 #pragma GCC unroll 16
-        for (int r = 0; r < R; ++r)
-          acc[r][v] = Vec::dot_bytes(acc[r][v], both, x + r * t.x_stride);
-      } else {
-        const I low = Vec::and_int(both, mask), high = Vec::and_int(Vec::shift_right4(both), mask);
+      for (int v = 0; v < V; ++v) half[v] = Vec::and_int(w[v], mask);
+      add_step<R, V>(acc, half, x, t.x_stride);
 #pragma GCC unroll 16
-        for (int r = 0; r < R; ++r) {
-          acc[r][v] = Vec::dot_bytes(acc[r][v], low, x + r * t.x_stride);
-          acc[r][v] = Vec::dot_bytes(acc[r][v], high, x + r * t.x_stride + 4);
-        }
-      }
+      for (int v = 0; v < V; ++v) half[v] = Vec::and_int(Vec::shift_right4(w[v]), mask);
+      add_step<R, V>(acc, half, x + 4, t.x_stride);
     }
   }
 }

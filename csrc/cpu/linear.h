@@ -232,7 +232,12 @@ struct RoundJob {
       }
     } else if constexpr (kPairs) {
       auto* out = static_cast<uint16_t*>(job.out) + row * job.stride;
-      convert_row<BF16>(out, x, k);
+      int64_t whole = 0;
+      if constexpr (Vec::kBf16Dot) {
+        for (; whole + Vec::W <= k; whole += Vec::W)
+          Vec::store_bf16(out + whole, Vec::load(x + whole));
+      }
+      convert_row<BF16>(out + whole, x + whole, k - whole);
       for (int64_t i = k; i < job.stride; ++i) out[i] = 0;
     } else {
       auto* out = static_cast<float*>(job.out) + row * job.stride;

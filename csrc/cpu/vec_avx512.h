@@ -26,6 +26,7 @@ struct Vec {
   static constexpr bool kByteDot = false;
 #endif
   static constexpr bool kManySums = true;  // sums() and tops() are there
+  static constexpr bool kRoundsBytes = true;  // larger_size(), largest_int() and round_bytes() are there
   using F = __m512;
   using I = __m512i;  // 32-bit integers
 
@@ -143,6 +144,18 @@ struct Vec {
 #else
   static I dot_bytes(I sum, I w, I x);  // not on this level
 #endif
+  // The bits of the largest |v| so far; those of a NaN are larger than all others
+  static I larger_size(I top, F v) {
+    const I size = _mm512_and_si512(_mm512_castps_si512(v), _mm512_set1_epi32(0x7fffffff));
+    return _mm512_max_epi32(top, size);
+  }
+  static int32_t largest_int(I v) { return _mm512_reduce_max_epi32(v); }
+  // To the nearest integers, ties to even, which fit into bytes
+  static I round_bytes(int8_t* out, F x) {
+    const I whole = _mm512_cvtps_epi32(x);
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(out), _mm512_cvtepi32_epi8(whole));
+    return whole;
+  }
   static int32_t sum_int(I v) { return _mm512_reduce_add_epi32(v); }
   // Words 0..15 and 16..31 of `n` bytes at `in` in turn, as unsigned bytes with 128 for 0
   static void order_keys(char* out, const char* in, int n) {

@@ -19,6 +19,7 @@ struct Vec {
   static constexpr bool kBf16Dot = false;
   static constexpr bool kByteDot = false;
   static constexpr bool kManySums = false;
+  static constexpr bool kRoundsBytes = false;
   typedef float F __attribute__((vector_size(16)));
   typedef uint32_t U __attribute__((vector_size(16)));
   typedef int32_t I __attribute__((vector_size(16)));
@@ -91,6 +92,9 @@ struct Vec {
   static F dot_pairs(F sum, uint32_t x, const uint32_t* w);  // not on this level
   static I four_bytes(const int8_t* x);                      // likewise
   static I dot_bytes(I sum, I w, I x);
+  static I larger_size(I top, F v);
+  static int32_t largest_int(I v);
+  static I round_bytes(int8_t* out, F x);
   static int32_t sum_int(I v);
   static void order_keys(char* out, const char* in, int n);
   static void order_values(char* out, const char* a, const char* b, int n);
