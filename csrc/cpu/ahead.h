@@ -1,6 +1,7 @@
 // Weights asked for ahead of their turn: while a thread computes one work item it has the next one's
 // brought into its second cache, so that memory is read all the time and not only by the first rows.
-// Hardware follows a stream of weights too, but stops at the end of a page and of an item.
+// Hardware follows a stream of weights too, but stops at the end of a page and of an item. What the
+// next item is, cut.h says.
 #pragma once
 
 #include "kernels.h"
@@ -71,19 +72,6 @@ inline Ahead panels_ahead(const LinearWeights& w, int64_t first, int64_t count) 
   const int64_t bytes = panel_bytes(w) * (left < count ? left : count);
   if (bytes > kAheadBytesMax) return {};
   return {static_cast<const char*>(w.w) + first * panel_bytes(w), bytes / kLine};
-}
-
-// What the thread that has item `index` of `items` is likely to read next: items are taken in order
-// by all threads, groups of `panels` columns first.
-inline Ahead next_item(const LinearArgs& a, int64_t index, int64_t items, int64_t groups,
-                       int64_t panels) {
-  if (a.rows < kAheadRowsMin) return {};
-  const int64_t next = index + num_threads();
-  if (next < items) {
-    if (next % groups == index % groups) return {};
-    return panels_ahead(a, next % groups * panels, panels);
-  }
-  return a.next == nullptr ? Ahead{} : panels_ahead(*a.next, (next - items) * panels, panels);
 }
 
 }  // namespace

@@ -21,6 +21,7 @@ constexpr bool kTiles = false;
 #endif
 constexpr bool kPairs = kTiles || Vec::kBf16Dot;  // bf16 rows are multiplied as packed pairs
 constexpr int kVecs = kPanel / Vec::W;  // vectors of one row of a panel
+constexpr int kPanelsFew = Vec::kPanels > 1 ? Vec::kPanels / 2 : 1;  // of a tile in a small group
 constexpr int64_t kBeat = 8;            // steps between looks at what to fetch ahead
 
 // What a row of activations looks like to the tile, and how many K steps (pairs for bf16) it has.
@@ -190,6 +191,9 @@ void gemm(TileArgs<E> a, int64_t rows, int64_t panels) {
       } else if (left >= Vec::kPanels) {
         tile_rows<E, Vec::kPanels>(a, tile_height);
         p += Vec::kPanels;
+      } else if (left >= kPanelsFew) {
+        tile_rows<E, kPanelsFew>(a, tile_height);
+        p += kPanelsFew;
       } else {
         tile_rows<E, 1>(a, tile_height);
         p += 1;

@@ -14,18 +14,13 @@
 
 #include <math.h>
 
+#include "cut.h"
 #include "gemm.h"
 #include "pool.h"
+#include "rounding.h"
 
 namespace diptych::cpu {
 namespace {
-
-using I = Vec::I;
-
-constexpr int kZero8 = 128, kZero4 = 8;
-constexpr float kLimit8 = 127.0f, kLimit16 = 127.0f * 256.0f;
-constexpr float kNothing = 1e-30f;  // a row without a larger value is taken for zeros
-constexpr int64_t kChunk = 64;      // inputs that are rounded at once
 
 // What a call's rows become: `limbs` rows of bytes each.
 struct IntegerRows {
@@ -35,33 +30,6 @@ struct IntegerRows {
   int64_t stride, limbs, groups, group;
   int32_t zero;
 };
-
-inline float largest_of(const float* x, int64_t n) {
-  if constexpr (Vec::kRoundsBytes) {  // as integers: floats without a sign are in the same order
-    I top = Vec::set1_int(0);
-    int64_t i = 0;
-    for (; i + Vec::W <= n; i += Vec::W) top = Vec::larger_size(top, Vec::load(x + i));
-    if (i < n) top = Vec::larger_size(top, Vec::load_n(x + i, static_cast<int>(n - i)));
-    return bits_float(static_cast<uint32_t>(Vec::largest_int(top)));
-  }
-  F top = Vec::set1(0.0f);
-  unsigned nan = 0;
-  const F zero = Vec::set1(0.0f);
-  int64_t i = 0;
-  auto take = [&](F v) {
-    nan |= Vec::mask_nan(v);
-    top = Vec::max(Vec::max(v, zero - v), top);
-  };
-  for (; i + Vec::W <= n; i += Vec::W) take(Vec::load(x + i));
-  if (i < n) take(Vec::load_n(x + i, static_cast<int>(n - i)));
-  return nan != 0 ? NAN : Vec::largest(top);
-}
-
-// To the nearest integer, ties to even, for |x| < 2^22.
-inline int32_t nearest(float x) {
-  constexpr float magic = 12582912.0f;  // 1.5 * 2^23
-  return static_cast<int32_t>(float_bits(x + magic) - float_bits(magic));
-}
 
 // A whole chunk of byte rows, see round_chunk.
 inline void round_full_chunk(const IntegerRows& q, const float* x, int64_t row, int64_t k,
@@ -302,6 +270,9 @@ void integer_gemm(const IntegerTile& first, int64_t rows, int64_t panels) {
       if (panels - p >= Vec::kPanels) {
         integer_tile_rows<BITS, LIMBS, Vec::kPanels>(t, left);
         p += Vec::kPanels;
+      } else if (panels - p >= kPanelsFew) {
+        integer_tile_rows<BITS, LIMBS, kPanelsFew>(t, left);
+        p += kPanelsFew;
       } else {
         integer_tile_rows<BITS, LIMBS, 1>(t, left);
         p += 1;
@@ -313,41 +284,40 @@ void integer_gemm(const IntegerTile& first, int64_t rows, int64_t panels) {
 struct IntegerJob {
   const LinearArgs& a;
   const IntegerRows& q;
-  int64_t group_panels, groups, rows_per_item, items;
+  Cut cut;
 
   static void item(void* context, int64_t index) {
     const auto& job = *static_cast<const IntegerJob*>(context);
-    const LinearArgs& a = job.a;
-    const IntegerRows& q = job.q;
-    const int64_t panel = index % job.groups * job.group_panels,
-                  row = index / job.groups * job.rows_per_item;
-    const int64_t all_panels = (a.num_out + kPanel - 1) / kPanel, column = panel * kPanel;
-    const int64_t panels_left = all_panels - panel, rows_left = a.rows - row;
-    const int64_t panels = panels_left < job.group_panels ? panels_left : job.group_panels,
-                  rows = rows_left < job.rows_per_item ? rows_left : job.rows_per_item;
+    const Place place = job.cut.place(index);
+    each_part(job.a, job.cut, index, place, [&](int64_t panel, const Sums& sums, Ahead ahead) {
+      job.part(place, panel, sums, ahead);
+    });
+  }
+
+  void part(const Place& place, int64_t panel, const Sums& sums, Ahead ahead) const {
+    const int64_t column = panel * kPanel;
     const bool int8 = a.width == Width::kInt8;
     IntegerTile t;
-    t.x = q.values + row * q.limbs * q.stride;
+    t.x = q.values + place.row * q.limbs * q.stride;
     t.x_stride = t.padded = q.stride;
-    t.sums = q.sums + row * q.limbs * q.groups;
+    t.sums = q.sums + place.row * q.limbs * q.groups;
     t.sums_stride = q.groups;
-    t.x_scales = q.scales + row;
+    t.x_scales = q.scales + place.row;
     t.panel_stride = q.stride * kPanel / (int8 ? 1 : 2);
     t.w = static_cast<const uint8_t*>(a.w) + panel * t.panel_stride;
     t.group = q.group;
     t.scales = int8 ? static_cast<const float*>(a.scales) + column : nullptr;
     t.steps_stride = q.groups * kPanel;
-    t.steps =
-        int8 ? nullptr : static_cast<const uint16_t*>(a.scales) + panel * t.steps_stride;
+    t.steps = int8 ? nullptr : static_cast<const uint16_t*>(a.scales) + panel * t.steps_stride;
     t.bias = a.bias == nullptr ? nullptr : a.bias + column;
-    t.out = a.out + row * a.num_out + column;
-    t.out_stride = a.num_out;
-    t.columns = a.num_out - column;
-    t.ahead = next_item(a, index, job.items, job.groups, job.group_panels);
-    if (int8 && q.limbs == 1) integer_gemm<8, 1>(t, rows, panels);
-    if (int8 && q.limbs == 2) integer_gemm<8, 2>(t, rows, panels);
-    if (!int8 && q.limbs == 1) integer_gemm<4, 1>(t, rows, panels);
-    if (!int8 && q.limbs == 2) integer_gemm<4, 2>(t, rows, panels);
+    t.out = sums.at;
+    t.out_stride = sums.stride;
+    t.columns = sums.columns;
+    t.ahead = ahead;
+    if (int8 && q.limbs == 1) integer_gemm<8, 1>(t, place.rows, place.panels);
+    if (int8 && q.limbs == 2) integer_gemm<8, 2>(t, place.rows, place.panels);
+    if (!int8 && q.limbs == 1) integer_gemm<4, 1>(t, place.rows, place.panels);
+    if (!int8 && q.limbs == 2) integer_gemm<4, 2>(t, place.rows, place.panels);
   }
 };
 

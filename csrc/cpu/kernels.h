@@ -42,11 +42,13 @@ struct RowMaker {
 };
 
 struct LinearArgs : LinearWeights {
-  float* out;         // [rows, num_out]
+  float* out;         // [rows, num_out], or of half the width, see silu
   const float* x;     // [rows, num_in]
   int64_t rows;
   RowMaker maker;     // of x
   const LinearWeights* next = nullptr;  // likely to be read after this layer's, if known
+  bool silu = false;  // the first half of the outputs are gates: out is silu(gate) * the other half.
+                      // num_out is a multiple of 2 * kPanel
 };
 
 struct PackArgs {

@@ -9,7 +9,7 @@
 #include <math.h>
 #include <string.h>
 
-#include "integers.h"
+#include "rounding.h"
 
 namespace diptych::cpu {
 namespace {

@@ -99,11 +99,16 @@ void attend_and_mix(const LayerArgs& a, const StepArgs& s) {
   linear({w.o, s.hidden, s.attention, rows, {}, &w.gate_up});
   const NormArgs between{s.hidden,   s.residual, s.hidden, w.mlp_norm,
                          rows,       shape.hidden, shape.eps};
-  linear({w.gate_up, s.gate_up, s.hidden, rows,
-          maker_of<NormArgs, norm_row>(between, 2 * shape.hidden), &w.down});
-  const SiluArgs silu{s.inner, s.gate_up, rows, shape.inner};
-  linear({w.down, s.hidden, s.inner, rows,
-          maker_of<SiluArgs, silu_row>(silu, 4 * shape.inner), a.next});
+  const RowMaker norm = maker_of<NormArgs, norm_row>(between, 2 * shape.hidden);
+  if (w.gate_up.num_out % (2 * kPanel) == 0) {
+    linear({w.gate_up, s.inner, s.hidden, rows, norm, &w.down, true});
+    linear({w.down, s.hidden, s.inner, rows, {}, a.next});
+  } else {
+    linear({w.gate_up, s.gate_up, s.hidden, rows, norm, &w.down});
+    const SiluArgs silu{s.inner, s.gate_up, rows, shape.inner};
+    linear({w.down, s.hidden, s.inner, rows,
+            maker_of<SiluArgs, silu_row>(silu, 4 * shape.inner), a.next});
+  }
   if (!a.last) return;
   const AddArgs add{s.residual, s.hidden, shape.hidden};
   run_rows<AddArgs, add_row>(add, rows, shape.hidden);

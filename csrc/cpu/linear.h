@@ -3,6 +3,7 @@
 
 #include <string.h>
 
+#include "cut.h"
 #include "gemm.h"
 #include "integers.h"
 #include "pool.h"
@@ -14,10 +15,7 @@
 namespace diptych::cpu {
 namespace {
 
-constexpr int64_t kGroupPanels = 4;      // panels of one work item with few rows
 constexpr int64_t kGroupPanelsMax = 16;  // on tiles, with many rows
-constexpr int64_t kRowsPerItem = 96;     // where columns alone give too few items
-constexpr int64_t kRowsPerItemMax = 512;
 constexpr int64_t kInlineProducts = 1 << 15;  // smaller problems are not worth waking a thread for
 constexpr int64_t kRowValuesPerItem = 1 << 12;  // that are made or rounded
 constexpr int64_t kFewRows = 32;              // of an item
@@ -82,41 +80,41 @@ template <class E>
 struct LinearJob {
   const LinearArgs& a;
   const typename Operand<E>::Act* x;
-  int64_t x_stride, group_panels, groups, rows_per_item, items;
+  int64_t x_stride;
+  Cut cut;
 
   static constexpr bool kBf16 = Operand<E>::kRawPerStep == 2 * kPanel;
 
   static void item(void* context, int64_t index) {
     const auto& job = *static_cast<const LinearJob*>(context);
-    const LinearArgs& a = job.a;
-    const int64_t first_panel = index % job.groups * job.group_panels,
-                  row = index / job.groups * job.rows_per_item;
-    const int64_t panels_left = panels_of(a) - first_panel, rows_left = a.rows - row;
-    const int64_t panels = panels_left < job.group_panels ? panels_left : job.group_panels,
-                  rows = rows_left < job.rows_per_item ? rows_left : job.rows_per_item;
-    const int64_t column = first_panel * kPanel;
+    const Place place = job.cut.place(index);
+    each_part(job.a, job.cut, index, place, [&](int64_t panel, const Sums& sums, Ahead ahead) {
+      job.part(place, panel, sums, ahead);
+    });
+  }
+
+  void part(const Place& place, int64_t panel, const Sums& sums, Ahead ahead) const {
     TileArgs<E> t;
-    t.x = job.x + row * job.x_stride;
-    t.x_stride = job.x_stride;
-    t.out = a.out + row * a.num_out + column;
-    t.out_stride = a.num_out;
-    t.columns = a.num_out - column;
-    t.ahead = next_item(a, index, job.items, job.groups, job.group_panels);
+    t.x = x + place.row * x_stride;
+    t.x_stride = x_stride;
+    t.out = sums.at;
+    t.out_stride = sums.stride;
+    t.columns = sums.columns;
+    t.ahead = ahead;
     if constexpr (kBf16) {
-      job.passes(t, row, rows, first_panel, panels);
+      passes(t, place.rows, panel, place.panels);
     } else {
       t.panel_stride = a.num_in * kPanel;
-      t.w = static_cast<const typename E::Raw*>(a.w) + first_panel * t.panel_stride;
+      t.w = static_cast<const typename E::Raw*>(a.w) + panel * t.panel_stride;
       t.steps = a.num_in;
-      t.bias = a.bias == nullptr ? nullptr : a.bias + column;
-      gemm<E>(t, rows, panels);
+      t.bias = a.bias == nullptr ? nullptr : a.bias + panel * kPanel;
+      gemm<E>(t, place.rows, place.panels);
     }
   }
 
   // Over K in pieces that suit the caches; the sums go on where the last piece left them, so the
   // pieces are invisible in the result.
-  void passes(TileArgs<E> t, int64_t row, int64_t rows, int64_t first_panel,
-              int64_t panels) const {
+  void passes(TileArgs<E> t, int64_t rows, int64_t first_panel, int64_t panels) const {
     const int64_t padded = padded_inputs(a), column = first_panel * kPanel;
     const bool narrow = kTiles && a.width != Width::kModel, few = rows <= kFewRows;
     int64_t piece = padded;
@@ -125,7 +123,7 @@ struct LinearJob {
     // Rows of a wide `out` lie in few sets of the cache, so sums that are to stay there are apart.
     const bool apart = kTiles && !few;
     const int64_t columns = panels * kPanel;
-    [[maybe_unused]] const int64_t valid = t.columns < columns ? t.columns : columns;
+    [[maybe_unused]] const Sums to{t.out, t.out_stride, t.columns < columns ? t.columns : columns};
     const int64_t wide_bytes = narrow ? columns * piece * 2 : 0;
     auto* memory = static_cast<char*>(scratch(
         kScratchItem, static_cast<size_t>(wide_bytes + (apart ? rows * columns * 4 : 0))));
@@ -135,7 +133,7 @@ struct LinearJob {
       t.out = reinterpret_cast<float*>(memory + wide_bytes);
       t.out_stride = t.columns = columns;
     }
-    const typename Operand<E>::Act* x = t.x;
+    const typename Operand<E>::Act* first_x = t.x;
     for (int64_t k = 0; k < padded; k += piece) {
       const int64_t inputs = padded - k < piece ? padded - k : piece;
 #ifdef __AMX_BF16__
@@ -150,7 +148,7 @@ struct LinearJob {
       if constexpr (kTiles) {
         t.first_step = k / 2;
       } else {
-        t.x = x + k / 2 * Operand<E>::kActsPerStep;
+        t.x = first_x + k / 2 * Operand<E>::kActsPerStep;
       }
       t.steps = inputs / 2;
       t.accumulate = k > 0;
@@ -159,27 +157,33 @@ struct LinearJob {
       gemm<E>(t, rows, panels);
     }
 #ifdef __AMX_BF16__
-    if (narrow || apart) finish(a, t.out, t.out_stride, row, rows, column, valid);
+    if (narrow || apart) finish(a, t.out, t.out_stride, rows, column, to);
 #endif
   }
 };
 
+// Rows of one item at most, of `row_bytes` bytes each.
+inline int64_t most_rows(int64_t groups, int64_t row_bytes, bool tiles, bool narrow) {
+  const int64_t most = tiles || narrow ? kRowsPerItemMax : rows_that_fit(row_bytes);
+  // Items of narrow weights all widen their columns, so rows are the last thing to be cut.
+  return groups < 4 * num_threads() && !narrow && most > kRowsPerItem ? kRowsPerItem : most;
+}
+
 template <class E>
 void linear_with(const LinearArgs& a, const typename Operand<E>::Act* x, int64_t x_stride) {
-  const int64_t panels = panels_of(a), wanted = 4 * num_threads();
-  const bool narrow = a.width != Width::kModel;
+  using Act = typename Operand<E>::Act;
+  const int64_t panels = panels_to_cut(a), wanted = 4 * num_threads();
+  const bool tiles = kTiles && LinearJob<E>::kBf16;
   int64_t group_panels = kGroupPanels;
-  if (kTiles && LinearJob<E>::kBf16 && a.rows > kFewRows) {
+  if (tiles && a.rows > kFewRows) {
     group_panels = kGroupPanelsMax;
     while (group_panels > kGroupPanels && panels < wanted * group_panels) group_panels /= 2;
   }
-  const int64_t groups = (panels + group_panels - 1) / group_panels;
-  // Items of narrow weights all widen their columns, so rows are the last thing to be cut.
-  int64_t rows_per_item = groups >= wanted || narrow ? kRowsPerItemMax : kRowsPerItem;
-  if (rows_per_item > a.rows) rows_per_item = a.rows;
-  const int64_t items = groups * ((a.rows + rows_per_item - 1) / rows_per_item);
-  LinearJob<E> job{a, x, x_stride, group_panels, groups, rows_per_item, items};
-  run_unless_small(items, LinearJob<E>::item, &job, a.rows * a.num_out * a.num_in);
+  const int64_t most = most_rows(panels / group_panels, x_stride * sizeof(Act), tiles,
+                                 a.width != Width::kModel);
+  LinearJob<E> job{a, x, x_stride,
+                   {panels, a.rows, group_panels, most, tiles ? 2 * kPanel : Vec::kRows}};
+  run_unless_small(job.cut.items, LinearJob<E>::item, &job, a.rows * a.num_out * a.num_in);
 }
 
 // Makes (where asked) and rounds every row of x, some neighbouring rows per work item.
@@ -275,14 +279,11 @@ void linear_integers(const LinearArgs& a) {
                       group,
                       a.width == Width::kInt4 ? kZero4 : kZero8};
   IntegerRowsJob rounding{a, q};
-  const int64_t row_groups = (panels_of(a) + kGroupPanels - 1) / kGroupPanels;
-  const int64_t wanted = 4 * num_threads();
-  int64_t rows_per_item = row_groups >= wanted ? kRowsPerItemMax : kRowsPerItem;
-  if (rows_per_item > a.rows) rows_per_item = a.rows;
-  const int64_t items = row_groups * ((a.rows + rows_per_item - 1) / rows_per_item);
-  IntegerJob job{a, q, kGroupPanels, row_groups, rows_per_item, items};
+  const int64_t panels = panels_to_cut(a);
+  const int64_t most = most_rows(panels / kGroupPanels, limbs * stride, false, false);
+  IntegerJob job{a, q, {panels, a.rows, kGroupPanels, most, Vec::kRows / limbs}};
   round_rows(a, IntegerRowsJob::item, &rounding);
-  run_unless_small(items, IntegerJob::item, &job, a.rows * a.num_out * a.num_in);
+  run_unless_small(job.cut.items, IntegerJob::item, &job, a.rows * a.num_out * a.num_in);
 }
 
 void linear(const LinearArgs& a) {

@@ -289,7 +289,7 @@ void run_items(int64_t num_items, ItemFn fn, void* context) {
 }
 
 void* scratch(int slot, size_t bytes) {
-  static thread_local Scratch slots[3];
+  static thread_local Scratch slots[kScratchSlots];
   Scratch& s = slots[slot];
   if (s.size < bytes) {
     free(s.data);

@@ -37,6 +37,8 @@ void run_items(int64_t num_items, ItemFn fn, void* context);
 constexpr int kScratchCall = 0;  // of one call: lives while its items run
 constexpr int kScratchItem = 1;  // of one item
 constexpr int kScratchPlan = 2;  // of one call: its list of work items
+constexpr int kScratchSums = 3;  // of one item: sums that something is made of
+constexpr int kScratchSlots = 4;
 void* scratch(int slot, size_t bytes);
 
 }  // namespace diptych::cpu

@@ -156,14 +156,19 @@ void rope(const RopeArgs& a) {
   run_rows<RopeArgs, rope_row>(a, a.rows, (a.q_heads + a.k_heads) * a.dim);
 }
 
-void silu_row(const SiluArgs& a, int64_t t) {
-  const float *gate = a.gate_up + t * 2 * a.dim, *up = gate + a.dim;
-  float* out = a.out + t * a.dim;
+// out = silu(gate) * up, of n values.
+inline void silu_values(float* out, const float* gate, const float* up, int64_t n) {
   const F one = Vec::set1(1.0f);
-  each_vec(a.dim, [&](int64_t i, int n) {
-    const F g = Vec::load_n(gate + i, n);
-    Vec::store_n(out + i, g / (one + exp_vec(Vec::set1(0.0f) - g)) * Vec::load_n(up + i, n), n);
+  each_vec(n, [&](int64_t i, int lanes) {
+    const F g = Vec::load_n(gate + i, lanes);
+    const F y = g / (one + exp_vec(Vec::set1(0.0f) - g)) * Vec::load_n(up + i, lanes);
+    Vec::store_n(out + i, y, lanes);
   });
+}
+
+void silu_row(const SiluArgs& a, int64_t t) {
+  const float* gate = a.gate_up + t * 2 * a.dim;
+  silu_values(a.out + t * a.dim, gate, gate + a.dim, a.dim);
 }
 
 void silu_mul(const SiluArgs& a) { run_rows<SiluArgs, silu_row>(a, a.rows, 4 * a.dim); }

@@ -1,0 +1,108 @@
+// How a linear layer is cut into work items: groups of neighbouring panels times blocks of rows. Any
+// cut gives the same bits, see gemm.h.
+#pragma once
+
+#include "ahead.h"
+#include "rows.h"
+
+namespace diptych::cpu {
+namespace {
+
+constexpr int64_t kGroupPanels = 4;       // panels of one work item with few rows
+constexpr int64_t kRowsPerItem = 96;      // where columns alone give too few items
+constexpr int64_t kRowsPerItemMax = 512;
+constexpr int64_t kRowsPerItemMin = 48;   // fewer are not worth reading weights once more
+constexpr int64_t kRowBytesPerItem = 384 << 10;  // of x: with two items' weights in the second cache
+constexpr int64_t kBlocksThatBalance = 8;  // so many blocks of rows share out any groups evenly
+
+struct Place {
+  int64_t panel, panels, row, rows;
+};
+
+struct Cut {
+  int64_t panels, rows;  // of the whole layer
+  int64_t group_panels, full_groups, rest_panels, groups, rows_per_item, items;
+
+  // At most `most_rows` rows per item, of which `unit` are computed at once.
+  Cut(int64_t all_panels, int64_t all_rows, int64_t panels_per_group, int64_t most_rows, int64_t unit)
+      : panels(all_panels), rows(all_rows), group_panels(panels_per_group) {
+    int64_t blocks = (rows + most_rows - 1) / most_rows;
+    rows_per_item = round_up((rows + blocks - 1) / blocks, unit);
+    blocks = (rows + rows_per_item - 1) / rows_per_item;
+    // What is left of whole rounds of all threads is shared out by smaller groups.
+    const int64_t threads = num_threads(), round = group_panels * threads;
+    full_groups = blocks < kBlocksThatBalance ? panels / round * threads : panels / group_panels;
+    const int64_t left = panels - full_groups * group_panels;
+    rest_panels = blocks < kBlocksThatBalance ? (left + threads - 1) / threads : left;
+    groups = full_groups + (left == 0 ? 0 : (left + rest_panels - 1) / rest_panels);
+    items = groups * blocks;
+  }
+
+  Place place(int64_t index) const {
+    const int64_t group = index % groups, rest = group - full_groups;
+    Place p;
+    p.panel = (rest < 0 ? group : full_groups) * group_panels + (rest < 0 ? 0 : rest * rest_panels);
+    p.panels = rest < 0 ? group_panels : rest_panels;
+    if (p.panels > panels - p.panel) p.panels = panels - p.panel;
+    p.row = index / groups * rows_per_item;
+    p.rows = rows - p.row < rows_per_item ? rows - p.row : rows_per_item;
+    return p;
+  }
+};
+
+// Rows of an item where each has `row_bytes` bytes of x.
+inline int64_t rows_that_fit(int64_t row_bytes) {
+  const int64_t rows = kRowBytesPerItem / row_bytes;
+  return rows < kRowsPerItemMin ? kRowsPerItemMin : rows < kRowsPerItemMax ? rows : kRowsPerItemMax;
+}
+
+// Panels that are cut: with a SiLU those of the gates, each of which brings its own of the others.
+inline int64_t panels_to_cut(const LinearArgs& a) { return panels_of(a) / (a.silu ? 2 : 1); }
+
+// What the thread that has item `index` is likely to read next: items are taken in order by all
+// threads, groups of columns first.
+inline Ahead next_item(const LinearArgs& a, const Cut& cut, int64_t index) {
+  if (a.rows < kAheadRowsMin) return {};
+  const int64_t next = index + num_threads();
+  if (next < cut.items) {
+    const Place place = cut.place(next);
+    if (place.panel == cut.place(index).panel) return {};
+    return panels_ahead(a, place.panel, place.panels);
+  }
+  if (a.next == nullptr) return {};
+  return panels_ahead(*a.next, (next - cut.items) * cut.group_panels, cut.group_panels);
+}
+
+// Where sums of some columns go.
+struct Sums {
+  float* at;  // of the first row and column
+  int64_t stride, columns;  // columns: valid ones from the first on
+};
+
+// Runs part(panel, sums, ahead) for the columns of item `index` from `panel` on: once, into the
+// layer's output; or with a SiLU for gates and for what they are multiplied with, and then the rest.
+template <class Part>
+void each_part(const LinearArgs& a, const Cut& cut, int64_t index, const Place& place, Part part) {
+  const int64_t column = place.panel * kPanel;
+  const Ahead ahead = next_item(a, cut, index);
+  if (!a.silu) {
+    part(place.panel, Sums{a.out + place.row * a.num_out + column, a.num_out, a.num_out - column},
+         ahead);
+    return;
+  }
+  const int64_t columns = place.panels * kPanel, inner = a.num_out / 2;
+  auto* gate = static_cast<float*>(
+      scratch(kScratchSums, static_cast<size_t>(2 * place.rows * columns) * sizeof(float)));
+  float* up = gate + place.rows * columns;
+  const int64_t up_panel = place.panel + cut.panels;
+  part(place.panel, Sums{gate, columns, columns},
+       a.rows < kAheadRowsMin ? Ahead{} : panels_ahead(a, up_panel, place.panels));
+  part(up_panel, Sums{up, columns, columns}, ahead);
+  for (int64_t r = 0; r < place.rows; ++r) {
+    silu_values(a.out + (place.row + r) * inner + column, gate + r * columns, up + r * columns,
+                columns);
+  }
+}
+
+}  // namespace
+}  // namespace diptych::cpu
