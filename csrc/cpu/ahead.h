@@ -13,7 +13,8 @@ namespace {
 constexpr int64_t kLine = 64;
 constexpr int64_t kAheadBytesMax = 384 << 10;  // of an item; with the current one's below 1 MiB
 constexpr int64_t kTilesThatFetch = 6;
-// With fewer rows nothing but memory is waited for, and hardware's own order of reading is best.
+// With fewer rows nothing but memory is waited for, and hardware's own order of reading is best (but
+// see fetches_ahead).
 constexpr int64_t kAheadRowsMin = 13;
 
 // Memory that is going to be read.

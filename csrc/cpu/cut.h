@@ -59,10 +59,16 @@ inline int64_t rows_that_fit(int64_t row_bytes) {
 // Panels that are cut: with a SiLU those of the gates, each of which brings its own of the others.
 inline int64_t panels_to_cut(const LinearArgs& a) { return panels_of(a) / (a.silu ? 2 : 1); }
 
+// Whether a thread has its next item's weights fetched: not where hardware's own order of reading is
+// best. Small panels of narrow weights are too short for it.
+inline bool fetches_ahead(const LinearArgs& a) {
+  return a.rows >= kAheadRowsMin || a.width != Width::kModel;
+}
+
 // What the thread that has item `index` is likely to read next: items are taken in order by all
 // threads, groups of columns first.
 inline Ahead next_item(const LinearArgs& a, const Cut& cut, int64_t index) {
-  if (a.rows < kAheadRowsMin) return {};
+  if (!fetches_ahead(a)) return {};
   const int64_t next = index + num_threads();
   if (next < cut.items) {
     const Place place = cut.place(next);
@@ -96,7 +102,7 @@ void each_part(const LinearArgs& a, const Cut& cut, int64_t index, const Place& 
   float* up = gate + place.rows * columns;
   const int64_t up_panel = place.panel + cut.panels;
   part(place.panel, Sums{gate, columns, columns},
-       a.rows < kAheadRowsMin ? Ahead{} : panels_ahead(a, up_panel, place.panels));
+       !fetches_ahead(a) ? Ahead{} : panels_ahead(a, up_panel, place.panels));
   part(up_panel, Sums{up, columns, columns}, ahead);
   for (int64_t r = 0; r < place.rows; ++r) {
     silu_values(a.out + (place.row + r) * inner + column, gate + r * columns, up + r * columns,

@@ -315,9 +315,11 @@ struct IntegerJob {
     t.columns = sums.columns;
     t.ahead = ahead;
     if (int8 && q.limbs == 1) integer_gemm<8, 1>(t, place.rows, place.panels);
-    if (int8 && q.limbs == 2) integer_gemm<8, 2>(t, place.rows, place.panels);
     if (!int8 && q.limbs == 1) integer_gemm<4, 1>(t, place.rows, place.panels);
-    if (!int8 && q.limbs == 2) integer_gemm<4, 2>(t, place.rows, place.panels);
+    if constexpr (!kPairs) {  // there they are bf16, see narrow_pairs.h and narrow.h
+      if (int8 && q.limbs == 2) integer_gemm<8, 2>(t, place.rows, place.panels);
+      if (!int8 && q.limbs == 2) integer_gemm<4, 2>(t, place.rows, place.panels);
+    }
   }
 };
 

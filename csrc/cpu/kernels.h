@@ -31,7 +31,7 @@ struct LinearWeights {
   Width width;
   const void* scales;   // kInt8: [num_out] fp32; kInt4: [panels][groups][kPanel] bf16
   int64_t group;        // kInt4: inputs that share a scale
-  int64_t act_bits;     // narrow: what x is rounded to, 8 or 16
+  int64_t act_bits;     // narrow: what x is rounded to, 8 or 16 (kPairs levels: bf16)
 };
 
 // Makes row `row` of a linear layer's input just before it is read, so that it is still in the cache.

@@ -8,8 +8,10 @@
 #include "integers.h"
 #include "pool.h"
 #include "rows.h"
-#ifdef __AMX_BF16__
+#if defined(__AMX_BF16__)
 #include "narrow.h"
+#elif defined(__AVX512BF16__)
+#include "narrow_pairs.h"
 #endif
 
 namespace diptych::cpu {
@@ -243,6 +245,9 @@ struct RoundJob {
       }
       convert_row<BF16>(out + whole, x + whole, k - whole);
       for (int64_t i = k; i < job.stride; ++i) out[i] = 0;
+#ifdef __AVX512BF16__
+      if (job.a.width == Width::kInt4) Nibbles::order(out, job.stride);
+#endif
     } else {
       auto* out = static_cast<float*>(job.out) + row * job.stride;
       for (int64_t i = 0; i < k; ++i) out[i] = BF16::to_float(BF16::from_float(x[i]));
@@ -256,6 +261,15 @@ void linear_bf16(const LinearArgs& a) {
   void* rounded = scratch(kScratchCall, static_cast<size_t>(a.rows * stride) * (kPairs ? 2 : 4));
   RoundJob job{a, rounded, stride};
   round_rows(a, RoundJob::item, &job);
+#ifdef __AVX512BF16__
+  if (a.width != Width::kModel) {
+    const auto* pairs = static_cast<const uint32_t*>(rounded);
+    NarrowJob narrow{a, pairs, stride / 2,
+                     {panels_to_cut(a), a.rows, kGroupPanels, rows_that_fit(stride * 2), Vec::kRows}};
+    run_unless_small(narrow.cut.items, NarrowJob::item, &narrow, a.rows * a.num_out * a.num_in);
+    return;
+  }
+#endif
   if constexpr (kPairs) {
     linear_with<BF16Pairs>(a, static_cast<const uint32_t*>(rounded), stride / 2);
   } else {
@@ -288,7 +302,7 @@ void linear_integers(const LinearArgs& a) {
 
 void linear(const LinearArgs& a) {
   if (a.rows == 0) return;
-  const bool integers = a.width != Width::kModel && !(kTiles && a.act_bits == 16);
+  const bool integers = a.width != Width::kModel && !(kPairs && a.act_bits == 16);
   if (integers) return linear_integers(a);
   if (a.width != Width::kModel || a.dtype == DType::kBF16) return linear_bf16(a);
   if (a.maker.make != nullptr) round_rows(a, nullptr, nullptr);  // only made: read as it is

@@ -52,7 +52,8 @@ bool machine_has(Level level) {
   if (level == Level::kAvx2) return avx2;
   if (level == Level::kAvx512) return avx512;
   const bool vnni = avx512 && __builtin_cpu_supports("avx512vnni");
-  if (level == Level::kAvx512Bf16) return vnni && __builtin_cpu_supports("avx512bf16");
+  if (level == Level::kAvx512Bf16)
+    return vnni && __builtin_cpu_supports("avx512bf16") && __builtin_cpu_supports("avx512vbmi");
   return vnni && has_tiles();
 #else
   return false;
