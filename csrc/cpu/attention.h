@@ -6,6 +6,8 @@
 
 #include <string.h>
 
+#include <utility>
+
 #include "attention_rows.h"
 
 namespace diptych::cpu {
@@ -36,12 +38,13 @@ void run_block(void* context, int64_t index) {
   const RowBlock& block = job.blocks[index];
   const int64_t rows = block_rows(a, block), dim = a.k_cache.dim;
   Workspace w = open_block<E>(a, block, rows);
-  reset(w.total, rows, dim);
-  for (int64_t split = block.split_begin; split < block.split_end; ++split) {
+  run_split<E>(a, block, rows, block.split_begin, w);
+  std::swap(w.total, w.split);
+  for (int64_t split = block.split_begin + 1; split < block.split_end; ++split) {
     run_split<E>(a, block, rows, split, w);
     merge_rows(w.total, w.split, rows, dim);
   }
-  for (int64_t r = 0; r < rows; ++r) write_row(a, block, r, w.total.acc + r * dim, w.total.sum[r]);
+  write_rows_of(a, block, w.total);
 }
 
 template <class E>
@@ -68,7 +71,7 @@ void merge_block(void* context, int64_t index) {
   reset(w.total, rows, dim);
   for (int64_t split = block.split_begin; split < block.split_end; ++split)
     merge_rows(w.total, part_of(job, block, split, rows, dim), rows, dim);
-  for (int64_t r = 0; r < rows; ++r) write_row(a, block, r, w.total.acc + r * dim, w.total.sum[r]);
+  write_rows_of(a, block, w.total);
 }
 
 struct Plan {

@@ -10,6 +10,7 @@
 #include <math.h>
 
 #include "attention_bytes.h"
+#include "attention_pairs.h"
 #include "attention_tile.h"
 #include "pool.h"
 
@@ -30,13 +31,17 @@ inline int64_t block_rows(const AttentionArgs& a, const RowBlock& block) {
   return block.num_heads * block.num_tokens * (a.q_heads / a.k_cache.heads);
 }
 
-// Rows are ordered by KV head, then by token, then by head of the group.
-inline int64_t row_token(const AttentionArgs& a, const RowBlock& block, int64_t r) {
-  return r / (a.q_heads / a.k_cache.heads) % block.num_tokens;
-}
-inline int64_t row_head(const AttentionArgs& a, const RowBlock& block, int64_t r) {
+// fn(row, token of the block, query head) for all rows: by KV head, then by token, then by head of the
+// group.
+template <class Fn>
+inline void each_row(const AttentionArgs& a, const RowBlock& block, Fn fn) {
   const int64_t group = a.q_heads / a.k_cache.heads;
-  return (block.first_head + r / (group * block.num_tokens)) * group + r % group;
+  int64_t r = 0;
+  for (int64_t h = 0; h < block.num_heads; ++h) {
+    for (int64_t t = 0; t < block.num_tokens; ++t) {
+      for (int64_t g = 0; g < group; ++g) fn(r++, t, (block.first_head + h) * group + g);
+    }
+  }
 }
 
 template <class E>
@@ -45,8 +50,9 @@ Workspace make_workspace(int64_t rows, int64_t dim) {
   const int64_t acc = padded(rows * dim), each = padded(rows);
   const int64_t columns = whole_vectors(dim), wide = Format<E>::kScaled ? kTile * columns : 0;
   const int64_t query = Format<E>::kBytes ? padded(rows * columns) : acc;
+  const int64_t lanes = Format<E>::kDot ? each * Vec::W : 0;
   const int64_t floats =
-      query + 2 * acc + Vec::kRows * kTile * 3 / 2 + 7 * each + wide + 2 * kTile + 32;
+      query + 2 * acc + Vec::kRows * kTile * 3 / 2 + 9 * each + lanes + wide + 2 * kTile + 32;
   auto* p = static_cast<float*>(
       scratch(kScratchItem, static_cast<size_t>(floats) * 4 + static_cast<size_t>(each) * 16));
   auto take = [&p](int64_t n) {
@@ -74,6 +80,9 @@ Workspace make_workspace(int64_t rows, int64_t dim) {
   w.split.sum = take(each);
   w.total.largest = take(each);
   w.total.sum = take(each);
+  w.sums = take(lanes);
+  w.starts = take(each);
+  w.limits = take(each);
   w.low = reinterpret_cast<int64_t*>(p);
   w.high = w.low + each;
   return w;
@@ -125,14 +134,16 @@ void merge_rows(const Softmax& total, const Softmax& part, int64_t rows, int64_t
   }
 }
 
-void write_row(const AttentionArgs& a, const RowBlock& block, int64_t r, const float* acc,
-               float sum) {
+void write_rows_of(const AttentionArgs& a, const RowBlock& block, const Softmax& total) {
   const int64_t dim = a.k_cache.dim;
-  const int64_t t = a.qo_indptr[block.seq] + block.first_token + row_token(a, block, r);
-  float* out = a.out + (t * a.q_heads + row_head(a, block, r)) * dim;
-  const F inverse = Vec::set1(1.0f / sum);
-  each_vec(dim,
-           [&](int64_t i, int n) { Vec::store_n(out + i, Vec::load_n(acc + i, n) * inverse, n); });
+  float* first = a.out + (a.qo_indptr[block.seq] + block.first_token) * a.q_heads * dim;
+  each_row(a, block, [&](int64_t r, int64_t token, int64_t head) {
+    const float* acc = total.acc + r * dim;
+    float* out = first + (token * a.q_heads + head) * dim;
+    const F inverse = Vec::set1(1.0f / total.sum[r]);
+    each_vec(dim,
+             [&](int64_t i, int n) { Vec::store_n(out + i, Vec::load_n(acc + i, n) * inverse, n); });
+  });
 }
 
 // Where keys [begin, end) of one head's tile that starts at `base` lie; int8: once they are widened.
@@ -168,26 +179,6 @@ void locate(const AttentionArgs& a, const RowBlock& block, int64_t head, int64_t
   }
 }
 
-// Asks for one head's tile that starts at `base` ahead of its turn.
-template <class E>
-void fetch_ahead(const AttentionArgs& a, const RowBlock& block, int64_t head, int64_t base,
-                 int64_t end) {
-  constexpr int64_t line = 64;
-  constexpr int64_t item = sizeof(typename E::Raw);
-  const int64_t size = a.k_cache.block_size, row = row_bytes<E>(a.k_cache.dim);
-  const int32_t* table = a.kv_indices + a.kv_indptr[block.seq];
-  for (int64_t token = base; token < base + kTile && token < end; token += kPanel) {
-    const int64_t index = token / size, inside = head * size + token - index * size;
-    const int64_t physical = table[index];
-    const char* k = a.k_cache.data + physical * a.k_cache.block_stride * item + inside * row;
-    const char* v = a.v_cache.data + physical * a.v_cache.block_stride * item + inside * row;
-    for (int64_t i = 0; i < kPanel * row; i += line) {
-      __builtin_prefetch(k + i);
-      __builtin_prefetch(v + i);
-    }
-  }
-}
-
 // What a row does not see of the tile counts -inf; its running maximum follows.
 inline void mask_row(float* s, Range range, const Softmax& state, int64_t r, float* before) {
   if (range.low > 0 || range.high < kTile) {
@@ -210,7 +201,7 @@ inline void scale_scores(float* s, const float* scales) {
 // The weight of a score: 2 to what it lies below the row's largest.
 template <class E>
 inline F weight_of(F below) {
-  if constexpr (Format<E>::kDot || (Format<E>::kBytes && Vec::kBf16Dot)) {
+  if constexpr (Format<E>::kBytes && Vec::kBf16Dot) {
     return Vec::exp2_short(below);
   } else {
     return exp2_vec(below);
@@ -238,18 +229,13 @@ void softmax_full(const Workspace& w) {
 #pragma GCC unroll 8
   for (int r = 0; r < R; ++r) {
     float* s = w.scores + r * kTile;
-    auto* pairs = reinterpret_cast<uint16_t*>(w.weights + r * (kTile / 2));
     const F shift = Vec::set1(w.split.largest[r]);
     rows[r] = Vec::set1(0.0f);
 #pragma GCC unroll 4
     for (int j = 0; j < kTile; j += Vec::W) {
       const F weight = weight_of<E>(Vec::load(s + j) - shift);
       rows[r] = rows[r] + weight;
-      if constexpr (Format<E>::kDot) {
-        Vec::store_bf16(pairs + j, weight);
-      } else {
-        Vec::store(s + j, weight);
-      }
+      Vec::store(s + j, weight);
     }
   }
   Vec::store_n(w.split.sum, Vec::load_n(w.split.sum, R) * alpha + Vec::sums(rows), R);
@@ -286,7 +272,6 @@ void softmax_rows(const Workspace& w, int64_t rows, bool full, int64_t base, int
   for (int64_t r = 0; r < rows; ++r) {
     if (!full && !sees_any(w, r, base)) continue;
     float* s = w.scores + r * kTile;
-    [[maybe_unused]] auto* pairs = reinterpret_cast<uint16_t*>(w.weights + r * (kTile / 2));
     const F shift = Vec::set1(after[r]);
     F sum = Vec::set1(0.0f);
 #pragma GCC unroll 4
@@ -295,19 +280,10 @@ void softmax_rows(const Workspace& w, int64_t rows, bool full, int64_t base, int
       F weight = weight_of<E>(below);
       sum = sum + weight;
       if constexpr (Format<E>::kScaled) weight = weight * Vec::load(w.v_scales + j);
-      if constexpr (Format<E>::kDot) {
-        Vec::store_bf16(pairs + j, weight);
-      } else {
-        Vec::store(s + j, weight);
-      }
+      Vec::store(s + j, weight);
     }
     if constexpr (Format<E>::kBytes)
       round_weights(w, r, full ? Range{0, kTile} : row_range(w, r, base));
-    if constexpr (Format<E>::kScaled && Format<E>::kDot) {  // the scale beside it may be anything
-      const Range range = full ? Range{0, kTile} : row_range(w, r, base);
-      if (range.low % 2 != 0) pairs[range.low - 1] = 0;
-      if (range.high % 2 != 0) pairs[range.high] = 0;
-    }
     w.split.sum[r] = w.split.sum[r] * alpha[r] + Vec::sum(sum);
     if (full && !Format<E>::kBytes) {
       w.alpha[r] = alpha[r];
@@ -327,6 +303,9 @@ Workspace rows_from(const Workspace& all, int64_t row, int64_t dim) {
   w.q_steps = all.q_steps + row;
   w.q_sums = all.q_sums + 2 * row;
   w.split = {all.split.acc + row * dim, all.split.largest + row, all.split.sum + row};
+  w.sums = all.sums + row * Vec::W;
+  w.starts = all.starts + row;
+  w.limits = all.limits + row;
   w.low = all.low + row;
   w.high = all.high + row;
   return w;
@@ -341,16 +320,14 @@ void add_tile(const AttentionArgs& a, const RowBlock& block, int64_t base, const
   const int64_t begin = low < base ? base : low, end = high > base + kTile ? base + kTile : high;
   if (begin >= end) return;
   for (int64_t h = 0; h < block.num_heads; ++h) {
-    const int64_t head = block.first_head + h;
-    if (h + 1 < block.num_heads) {
-      fetch_ahead<E>(a, block, head + 1, base, end);
-    } else if (base + kTile < high) {
-      fetch_ahead<E>(a, block, block.first_head, base + kTile, high);
-    }
     TilePlace place;
     Workspace w = rows_from<E>(all, h * rows, dim);
     w.place = &place;
-    locate<E>(a, block, head, base, begin, end, w);
+    locate<E>(a, block, block.first_head + h, base, begin, end, w);
+    if constexpr (Format<E>::kDot) {
+      Pairs::add_tile(w, rows, base, dim);
+      continue;
+    }
     bool complete = true;
     for (const char* panel : place.panels) complete &= panel != nullptr;
     for (int64_t r = 0; r < rows; r += Vec::kRows) {
@@ -384,23 +361,27 @@ Workspace open_block(const AttentionArgs& a, const RowBlock& block, int64_t rows
   const F scale = Vec::set1(a.scale * 1.44269504088896341f);  // powers of two from here on
   if (Format<E>::kDot) w.q_stride = dim / 2;
   if (Format<E>::kBytes) w.q_stride = whole_vectors(dim);
-  for (int64_t r = 0; r < rows; ++r) {
-    const int64_t token = row_token(a, block, r), position = first_position + token;
-    const int64_t t = a.qo_indptr[block.seq] + block.first_token + token;
-    const float* q = a.q + t * a.q_stride + row_head(a, block, r) * dim;
-    float* scaled = w.split.acc + r * dim;  // free until the first split
-    if (!Format<E>::kDot && !Format<E>::kBytes) scaled = static_cast<float*>(w.q) + r * dim;
-    each_vec(dim, [&](int64_t i, int n) {
-      Vec::store_n(scaled + i, Vec::load_n(q + i, n) * scale, n);
-    });
-    if (Format<E>::kDot) convert_row<BF16>(static_cast<uint16_t*>(w.q) + r * dim, scaled, dim);
-    if constexpr (Format<E>::kBytes) {
-      auto* bytes = static_cast<int8_t*>(w.q) + r * 2 * w.q_stride;
-      w.q_steps[r] = round_query(bytes, w.q_stride, w.q_sums + 2 * r, scaled, dim);
+  const float* first =
+      a.q + static_cast<int64_t>(a.qo_indptr[block.seq] + block.first_token) * a.q_stride;
+  each_row(a, block, [&](int64_t r, int64_t token, int64_t head) {
+    const int64_t position = first_position + token;
+    const float* q = first + token * a.q_stride + head * dim;
+    if constexpr (Format<E>::kDot) {
+      Pairs::round_query(static_cast<uint16_t*>(w.q) + r * dim, q, scale, dim);
+    } else {
+      float* scaled = w.split.acc + r * dim;  // free until the first split
+      if (!Format<E>::kBytes) scaled = static_cast<float*>(w.q) + r * dim;
+      each_vec(dim, [&](int64_t i, int n) {
+        Vec::store_n(scaled + i, Vec::load_n(q + i, n) * scale, n);
+      });
+      if constexpr (Format<E>::kBytes) {
+        auto* bytes = static_cast<int8_t*>(w.q) + r * 2 * w.q_stride;
+        w.q_steps[r] = round_query(bytes, w.q_stride, w.q_sums + 2 * r, scaled, dim);
+      }
     }
     w.high[r] = position + 1;
     w.low[r] = a.window > 0 && position + 1 > a.window ? position + 1 - a.window : 0;
-  }
+  });
   return w;
 }
 
@@ -408,8 +389,10 @@ template <class E>
 void run_split(const AttentionArgs& a, const RowBlock& block, int64_t rows, int64_t split,
                Workspace& w) {
   reset(w.split, rows, a.k_cache.dim);
+  if constexpr (Format<E>::kDot) Pairs::reset(w, rows);
   for (int64_t base = split * kSplit; base < (split + 1) * kSplit; base += kTile)
     add_tile<E>(a, block, base, w);
+  if constexpr (Format<E>::kDot) Pairs::finish(w, rows);
 }
 
 }  // namespace

@@ -1,15 +1,12 @@
 // One row block against one tile of keys: where its K and V lie, scores, weighted values.
 //
 // The pool holds keys as panels and values as rows or, in bf16, as rows of pairs (kernels.h), which is
-// what the products read; nothing is copied. bf16 KV on a level with bf16 dot products: queries and
-// weights are rounded to bf16. Otherwise they stay fp32. int8 KV is widened to bf16 tile by tile, or
-// multiplied as bytes (attention_bytes.h). A key that a row does not see never enters
-// its arithmetic: half a pair is cleared where the range of a row ends inside it.
+// what the products read; nothing is copied. Here queries and weights are fp32; bf16 KV on a level with
+// bf16 dot products has its own code (attention_pairs.h). int8 KV is widened to bf16 tile by tile, or
+// multiplied as bytes (attention_bytes.h). A key that a row does not see never enters its arithmetic.
 #pragma once
 
 #include <math.h>
-
-#include <type_traits>
 
 #include "gemm.h"
 #include "rows.h"
@@ -22,24 +19,23 @@ constexpr int kTilePanels = kTile / kPanel;
 template <class E>
 struct Format {
   using Tile = E;   // what keys and values are multiplied as
-  using Query = E;  // what scores are computed with
   static constexpr bool kScaled = false, kBytes = false;
   static constexpr int64_t kUnit = 1;  // keys that lie side by side in V
-  static constexpr bool kDot = false;
+  static constexpr bool kDot = false;  // as pairs, by attention_pairs.h
 };
 template <>
 struct Format<BF16> {
   using Tile = BF16;
   static constexpr bool kScaled = false, kBytes = false;
-  using Query = std::conditional_t<Vec::kBf16Dot, BF16Pairs, BF16>;
   static constexpr int64_t kUnit = 2;
   static constexpr bool kDot = Vec::kBf16Dot;
 };
 template <>
 struct Format<I8> : Format<BF16> {
   static constexpr bool kScaled = true, kBytes = Vec::kByteDot;
-  static constexpr bool kDot = Vec::kBf16Dot && !kBytes;
+  static constexpr bool kDot = false;
 };
+static_assert(Vec::kByteDot || !Vec::kBf16Dot, "int8 KV is widened for products of floats only");
 
 // The running softmax of some rows: acc / sum is the result over the keys seen so far.
 struct Softmax {
@@ -55,9 +51,10 @@ struct Workspace {
   void* q;                  // [rows, q_stride] scaled: floats or pairs of bf16
   int64_t q_stride;
   float* scores;            // [kRows, kTile]
-  uint32_t* weights;        // [kRows, kTile / 2] pairs of bf16, where values are multiplied so
+  uint32_t* weights;        // [kRows, kTile / 2] pairs of bf16, or bytes, where values are multiplied so
   float* alpha;             // [kRows] by which a tile's values shrink what came before them
   Softmax split, total;
+  float *sums, *starts, *limits;  // of pairs (attention_pairs.h): [rows, W], [rows], [rows]
   int64_t *low, *high;      // [rows]: the keys that a row sees, [low, high)
   TilePlace* place;                 // of the tile
   uint16_t* wide;                   // int8: [2, kTile, dim] keys and values of the tile as bf16
@@ -86,9 +83,8 @@ inline bool sees_any(const Workspace& w, int64_t r, int64_t base) {
 // R rows against P panels.
 template <class E, int R, int P>
 void score_tile(const Workspace& w, int64_t first, int64_t dim) {
-  using Q = typename Format<E>::Query;
   constexpr int V = P * kVecs;
-  const auto* q = static_cast<const typename Operand<Q>::Act*>(w.q);
+  const auto* q = static_cast<const float*>(w.q);
   const typename E::Raw* panels[P];
   for (int p = 0; p < P; ++p)
     panels[p] = reinterpret_cast<const typename E::Raw*>(w.place->panels[first + p]);
@@ -98,8 +94,8 @@ void score_tile(const Workspace& w, int64_t first, int64_t dim) {
   }
   const int64_t steps = dim / Format<E>::kUnit;
   for (int64_t s = 0; s < steps; ++s) {
-    tile_step<Q, R, V>(acc, q, w.q_stride, s,
-                       [&](int p) { return panels[p] + s * Operand<Q>::kRawPerStep; });
+    tile_step<E, R, V>(acc, q, w.q_stride, s,
+                       [&](int p) { return panels[p] + s * Operand<E>::kRawPerStep; });
   }
   for (int r = 0; r < R; ++r) {
     float* out = w.scores + r * kTile + first * kPanel;
@@ -136,17 +132,6 @@ inline __attribute__((always_inline)) void weigh_step(F (&acc)[R][V], const Work
 #pragma GCC unroll 16
       for (int r = 0; r < R; ++r)
         acc[r][v] = Vec::fma(Vec::set1(w.scores[(row + r) * kTile + s]), x, acc[r][v]);
-    } else if constexpr (Format<E>::kDot) {
-      const auto* pairs = reinterpret_cast<const uint32_t*>(at);
-      alignas(64) uint32_t some[Vec::W];
-      if (columns < Vec::W || halves != 3) {
-        const uint32_t mask = (halves & 1 ? 0xffffu : 0u) | (halves & 2 ? 0xffff0000u : 0u);
-        for (int i = 0; i < Vec::W; ++i) some[i] = i < columns ? pairs[i] & mask : 0;
-        pairs = some;
-      }
-#pragma GCC unroll 16
-      for (int r = 0; r < R; ++r)
-        acc[r][v] = Vec::dot_pairs(acc[r][v], w.weights[(row + r) * (kTile / 2) + s], pairs);
     } else {
       const auto* floats = reinterpret_cast<const float*>(at);
       F first, second;

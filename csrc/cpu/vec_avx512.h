@@ -234,6 +234,28 @@ struct Vec {
   static void store_bf16(uint16_t* p, F v) {
     _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), (__m256i)_mm512_cvtneps_pbh(v));
   }
+  static F dot_pairs(F sum, uint32_t x, F pairs) {
+    return _mm512_dpbf16_ps(sum, (__m512bh)_mm512_set1_epi32(static_cast<int>(x)),
+                            (__m512bh)_mm512_castps_si512(pairs));
+  }
+  // 2^x for x below 100 to 13 bits, and exactly 1 for 0; -inf is not a number
+  static F exp2_pair(F x) {
+    const F whole = _mm512_roundscale_ps(x, 0), r = _mm512_sub_ps(x, whole);
+    F p = _mm512_fmadd_ps(_mm512_set1_ps(5.50088465e-2f), r, _mm512_set1_ps(2.42211174e-1f));
+    p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(6.93282960e-1f));
+    return _mm512_scalef_ps(_mm512_fmadd_ps(p, r, _mm512_set1_ps(1.0f)), whole);
+  }
+  // 32 floats -> bf16
+  static void store_bf16(uint32_t* p, F first, F second) {
+    _mm512_storeu_si512(p, (__m512i)_mm512_cvtne2ps_pbh(second, first));
+  }
+  static unsigned mask_above(F a, F b) { return _mm512_cmp_ps_mask(a, b, _CMP_GT_OQ); }
+  static F select(unsigned mask, F a, F b) {  // a where the lane's bit is set
+    return _mm512_mask_mov_ps(b, static_cast<__mmask16>(mask), a);
+  }
+  static F and_bits(F a, uint32_t bits) {
+    return _mm512_and_ps(a, _mm512_castsi512_ps(_mm512_set1_epi32(static_cast<int>(bits))));
+  }
 #endif
 
  private:

@@ -25,6 +25,8 @@ CASES = [
     Heads(3, 3, 40, I8, window=37, block_size=48),
     Heads(8, 1, 128, I8, block_size=32),
     Heads(2, 1, 6, I8, window=1),
+    Heads(7, 1, 128, BF16, window=70),
+    Heads(5, 5, 80, BF16, window=33),
 ]
 
 
@@ -96,6 +98,10 @@ def _in_chunks(
     "heads",
     [
         Heads(4, 4, 64, BF16),
+        Heads(15, 5, 64, BF16, window=70),
+        Heads(6, 2, 40, BF16, window=51),
+        Heads(7, 1, 80, BF16),
+        Heads(8, 1, 128, BF16),
         Heads(6, 2, 40, F32, window=50),
         Heads(8, 1, 64, F16),
         Heads(8, 2, 64, I8),
@@ -112,6 +118,27 @@ def test_chunks_neighbours_and_blocks_change_no_bit(cpp: CppKernels, heads: Head
     assert torch.equal(_in_chunks(cpp, heads, sequence, 64, others), whole)
     wide_blocks = dataclasses.replace(heads, block_size=48)
     assert torch.equal(_in_chunks(cpp, wide_blocks, sequence, 50, others), whole)
+
+
+@pytest.mark.parametrize("window", [0, 90])
+@pytest.mark.parametrize("falling", [False, True])
+def test_scores_that_grow_along_the_keys(
+    cpp: CppKernels, reference: ReferenceKernels, falling: bool, window: int
+) -> None:
+    """Each key scores a little higher than the last, so a row's largest score rises again and
+    again, by little and by much; or the first keys have all the weight."""
+    heads = Heads(6, 2, 64, BF16, window=window)
+    [sequence] = random_sequences(heads, [(300, 300)], torch.Generator().manual_seed(9))
+    steps = torch.arange(300.0).square() / (300 if window else 900)  # past what a weight can hold
+    direction = torch.ones(64) / 8
+    sequence.q[:] = 8 * direction + 0.1 * sequence.q
+    sequence.k[:] = direction * (steps.flip(0) if falling else steps)[:, None, None]
+    results = run_attention(cpp, heads, [sequence], torch.Generator().manual_seed(1))
+    expected, error = _expected(cpp, reference, heads, [sequence])
+    error = max(error, 2e-4)  # fp32 scores of some hundreds are no finer
+    torch.testing.assert_close(results[0], expected[0], rtol=error, atol=error)
+    for size in (1, 7, 64):
+        assert torch.equal(_in_chunks(cpp, heads, sequence, size, []), results[0]), size
 
 
 @pytest.mark.parametrize("dtype", [BF16, I8])
