@@ -148,8 +148,10 @@ def test_every_dtype_of_kv(level: str, kv_dtype: KVDtype) -> None:
 
 @pytest.mark.parametrize("level", levels())
 @pytest.mark.parametrize("quantization", ["int8", "int4-g32", "int4-g128", "w8a8", "w4a8"])
-def test_every_rounding(tmp_path: Path, level: str, quantization: Quantization) -> None:
+@pytest.mark.parametrize("inner", [192, 200])  # whole panels of gates, and half of one
+def test_every_rounding(tmp_path: Path, level: str, quantization: Quantization, inner: int) -> None:
     config = LONG | {"dtype": "bfloat16", "attention_bias": True, "mlp_bias": True}
+    config |= {"intermediate_size": inner}
     (tmp_path / "config.json").write_text(json.dumps(config))
     options = ModelOptions(
         path=str(tmp_path), load_format="dummy", kernel_level=level, quantization=quantization
