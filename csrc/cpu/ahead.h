@@ -33,19 +33,23 @@ struct Ahead {
   }
 };
 
-// Spreads the lines of `ahead` evenly over `beats` calls of beat().
+// Spreads the lines of `ahead` evenly over `steps` calls of step(), each of which asks for one of either
+// half: a step is as long with a line that has been asked for as with a new one.
 class Prefetch {
  public:
-  Prefetch(const Ahead& ahead, int64_t beats) : at_(ahead.data), lines_(ahead.lines), beats_(beats) {}
+  Prefetch(const Ahead& ahead, int64_t steps)
+      : first_(ahead.data), second_(ahead.data + ahead.lines / 2 * kLine),
+        stride_((ahead.lines * kLine / 2 + steps - 1) / steps) {}
 
-  void beat() {
-    for (credit_ += lines_; credit_ >= beats_; credit_ -= beats_, at_ += kLine)
-      __builtin_prefetch(at_, 0, 2);
+  inline __attribute__((always_inline)) void step() {
+    __builtin_prefetch(first_, 0, 2);
+    __builtin_prefetch(second_, 0, 2);
+    first_ += stride_, second_ += stride_;
   }
 
  private:
-  const char* at_;
-  int64_t lines_, beats_, credit_ = 0;
+  const char *first_, *second_;
+  int64_t stride_;
 };
 
 inline int64_t round_up(int64_t n, int64_t unit) { return (n + unit - 1) / unit * unit; }

@@ -12,7 +12,7 @@ constexpr int64_t kGroupPanels = 4;       // panels of one work item with few ro
 constexpr int64_t kRowsPerItem = 96;      // where columns alone give too few items
 constexpr int64_t kRowsPerItemMax = 512;
 constexpr int64_t kRowsPerItemMin = 48;   // fewer are not worth reading weights once more
-constexpr int64_t kRowBytesPerItem = 384 << 10;  // of x: with two items' weights in the second cache
+constexpr int64_t kRowBytesPerItem = 640 << 10;  // of x, in the second cache
 constexpr int64_t kBlocksThatBalance = 8;  // so many blocks of rows share out any groups evenly
 
 struct Place {

@@ -22,7 +22,6 @@ constexpr bool kTiles = false;
 constexpr bool kPairs = kTiles || Vec::kBf16Dot;  // bf16 rows are multiplied as packed pairs
 constexpr int kVecs = kPanel / Vec::W;  // vectors of one row of a panel
 constexpr int kPanelsFew = Vec::kPanels > 1 ? Vec::kPanels / 2 : 1;  // of a tile in a small group
-constexpr int64_t kBeat = 8;            // steps between looks at what to fetch ahead
 
 // What a row of activations looks like to the tile, and how many K steps (pairs for bf16) it has.
 template <class E>
@@ -125,15 +124,15 @@ void tile(const TileArgs<E>& a) {
     const typename E::Raw* w = a.w + s * Operand<E>::kRawPerStep;
     tile_step<E, R, V>(acc, a.x, a.x_stride, s, [&](int p) { return w + p * a.panel_stride; });
   };
-  int64_t s = 0;
   if (a.ahead.lines > 0) {
-    Prefetch prefetch(a.ahead, a.steps / kBeat);
-    for (; s + kBeat <= a.steps; s += kBeat) {
-      prefetch.beat();
-      for (int64_t i = s; i < s + kBeat; ++i) step(i);
+    Prefetch prefetch(a.ahead, a.steps);
+    for (int64_t s = 0; s < a.steps; ++s) {
+      prefetch.step();
+      step(s);
     }
+  } else {
+    for (int64_t s = 0; s < a.steps; ++s) step(s);
   }
-  for (; s < a.steps; ++s) step(s);
   for (int v = 0; v < V; ++v) {
     const int64_t left = a.columns - v * Vec::W;
     if (left <= 0) break;

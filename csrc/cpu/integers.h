@@ -96,8 +96,6 @@ struct IntegerRowsJob {
   }
 };
 
-constexpr int64_t kIntegerBeat = 32;  // inputs between looks at what to fetch ahead
-
 // Some rows against some panels: what one tile works on.
 struct IntegerTile {
   const int8_t* x;      // first row
@@ -114,6 +112,11 @@ struct IntegerTile {
   float* out;                  // first row and column
   int64_t out_stride, columns;  // valid columns from the first one on
   Ahead ahead;                  // to be fetched meanwhile
+
+  // What is there already costs nothing to be asked for.
+  Ahead ahead_or_x() const {
+    return ahead.lines > 0 ? ahead : Ahead{reinterpret_cast<const char*>(x), 0};
+  }
 };
 
 // acc[r][v] += the products of one step of weights, `w`, with four bytes of every row at `x`. With
@@ -142,7 +145,7 @@ inline __attribute__((always_inline)) void add_products(I (&acc)[R][V], const In
   constexpr int per_step = 32 / BITS;  // inputs
   const I mask = Vec::set1_int(0x0f0f0f0f);
   for (int64_t k = begin; k < end; k += per_step) {
-    if (k % kIntegerBeat == 0) prefetch.beat();
+    prefetch.step();
     const uint8_t* at = t.w + k / per_step * (4 * kPanel);
     const int8_t* x = t.x + k;
     I w[V];
@@ -189,7 +192,7 @@ void int8_tile(const IntegerTile& t) {
   constexpr int R = ROWS * LIMBS, V = P * kVecs;
   I acc[R][V];
   start<R, V>(acc, t, 0);
-  Prefetch prefetch(t.ahead, t.padded / kIntegerBeat);
+  Prefetch prefetch(t.ahead_or_x(), t.padded / 4);
   add_products<8, R, V>(acc, t, 0, t.padded, prefetch);
 #pragma GCC unroll 16
   for (int v = 0; v < V; ++v) {
@@ -212,7 +215,7 @@ void int4_tile(const IntegerTile& t) {
   asm volatile("" : "+r"(sums) : : "memory");  // not to be taken apart into registers
   for (int i = 0; i < ROWS * V; ++i) Vec::store(sums + i * Vec::W, Vec::set1(0.0f));
   int64_t g = 0;
-  Prefetch prefetch(t.ahead, t.padded / kIntegerBeat);
+  Prefetch prefetch(t.ahead_or_x(), t.padded / 8);
   for (int64_t begin = 0; begin < t.padded; begin += t.group, ++g) {
     I acc[R][V];
     start<R, V>(acc, t, g);
