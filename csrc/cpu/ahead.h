@@ -31,6 +31,11 @@ struct Ahead {
     const int64_t begin = lines * index / count;
     return {data + begin * kLine, lines * (index + 1) / count - begin};
   }
+
+  // For a loop that always asks: what is in the first cache already costs nothing.
+  Ahead or_there(const void* near) const {
+    return lines > 0 ? *this : Ahead{static_cast<const char*>(near), 0};
+  }
 };
 
 // Spreads the lines of `ahead` evenly over `steps` calls of step(), each of which asks for one of either

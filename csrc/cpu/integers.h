@@ -112,11 +112,6 @@ struct IntegerTile {
   float* out;                  // first row and column
   int64_t out_stride, columns;  // valid columns from the first one on
   Ahead ahead;                  // to be fetched meanwhile
-
-  // What is there already costs nothing to be asked for.
-  Ahead ahead_or_x() const {
-    return ahead.lines > 0 ? ahead : Ahead{reinterpret_cast<const char*>(x), 0};
-  }
 };
 
 // acc[r][v] += the products of one step of weights, `w`, with four bytes of every row at `x`. With
@@ -192,7 +187,7 @@ void int8_tile(const IntegerTile& t) {
   constexpr int R = ROWS * LIMBS, V = P * kVecs;
   I acc[R][V];
   start<R, V>(acc, t, 0);
-  Prefetch prefetch(t.ahead_or_x(), t.padded / 4);
+  Prefetch prefetch(t.ahead.or_there(t.x), t.padded / 4);
   add_products<8, R, V>(acc, t, 0, t.padded, prefetch);
 #pragma GCC unroll 16
   for (int v = 0; v < V; ++v) {
@@ -215,7 +210,7 @@ void int4_tile(const IntegerTile& t) {
   asm volatile("" : "+r"(sums) : : "memory");  // not to be taken apart into registers
   for (int i = 0; i < ROWS * V; ++i) Vec::store(sums + i * Vec::W, Vec::set1(0.0f));
   int64_t g = 0;
-  Prefetch prefetch(t.ahead_or_x(), t.padded / 8);
+  Prefetch prefetch(t.ahead.or_there(t.x), t.padded / 8);
   for (int64_t begin = 0; begin < t.padded; begin += t.group, ++g) {
     I acc[R][V];
     start<R, V>(acc, t, g);

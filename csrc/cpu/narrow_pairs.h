@@ -21,8 +21,6 @@ constexpr int64_t kNarrowPieceManyRows = 2048;  // second cache
 constexpr int64_t kNarrowFewRows = 32;          // of an item
 constexpr int64_t kNearBytes = 2048;  // ahead in a panel, where nothing better is known
 
-constexpr int64_t kStretch = 16;  // inputs between looks at what to fetch ahead
-
 // Some rows against some panels: what one tile works on.
 struct NarrowTile {
   const uint32_t* x;  // first row, pairs
@@ -58,12 +56,8 @@ inline __attribute__((always_inline)) void add_pairs(F (&acc)[R][P], const Narro
   const uint8_t* w = t.w + begin / vectors * (2 * kPanel);
   const uint32_t* x_end = t.x + end / 2;
   uint8_t* kept = t.kept + begin * (2 * kPanel);
-  int rest = 1;
   for (const uint32_t* x = t.x + begin / 2; x < x_end; x += vectors, w += kLine) {
-    if (!alone && --rest == 0) {
-      rest = kStretch / 2 / vectors;
-      prefetch.beat();
-    }
+    if constexpr (!alone) prefetch.step();
 #pragma GCC unroll 16
     for (int p = 0; p < P; ++p) {
       __m512i wide[vectors];
@@ -111,7 +105,7 @@ __attribute__((noinline)) void whole_tile(const NarrowTile& t) {
     for (int r = 0; r < R; ++r)
       acc[r][p] = Vec::load_n(t.out + r * t.out_stride + p * kPanel, t.lanes(p));
   }
-  Prefetch prefetch(t.share, t.inputs / kStretch);
+  Prefetch prefetch(t.share.or_there(t.x), t.inputs / (2 * Source::kVectors));
   add_pairs<Source, R, P>(acc, t, Source(), prefetch, 0, t.inputs);
 #pragma GCC unroll 16
   for (int p = 0; p < P; ++p) {
@@ -133,7 +127,7 @@ __attribute__((noinline)) void grouped_tile(const NarrowTile& t) {
     }
   }
   const Source source;
-  Prefetch prefetch(t.share, t.inputs / kStretch);
+  Prefetch prefetch(t.share.or_there(t.x), t.inputs / (2 * Source::kVectors));
   const uint16_t* steps = t.steps;
   for (int64_t k = 0; k < t.inputs; k += t.group, steps += kPanel) {
     asm volatile("" : "+r"(sums) : : "memory");  // not to be taken apart into registers
