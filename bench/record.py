@@ -48,6 +48,7 @@ def write(out: Path | None, result: dict[str, object]) -> None:
         "command": shlex.join(["python", "-m", _module(), *sys.argv[1:]]),
         **result,
     }
+    out.parent.mkdir(parents=True, exist_ok=True)
     out.write_text(json.dumps(record, indent=1) + "\n")
 
 

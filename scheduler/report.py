@@ -16,7 +16,7 @@ from diptych.engine.core.messages import (
     Send,
 )
 from diptych.engine.core.request import SeqRef
-from diptych.engine.core.types import Epoch, WorkerId
+from diptych.engine.core.types import STEP_SIZES, Epoch, WorkerId, step_size
 
 QUIET_STEPS_MAX: Final = 64
 """Uneventful steps between two reports."""
@@ -44,12 +44,14 @@ class Report:
         self._compute_s = 0.0
         self._prefill_tokens = 0
         self._decode_tokens = 0
+        self._sizes = [0] * STEP_SIZES
 
     def add_step(self, compute_s: float, prefill_tokens: int, decode_tokens: int) -> None:
         self._steps += 1
         self._compute_s += compute_s
         self._prefill_tokens += prefill_tokens
         self._decode_tokens += decode_tokens
+        self._sizes[step_size(prefill_tokens + decode_tokens)] += 1
 
     @property
     def due(self) -> bool:
@@ -80,6 +82,7 @@ class Report:
             starved=self.starved,
             landed=self.landed,
             refused=self.refused,
+            step_sizes=self._sizes,
         )
         self._clear()
         return to_scheduler(scheduler, progress)

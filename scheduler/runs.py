@@ -7,12 +7,19 @@ a row lacks blocks, its pool takes no new rows.
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from diptych.engine.core.config import CacheOptions, SchedulerOptions
 from diptych.engine.core.messages import CommittedBlock, Grant, Landed, Placed
 from diptych.engine.core.request import SeqRef
-from diptych.engine.core.types import BlockHash, BlockId, LossCause, Role, blocks_for
+from diptych.engine.core.types import (
+    STEP_SIZES,
+    BlockHash,
+    BlockId,
+    LossCause,
+    Role,
+    blocks_for,
+)
 from diptych.scheduler.assigning import assignment
 from diptych.scheduler.lifecycle import RowEvent, RowState
 from diptych.scheduler.members import Members, Pool, Worker
@@ -33,6 +40,14 @@ class RunCounts:
     finished: int = 0  # rows
     blocks_pulled: int = 0  # moved between pools
     ignored_commits: int = 0  # named a block that the row does not own: a worker's bug
+    step_sizes: list[int] = field(default_factory=lambda: [0] * STEP_SIZES)
+    step_tokens: int = 0
+
+    def add_steps(self, sizes: list[int], tokens: int) -> None:
+        """Steps by size, from a worker's report."""
+        for size, steps in enumerate(sizes[:STEP_SIZES]):
+            self.step_sizes[size] += steps
+        self.step_tokens += tokens
 
 
 class Runs:

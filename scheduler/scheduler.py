@@ -171,7 +171,9 @@ class Scheduler:
             if worker.cost.known != known:
                 self._members.learn(worker)
             worker.backlog_tokens = max(0, worker.backlog_tokens - message.prefill_tokens)
-            self._runs.counts.prefill_tokens += message.prefill_tokens
+            counts = self._runs.counts
+            counts.prefill_tokens += message.prefill_tokens
+            counts.add_steps(message.step_sizes, message.prefill_tokens + message.decode_tokens)
         find, commit, me = self._rows.find, self._runs.commit, worker.id
         for block in message.committed:
             row = find(block.ref)

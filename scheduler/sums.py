@@ -55,6 +55,8 @@ def take_stats(
         cold_start=None if scaling is None else scaling.cold_start,
         workers_asked=0 if scaling is None else scaling.asked,
         workers_retired=0 if scaling is None else scaling.retired,
+        step_sizes=list(counts.step_sizes),
+        step_tokens=counts.step_tokens,
     )
 
 

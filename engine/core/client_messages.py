@@ -171,6 +171,8 @@ class Stats(Message, frozen=True):
     cold_start: ColdStart | None = None
     workers_asked: int = 0  # since start: how often more were wanted
     workers_retired: int = 0  # since start
+    step_sizes: list[int] = msgspec.field(default_factory=list)  # of all steps, see `step_size`
+    step_tokens: int = 0  # computed in them
 
 
 # ---- worker -> API server ----------------------------------------------------------------------

@@ -25,6 +25,9 @@ HASH_UNIT_TOKENS: Final = 16
 KV_SCALE_BYTES: Final = 4
 """Of int8 KV: each token's row of a head has an fp32 scale of its own, which is in the pool too."""
 
+STEP_SIZES: Final = 16
+"""Classes of steps by their tokens: up to 1, 2, 4, ... 2^14, and more."""
+
 
 class FinishReason(StrEnum):
     """Why a choice ended, in OpenAI's words (`abort` and `error` are ours)."""
@@ -80,3 +83,8 @@ def unpack_ids(data: bytes) -> list[int]:
 def blocks_for(num_tokens: int, block_size: int) -> int:
     """Blocks that hold `num_tokens` tokens."""
     return -(-num_tokens // block_size)
+
+
+def step_size(num_tokens: int) -> int:
+    """The class of a step of so many tokens, one of `STEP_SIZES`: i for at most 2^i."""
+    return min(max(num_tokens - 1, 0).bit_length(), STEP_SIZES - 1)

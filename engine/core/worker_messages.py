@@ -229,3 +229,4 @@ class Progress(Message, frozen=True):
     starved: list[SeqRef]  # sat out a step for want of a block
     landed: list[Landed] = msgspec.field(default_factory=list)
     refused: list[Refused] = msgspec.field(default_factory=list)
+    step_sizes: list[int] = msgspec.field(default_factory=list)  # the steps, see `step_size`

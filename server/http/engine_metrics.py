@@ -1,12 +1,11 @@
 """The scheduler's sums as Prometheus families, made at each scrape from the newest `Stats`.
 
-Owns the histogram of tokens per step, which grows by what happened since the last scrape (the mean
-of the interval, counted once per step), by API server 0 alone. Invariant: reading changes nothing
-in the engine.
+Owns nothing. Invariant: reading changes nothing in the engine.
 """
 
 import time
 from collections.abc import Iterator
+from itertools import accumulate
 from typing import Final
 
 from prometheus_client.core import (
@@ -18,14 +17,22 @@ from prometheus_client.core import (
 from prometheus_client.registry import Collector
 
 from diptych.engine.core.messages import Stats
+from diptych.engine.core.types import STEP_SIZES, step_size
 from diptych.server.client import EngineClient
-from diptych.server.http.meters import Cells, Counter, Histogram
 from diptych.server.http.role_metrics import role_families
 
-_STEP_BUCKETS: Final = (
-    *(1.0, 8.0, 16.0, 32.0, 64.0, 128.0, 256.0, 512.0),
-    *(1024.0, 2048.0, 4096.0, 8192.0, 16384.0),
-)
+_STEP_BUCKETS: Final = (1, *(2**i for i in range(3, STEP_SIZES - 1)))
+
+
+def steps_family(sizes: list[int], tokens: int, labels: dict[str, str]) -> Metric:
+    """Tokens per step. sizes: steps by `step_size`, or none; tokens: in all of them."""
+    steps = list(accumulate([*sizes, *[0] * (STEP_SIZES - len(sizes))]))
+    buckets = [(repr(float(bound)), steps[step_size(bound)]) for bound in _STEP_BUCKETS]
+    family = HistogramMetricFamily(
+        "vllm:iteration_tokens_total", "Tokens per step.", labels=list(labels)
+    )
+    family.add_metric(list(labels.values()), [*buckets, ("+Inf", steps[-1])], tokens)
+    return family
 
 
 class EngineCollector(Collector):
@@ -33,18 +40,10 @@ class EngineCollector(Collector):
         self,
         labels: dict[str, str],
         client: EngineClient,
-        cells: Cells,
-        generated: Counter,
-        api: int,
     ) -> None:
         self._names = list(labels)
         self._values = list(labels.values())
         self._client = client
-        self._generated = generated
-        self._counts_steps = api == 0
-        self._steps = Histogram(cells, _STEP_BUCKETS)
-        stats = client.stats()
-        self._last = (0.0, 0.0) if stats is None else self._sums(stats)  # at the last scrape
 
     def describe(self) -> list[Metric]:
         """Empty: the registry must not scrape at registration to learn the names."""
@@ -54,8 +53,10 @@ class EngineCollector(Collector):
         stats = self._client.stats()
         yield from self._gauges(stats)
         yield from self._counters(stats)
-        yield self._tokens_per_step(stats)
-        yield from role_families(stats, dict(zip(self._names, self._values, strict=True)))
+        labels = dict(zip(self._names, self._values, strict=True))
+        sizes, tokens = ([], 0) if stats is None else (stats.step_sizes, stats.step_tokens)
+        yield steps_family(sizes, tokens, labels)
+        yield from role_families(stats, labels)
         yield from self._facts()
 
     def _gauges(self, stats: Stats | None) -> Iterator[Metric]:
@@ -93,28 +94,6 @@ class EngineCollector(Collector):
             family = CounterMetricFamily(name, "Since the scheduler started.", labels=self._names)
             family.add_metric(self._values, value)
             yield family
-
-    def _tokens_per_step(self, stats: Stats | None) -> Metric:
-        if stats is not None and self._counts_steps:
-            self._count_steps(*self._sums(stats))
-        family = HistogramMetricFamily(
-            "vllm:iteration_tokens_total", "Tokens per step (mean of a scrape).", labels=self._names
-        )
-        family.add_metric(self._values, self._steps.buckets(), self._steps.sum())
-        return family
-
-    def _sums(self, stats: Stats) -> tuple[float, float]:
-        """(steps, tokens) since the scheduler and the workers started."""
-        steps = sum(worker.steps for worker in stats.workers)
-        return float(steps), stats.prefill_tokens + self._generated.value
-
-    def _count_steps(self, steps: float, tokens: float) -> None:
-        """A restarted worker or scheduler counts from zero: that interval is left out."""
-        last, self._last = self._last, (steps, tokens)
-        if steps <= last[0] or tokens < last[1]:
-            return
-        new_steps, new_tokens = steps - last[0], tokens - last[1]
-        self._steps.observe(new_tokens / new_steps, new_steps)
 
     def _facts(self) -> Iterator[Metric]:
         info = self._client.info

@@ -58,7 +58,7 @@ class Metrics:
         self._declare_tokens(meters, token_buckets(client.info.max_model_len))
         self._declare_counts(meters)
         self.registry.register(meters)
-        self.registry.register(EngineCollector(labels, client, cells, self.generated, api))
+        self.registry.register(EngineCollector(labels, client))
         ProcessCollector(registry=self.registry)
         GCCollector(registry=self.registry)
 

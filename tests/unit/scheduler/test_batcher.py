@@ -8,7 +8,7 @@ from diptych.engine.core.config import BatchOptions
 from diptych.engine.core.messages import Join, Progress, Revoke, Seal, SetDial, TokenBatch
 from diptych.engine.core.plan import Sample, StepResult
 from diptych.engine.core.request import Request, SeqRef
-from diptych.engine.core.types import FinishReason, Role
+from diptych.engine.core.types import STEP_SIZES, FinishReason, Role, step_size
 from tests.unit.scheduler.batcher_world import (
     BLOCK,
     EPOCH,
@@ -267,6 +267,22 @@ def test_a_revoke_is_answered_known_or_not() -> None:
     shell.batcher.handle(Revoke(EPOCH - 1, WORKER_EPOCH, ref))
     shell.batcher.handle(Revoke(EPOCH, WORKER_EPOCH - 1, ref))
     assert shell.drain() == []
+
+
+def test_reports_count_steps_by_size() -> None:
+    shell = Shell(0, OPTIONS)
+    shell.assign(request_of("1", prompt_of(random.Random(9), 70)), blocks_of(0, 140))
+    reports = []
+    while shell.batcher.has_work:
+        reports += [message for message in shell.step() if isinstance(message, Progress)]
+    lengths = [plan.num_tokens for plan in shell.plans if not plan.empty]
+    assert lengths[0] > 1
+    assert lengths[-1] == 1
+    expected = [0] * STEP_SIZES
+    for length in lengths:
+        expected[step_size(length)] += 1
+    found = [sum(column) for column in zip(*(r.step_sizes for r in reports), strict=True)]
+    assert found == expected
 
 
 def test_a_seal_after_the_revoke_is_dropped() -> None:

@@ -1,5 +1,6 @@
 """Workers and pools: the handshake, losses, faults and suspects."""
 
+import msgspec
 import pytest
 
 from diptych.engine.core.config import CacheOptions, SchedulerOptions
@@ -17,7 +18,7 @@ from diptych.engine.core.messages import (
     WorkerUp,
 )
 from diptych.engine.core.request import SeqRef
-from diptych.engine.core.types import DownCause, LossCause, Role
+from diptych.engine.core.types import STEP_SIZES, DownCause, LossCause, Role, step_size
 from diptych.scheduler.commands import PoolRead
 from diptych.scheduler.lifecycle import RowState
 from diptych.scheduler.scheduler import Scheduler
@@ -300,6 +301,23 @@ def test_a_restarted_worker_takes_the_suspect_at_once() -> None:
     assert world.state("c") is RowState.QUEUED
     world.worker_up(0, 50)
     assert sorted((w, a.ref.request) for w, a in world.assigns()) == [(0, "a"), (1, "c")]
+
+
+def test_steps_are_counted_by_size() -> None:
+    world = World((50,))
+    steps = (1, 2, 3, 16, 17, 256, 300, 1 << 14, (1 << 14) + 1, 1 << 20)
+    sizes = [0] * STEP_SIZES
+    for tokens in steps:
+        sizes[step_size(tokens)] += 1
+    assert sizes == [1, 1, 1, 0, 1, 1, 0, 0, 1, 1, 0, 0, 0, 0, 1, 2]
+    for _ in range(2):
+        report = Progress(EPOCH, 0, 1, 10, 1.0, sum(steps) - 7, 7, [], [], [], [], [])
+        world.step(msgspec.structs.replace(report, step_sizes=sizes))
+    world.tick()
+    stats = world.heard(Stats)[-1]
+    assert isinstance(stats, Stats)
+    assert stats.step_sizes == [2 * count for count in sizes]
+    assert stats.step_tokens == 2 * sum(steps)
 
 
 def test_losses_are_counted() -> None:

@@ -5,6 +5,7 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from diptych.engine.core.errors import OverloadedError
 from diptych.engine.core.messages import Stats, WorkerStats
+from diptych.server.http.engine_metrics import steps_family
 from diptych.server.http.metrics import token_buckets
 from diptych.server.http.role_metrics import role_families
 from tests.unit.server.http.conftest import Site
@@ -91,6 +92,21 @@ def test_families_of_roles_are_there_before_the_scheduler_speaks() -> None:
     assert {"diptych:worker_dial", "diptych:dial_moves"} < families.keys()
     assert not families["diptych:worker_dial"]
     assert [sample.value for sample in families["diptych:num_workers"]] == [0.0, 0.0, 0.0]
+
+
+def test_steps_lie_in_the_buckets_of_their_sizes() -> None:
+    sizes = [3, 0, 0, 1, 5, 0, 0, 0, 0, 2, 0, 0, 0, 0, 1, 4]  # up to 1, 8, 16, 512, 2^14, more
+    family = steps_family(sizes, 99_000, {"engine": "0"})
+    found = {s.labels["le"]: s.value for s in family.samples if s.name.endswith("_bucket")}
+    expected = {"1.0": 3, "8.0": 4, "16.0": 9, "256.0": 9, "512.0": 11, "16384.0": 12, "+Inf": 16}
+    assert {bound: found[bound] for bound in expected} == expected
+    assert len(found) == 14
+    sums = {s.name: s.value for s in family.samples if not s.name.endswith("_bucket")}
+    assert sums == {
+        "vllm:iteration_tokens_total_count": 16,
+        "vllm:iteration_tokens_total_sum": 99_000,
+    }
+    assert not any(sample.value for sample in steps_family([], 0, {}).samples)
 
 
 def test_a_worker_that_does_both_counts_as_mixed() -> None:
