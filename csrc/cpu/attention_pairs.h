@@ -224,13 +224,7 @@ inline __attribute__((always_inline)) void add_values(const PairRows& w, int64_t
     }
   } else {
     // The pairs that all rows see are shared; each row still adds its keys in order.
-    Range common{0, kTile};
-    for (int r = 0; r < R; ++r) {
-      common.low = w.range[r].low > common.low ? w.range[r].low : common.low;
-      common.high = w.range[r].high < common.high ? w.range[r].high : common.high;
-    }
-    common.low = (common.low + 1) / 2 * 2;
-    common.high = common.high / 2 * 2;
+    const Range common = shared_keys(R, 2, [&](int64_t r) { return w.range[r]; });
     const bool shared = common.low < common.high;
 #pragma GCC unroll 8
     for (int r = 0; r < R; ++r)

@@ -311,10 +311,36 @@ Workspace rows_from(const Workspace& all, int64_t row, int64_t dim) {
   return w;
 }
 
+// All rows of one head against one tile, a few at a time.
+template <class E>
+void add_rows(const Workspace& w, int64_t rows, int64_t base, int64_t dim) {
+  using Tile = typename Format<E>::Tile;
+  bool complete = true;
+  for (const char* panel : w.place->panels) complete &= panel != nullptr;
+  for (int64_t r = 0; r < rows; r += Vec::kRows) {
+    const int64_t some = rows - r < Vec::kRows ? rows - r : Vec::kRows;
+    const Workspace few = rows_from<E>(w, r, dim);
+    if constexpr (Format<E>::kBytes) {
+      each_byte_rows(some, [&](int64_t i, int64_t n) { score_bytes(few, i, n, dim); });
+    } else {
+      score_rows<Tile>(few, some, complete, dim);
+    }
+    // Both ends of a row's range grow with the row.
+    const bool full = few.low[some - 1] <= base && few.high[0] >= base + kTile;
+    softmax_rows<E>(few, some, full, base, dim);
+    if constexpr (Format<E>::kBytes) {
+      each_byte_rows(some, [&](int64_t i, int64_t n) { weigh_bytes(few, i, n, base, dim); });
+    } else if (full) {
+      weigh_shared<Tile, true>(few, some, {0, kTile}, dim);
+    } else {
+      weigh_values<Tile>(few, some, base, dim);
+    }
+  }
+}
+
 // The heads of a block lie side by side in memory, so they take turns at each tile.
 template <class E>
 void add_tile(const AttentionArgs& a, const RowBlock& block, int64_t base, const Workspace& all) {
-  using Tile = typename Format<E>::Tile;
   const int64_t dim = a.k_cache.dim, rows = block.num_tokens * (a.q_heads / a.k_cache.heads);
   const int64_t low = all.low[0], high = all.high[rows - 1];  // both grow with the row
   const int64_t begin = low < base ? base : low, end = high > base + kTile ? base + kTile : high;
@@ -326,28 +352,8 @@ void add_tile(const AttentionArgs& a, const RowBlock& block, int64_t base, const
     locate<E>(a, block, block.first_head + h, base, begin, end, w);
     if constexpr (Format<E>::kDot) {
       Pairs::add_tile(w, rows, base, dim);
-      continue;
-    }
-    bool complete = true;
-    for (const char* panel : place.panels) complete &= panel != nullptr;
-    for (int64_t r = 0; r < rows; r += Vec::kRows) {
-      const int64_t some = rows - r < Vec::kRows ? rows - r : Vec::kRows;
-      const Workspace few = rows_from<E>(w, r, dim);
-      if constexpr (Format<E>::kBytes) {
-        each_byte_rows(some, [&](int64_t i, int64_t n) { score_bytes(few, i, n, dim); });
-      } else {
-        score_rows<Tile>(few, some, complete, dim);
-      }
-      // Both ends of a row's range grow with the row.
-      const bool full = few.low[some - 1] <= base && few.high[0] >= base + kTile;
-      softmax_rows<E>(few, some, full, base, dim);
-      if constexpr (Format<E>::kBytes) {
-        each_byte_rows(some, [&](int64_t i, int64_t n) { weigh_bytes(few, i, n, base, dim); });
-      } else if (full) {
-        weigh_shared<Tile, true>(few, some, {0, kTile}, dim);
-      } else {
-        weigh_values<Tile>(few, some, base, dim);
-      }
+    } else {
+      add_rows<E>(w, rows, base, dim);
     }
   }
 }

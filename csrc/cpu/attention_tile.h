@@ -80,6 +80,18 @@ inline bool sees_any(const Workspace& w, int64_t r, int64_t base) {
   return range.low < range.high;
 }
 
+// The keys that all of `rows` rows see, in whole units; empty or less where there are none.
+template <class RangeOf>
+inline __attribute__((always_inline)) Range shared_keys(int64_t rows, int64_t unit, RangeOf range_of) {
+  Range shared{0, kTile};
+  for (int64_t r = 0; r < rows; ++r) {
+    const Range range = range_of(r);
+    shared.low = range.low > shared.low ? range.low : shared.low;
+    shared.high = range.high < shared.high ? range.high : shared.high;
+  }
+  return {round_up(shared.low, unit), shared.high / unit * unit};
+}
+
 // R rows against P panels.
 template <class E, int R, int P>
 void score_tile(const Workspace& w, int64_t first, int64_t dim) {
@@ -213,15 +225,8 @@ void weigh_shared(const Workspace& w, int64_t count, Range range, int64_t dim) {
 // row still adds its keys in order.
 template <class E>
 void weigh_values(const Workspace& w, int64_t rows, int64_t base, int64_t dim) {
-  constexpr int64_t unit = Format<E>::kUnit;
-  Range common{0, kTile};
-  for (int64_t i = 0; i < rows; ++i) {
-    const Range range = row_range(w, i, base);
-    if (range.low > common.low) common.low = range.low;
-    if (range.high < common.high) common.high = range.high;
-  }
-  common.low = (common.low + unit - 1) / unit * unit;
-  common.high = common.high / unit * unit;
+  const Range common = shared_keys(rows, Format<E>::kUnit,
+                                   [&](int64_t i) { return row_range(w, i, base); });
   if (common.low >= common.high) {
     for (int64_t i = 0; i < rows; ++i) weigh_rows<E, 1>(w, i, row_range(w, i, base), dim);
     return;

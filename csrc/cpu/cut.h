@@ -85,15 +85,36 @@ struct Sums {
   int64_t stride, columns;  // columns: valid ones from the first on
 };
 
-// Runs part(panel, sums, ahead) for the columns of item `index` from `panel` on: once, into the
-// layer's output; or with a SiLU for gates and for what they are multiplied with, and then the rest.
+// to = sums * scale + bias for `rows` rows and columns [column, column + to.columns) of narrow or model
+// weights; sums may lie in `to` itself.
+inline void finish(const LinearArgs& a, const float* sums, int64_t stride, int64_t rows,
+                   int64_t column, const Sums& to) {
+  const auto* scales =
+      a.width == Width::kInt8 ? static_cast<const float*>(a.scales) + column : nullptr;
+  for (int64_t r = 0; r < rows; ++r) {
+    float* out = to.at + r * to.stride;
+    const float* from = sums + r * stride;
+    for (int64_t c = 0; c < to.columns; c += Vec::W) {
+      const int n = to.columns - c < Vec::W ? static_cast<int>(to.columns - c) : Vec::W;
+      F y = Vec::load_n(from + c, n);
+      if (scales != nullptr) y = y * Vec::load_n(scales + c, n);
+      if (a.bias != nullptr) y = y + Vec::load_n(a.bias + column + c, n);
+      Vec::store_n(out + c, y, n);
+    }
+  }
+}
+
+// Runs part(place, panel, sums, ahead) for the rows of item `index` and its columns from `panel` on:
+// once, into the layer's output; or with a SiLU for gates and for what they are multiplied with, and
+// then the rest.
 template <class Part>
-void each_part(const LinearArgs& a, const Cut& cut, int64_t index, const Place& place, Part part) {
+void each_part(const LinearArgs& a, const Cut& cut, int64_t index, Part part) {
+  const Place place = cut.place(index);
   const int64_t column = place.panel * kPanel;
   const Ahead ahead = next_item(a, cut, index);
   if (!a.silu) {
-    part(place.panel, Sums{a.out + place.row * a.num_out + column, a.num_out, a.num_out - column},
-         ahead);
+    part(place, place.panel,
+         Sums{a.out + place.row * a.num_out + column, a.num_out, a.num_out - column}, ahead);
     return;
   }
   const int64_t columns = place.panels * kPanel, inner = a.num_out / 2;
@@ -101,9 +122,9 @@ void each_part(const LinearArgs& a, const Cut& cut, int64_t index, const Place& 
       scratch(kScratchSums, static_cast<size_t>(2 * place.rows * columns) * sizeof(float)));
   float* up = gate + place.rows * columns;
   const int64_t up_panel = place.panel + cut.panels;
-  part(place.panel, Sums{gate, columns, columns},
+  part(place, place.panel, Sums{gate, columns, columns},
        !fetches_ahead(a) ? Ahead{} : panels_ahead(a, up_panel, place.panels));
-  part(up_panel, Sums{up, columns, columns}, ahead);
+  part(place, up_panel, Sums{up, columns, columns}, ahead);
   for (int64_t r = 0; r < place.rows; ++r) {
     silu_values(a.out + (place.row + r) * inner + column, gate + r * columns, up + r * columns,
                 columns);

@@ -286,10 +286,10 @@ struct IntegerJob {
 
   static void item(void* context, int64_t index) {
     const auto& job = *static_cast<const IntegerJob*>(context);
-    const Place place = job.cut.place(index);
-    each_part(job.a, job.cut, index, place, [&](int64_t panel, const Sums& sums, Ahead ahead) {
-      job.part(place, panel, sums, ahead);
-    });
+    each_part(job.a, job.cut, index,
+              [&](const Place& place, int64_t panel, const Sums& sums, const Ahead& ahead) {
+                job.part(place, panel, sums, ahead);
+              });
   }
 
   void part(const Place& place, int64_t panel, const Sums& sums, Ahead ahead) const {

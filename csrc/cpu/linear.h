@@ -89,10 +89,10 @@ struct LinearJob {
 
   static void item(void* context, int64_t index) {
     const auto& job = *static_cast<const LinearJob*>(context);
-    const Place place = job.cut.place(index);
-    each_part(job.a, job.cut, index, place, [&](int64_t panel, const Sums& sums, Ahead ahead) {
-      job.part(place, panel, sums, ahead);
-    });
+    each_part(job.a, job.cut, index,
+              [&](const Place& place, int64_t panel, const Sums& sums, const Ahead& ahead) {
+                job.part(place, panel, sums, ahead);
+              });
   }
 
   void part(const Place& place, int64_t panel, const Sums& sums, Ahead ahead) const {
@@ -164,11 +164,9 @@ struct LinearJob {
   }
 };
 
-// Rows of one item at most, of `row_bytes` bytes each.
-inline int64_t most_rows(int64_t groups, int64_t row_bytes, bool tiles, bool narrow) {
-  const int64_t most = tiles || narrow ? kRowsPerItemMax : rows_that_fit(row_bytes);
-  // Items of narrow weights all widen their columns, so rows are the last thing to be cut.
-  return groups < 4 * num_threads() && !narrow && most > kRowsPerItem ? kRowsPerItem : most;
+// `most` rows of an item, or fewer where there are few groups of columns.
+inline int64_t rows_for_all(int64_t groups, int64_t most) {
+  return groups < 4 * num_threads() && most > kRowsPerItem ? kRowsPerItem : most;
 }
 
 template <class E>
@@ -181,8 +179,9 @@ void linear_with(const LinearArgs& a, const typename Operand<E>::Act* x, int64_t
     group_panels = kGroupPanelsMax;
     while (group_panels > kGroupPanels && panels < wanted * group_panels) group_panels /= 2;
   }
-  const int64_t most = most_rows(panels / group_panels, x_stride * sizeof(Act), tiles,
-                                 a.width != Width::kModel);
+  int64_t most = tiles ? kRowsPerItemMax : rows_that_fit(x_stride * sizeof(Act));
+  // Items of narrow weights all widen their columns, so rows are the last thing to be cut.
+  if (a.width == Width::kModel) most = rows_for_all(panels / group_panels, most);
   LinearJob<E> job{a, x, x_stride,
                    {panels, a.rows, group_panels, most, tiles ? 2 * kPanel : Vec::kRows}};
   run_unless_small(job.cut.items, LinearJob<E>::item, &job, a.rows * a.num_out * a.num_in);
@@ -294,7 +293,7 @@ void linear_integers(const LinearArgs& a) {
                       a.width == Width::kInt4 ? kZero4 : kZero8};
   IntegerRowsJob rounding{a, q};
   const int64_t panels = panels_to_cut(a);
-  const int64_t most = most_rows(panels / kGroupPanels, limbs * stride, false, false);
+  const int64_t most = rows_for_all(panels / kGroupPanels, rows_that_fit(limbs * stride));
   IntegerJob job{a, q, {panels, a.rows, kGroupPanels, most, Vec::kRows / limbs}};
   round_rows(a, IntegerRowsJob::item, &rounding);
   run_unless_small(job.cut.items, IntegerJob::item, &job, a.rows * a.num_out * a.num_in);

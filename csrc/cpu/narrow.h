@@ -79,24 +79,5 @@ inline void widen(const LinearArgs& a, int64_t padded, int64_t panel, int64_t be
   }
 }
 
-// out = sums * scale + bias for `rows` rows and columns [column, column + out.columns); sums may lie
-// in `out` itself.
-inline void finish(const LinearArgs& a, const float* sums, int64_t stride, int64_t rows,
-                   int64_t column, const Sums& to) {
-  const auto* scales =
-      a.width == Width::kInt8 ? static_cast<const float*>(a.scales) + column : nullptr;
-  for (int64_t r = 0; r < rows; ++r) {
-    float* out = to.at + r * to.stride;
-    const float* from = sums + r * stride;
-    for (int64_t c = 0; c < to.columns; c += Vec::W) {
-      const int n = to.columns - c < Vec::W ? static_cast<int>(to.columns - c) : Vec::W;
-      F y = Vec::load_n(from + c, n);
-      if (scales != nullptr) y = y * Vec::load_n(scales + c, n);
-      if (a.bias != nullptr) y = y + Vec::load_n(a.bias + column + c, n);
-      Vec::store_n(out + c, y, n);
-    }
-  }
-}
-
 }  // namespace
 }  // namespace diptych::cpu

@@ -203,14 +203,14 @@ struct NarrowJob {
 
   static void item(void* context, int64_t index) {
     const auto& job = *static_cast<const NarrowJob*>(context);
-    const Place place = job.cut.place(index);
-    each_part(job.a, job.cut, index, place, [&](int64_t panel, const Sums& sums, Ahead ahead) {
-      if (job.a.width == Width::kInt8) {
-        job.part<Bytes>(place, panel, sums, ahead);
-      } else {
-        job.part<Nibbles>(place, panel, sums, ahead);
-      }
-    });
+    each_part(job.a, job.cut, index,
+              [&](const Place& place, int64_t panel, const Sums& sums, const Ahead& ahead) {
+                if (job.a.width == Width::kInt8) {
+                  job.part<Bytes>(place, panel, sums, ahead);
+                } else {
+                  job.part<Nibbles>(place, panel, sums, ahead);
+                }
+              });
   }
 
   template <class Source>
@@ -231,7 +231,13 @@ struct NarrowJob {
     t.out_stride = sums.stride;
     t.columns = sums.columns;
     t.accumulate = false;
-    if (place.rows > Vec::kRows) return pieces<Source>(t, place.rows, place.panels, next);
+    if (place.rows > Vec::kRows) {
+      pieces<Source>(t, place.rows, place.panels, next);
+      const int64_t columns = place.panels * kPanel;
+      const Sums to{sums.at, sums.stride, sums.columns < columns ? sums.columns : columns};
+      if (int8) finish(a, to.at, to.stride, place.rows, panel * kPanel, to);
+      return;
+    }
     t.ahead = next.data == nullptr ? kNearBytes : next.data - reinterpret_cast<const char*>(t.w);
     narrow_gemm<Source>(t, place.rows, place.panels);
   }
@@ -255,7 +261,7 @@ struct NarrowJob {
       t.kept = wide;
       t.kept_stride = wide_stride;
       t.accumulate = k > 0;
-      t.scales = nullptr;  // of int8: see below
+      t.scales = nullptr;  // of int8: the finished sums are scaled, see part
       if (int8 || !last) t.bias = nullptr;
       if (!int8) t.steps += k / t.group * kPanel;
       const int64_t line = next.lines * k / whole.inputs;
@@ -286,11 +292,6 @@ struct NarrowJob {
         t.panel_stride = wide_stride;
         narrow_gemm<Wide>(t, rows - Vec::kRows, panels);
       }
-    }
-    for (int64_t r = 0; int8 && r < rows; ++r) {
-      const float* sums = whole.out + r * whole.out_stride;
-      for (int p = 0; p < panels; ++p)
-        store_scaled(whole, r, p, Vec::load_n(sums + p * kPanel, whole.lanes(p)));
     }
   }
 };

@@ -91,7 +91,7 @@ void embedding_row(const EmbeddingArgs& a, int64_t t) {
 template <class E>
 void embedding_column(const EmbeddingArgs& a, int64_t t) {
   constexpr int64_t unit = Operand<E>::kActsPerStep;  // inputs that lie side by side
-  const int64_t padded = unit == 1 ? a.dim : (a.dim + kPairInputs - 1) / kPairInputs * kPairInputs;
+  const int64_t padded = unit == 1 ? a.dim : round_up(a.dim, kPairInputs);
   const int64_t panel = a.ids[t] / kPanel, column = a.ids[t] % kPanel;
   const auto* in =
       static_cast<const typename E::Raw*>(a.table) + panel * padded * kPanel + column * unit;

@@ -36,11 +36,8 @@ def steps_family(sizes: list[int], tokens: int, labels: dict[str, str]) -> Metri
 
 
 class EngineCollector(Collector):
-    def __init__(
-        self,
-        labels: dict[str, str],
-        client: EngineClient,
-    ) -> None:
+    def __init__(self, labels: dict[str, str], client: EngineClient) -> None:
+        self._labels = labels
         self._names = list(labels)
         self._values = list(labels.values())
         self._client = client
@@ -53,10 +50,9 @@ class EngineCollector(Collector):
         stats = self._client.stats()
         yield from self._gauges(stats)
         yield from self._counters(stats)
-        labels = dict(zip(self._names, self._values, strict=True))
         sizes, tokens = ([], 0) if stats is None else (stats.step_sizes, stats.step_tokens)
-        yield steps_family(sizes, tokens, labels)
-        yield from role_families(stats, labels)
+        yield steps_family(sizes, tokens, self._labels)
+        yield from role_families(stats, self._labels)
         yield from self._facts()
 
     def _gauges(self, stats: Stats | None) -> Iterator[Metric]:

@@ -42,7 +42,7 @@ class Front:
         self.tokenizer = tokenizer
         self.settings = settings
         cells = Cells(meters, settings.api_number, settings.num_apis)
-        self.metrics = Metrics(settings.model_names[0], client, cells, settings.api_number)
+        self.metrics = Metrics(settings.model_names[0], client, cells)
         self.created = int(time.time())
         digest = hashlib.sha256(client.info.fingerprint.encode()).hexdigest()
         self.system_fingerprint = f"fp_{digest[:12]}"

@@ -50,7 +50,7 @@ def token_buckets(most: int) -> tuple[float, ...]:
 class Metrics:
     """What the API servers saw themselves; the engine's own sums are read at each scrape."""
 
-    def __init__(self, model_name: str, client: EngineClient, cells: Cells, api: int = 0) -> None:
+    def __init__(self, model_name: str, client: EngineClient, cells: Cells) -> None:
         self.registry = CollectorRegistry()
         labels = {"model_name": model_name, "engine": "0"}
         meters = MeterCollector(cells, labels)
