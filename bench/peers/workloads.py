@@ -22,6 +22,7 @@ Load: TypeAlias = Callable[["Client", random.Random], Awaitable[Metrics]]
 _FIRST_ID = 259  # ids below are bytes and special tokens
 _STEADY_TOKENS = 8  # of every stream, before its gaps count
 _LOOK_S = 0.005  # between two looks at the streams
+_ENDLESS_IN, _ENDLESS_OUT = 128, 2048  # tokens of one answer of a running decode
 _QUIET_TOKENS = 48  # gaps of every stream without the arriving prompt
 
 
@@ -102,22 +103,20 @@ def arrival(num_decodes: int, num_in: int) -> Load:
 
     async def load(client: Client, rng: random.Random) -> Metrics:
         alone = await client.run(client.prompt(rng, num_in), 1)
-        results = [LoadResult(time.perf_counter()) for _ in range(num_decodes)]
-        runs = [client.run(client.prompt(rng, 128), 2048, result) for result in results]
-        tasks = [asyncio.create_task(run) for run in runs]
+        streams = [_Endless(client, random.Random(rng.random())) for _ in range(num_decodes)]
+        tasks = [asyncio.create_task(stream.run()) for stream in streams]
         try:
-            await _grown(results, tasks, _STEADY_TOKENS)
+            await _grown(streams, tasks, _STEADY_TOKENS)
             quiet_from_s = time.perf_counter()
-            await _grown(results, tasks, _STEADY_TOKENS + _QUIET_TOKENS)
+            await _grown(streams, tasks, _STEADY_TOKENS + _QUIET_TOKENS)
             quiet_to_s = time.perf_counter()
             late = await client.run(client.prompt(rng, num_in), 1)
-            more = max(len(result.chunk_s) for result in results) + 1
-            while not any(task.done() for task in tasks) and _shortest(results) < more:
-                await asyncio.sleep(_LOOK_S)
+            await _grown(streams, tasks, max(stream.chunks for stream in streams) + 1)
         finally:
             for task in tasks:
                 task.cancel()
             await asyncio.gather(*tasks, return_exceptions=True)
+        results = [result for stream in streams for result in stream.results]
         quiet = _gaps_ms(results, quiet_from_s, quiet_to_s)
         during = _gaps_ms(results, late.start_s, late.chunk_s[0])
         return {
@@ -147,20 +146,36 @@ async def _together(client: Client, prompts: list[list[int]], num_out: int) -> M
     }
 
 
-async def _grown(
-    results: list[LoadResult], tasks: list[asyncio.Task[LoadResult]], count: int
-) -> None:
-    """Until every stream has `count` chunks; raises what ended a stream before that."""
-    while _shortest(results) < count:
+class _Endless:
+    """A decode that goes on until it is cancelled: after a whole answer the next one begins.
+
+    Servers of a small model can finish one answer before the slowest stream has grown enough.
+    No gap is counted between two answers.
+    """
+
+    def __init__(self, client: Client, rng: random.Random) -> None:
+        self._client = client
+        self._rng = rng
+        self.results: list[LoadResult] = []
+
+    @property
+    def chunks(self) -> int:
+        return sum(len(result.chunk_s) for result in self.results)
+
+    async def run(self) -> None:
+        while True:
+            self.results.append(LoadResult(time.perf_counter()))
+            prompt = self._client.prompt(self._rng, _ENDLESS_IN)
+            await self._client.run(prompt, _ENDLESS_OUT, self.results[-1])
+
+
+async def _grown(streams: list[_Endless], tasks: list[asyncio.Task[None]], count: int) -> None:
+    """Until every stream has `count` chunks; raises what ended a stream."""
+    while min(stream.chunks for stream in streams) < count:
         for task in tasks:
             if task.done():
                 task.result()
-                raise RuntimeError("a stream ended before the measurement did")
         await asyncio.sleep(_LOOK_S)
-
-
-def _shortest(results: list[LoadResult]) -> int:
-    return min(len(result.chunk_s) for result in results)
 
 
 def _gaps_ms(results: list[LoadResult], from_s: float, to_s: float) -> list[float]:
