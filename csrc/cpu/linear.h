@@ -244,7 +244,7 @@ struct RoundJob {
       }
       convert_row<BF16>(out + whole, x + whole, k - whole);
       for (int64_t i = k; i < job.stride; ++i) out[i] = 0;
-#ifdef __AVX512BF16__
+#if defined(__AVX512BF16__) && !defined(__AMX_BF16__)
       if (job.a.width == Width::kInt4) Nibbles::order(out, job.stride);
 #endif
     } else {
@@ -260,7 +260,7 @@ void linear_bf16(const LinearArgs& a) {
   void* rounded = scratch(kScratchCall, static_cast<size_t>(a.rows * stride) * (kPairs ? 2 : 4));
   RoundJob job{a, rounded, stride};
   round_rows(a, RoundJob::item, &job);
-#ifdef __AVX512BF16__
+#if defined(__AVX512BF16__) && !defined(__AMX_BF16__)
   if (a.width != Width::kModel) {
     const auto* pairs = static_cast<const uint32_t*>(rounded);
     NarrowJob narrow{a, pairs, stride / 2,

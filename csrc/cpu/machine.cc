@@ -23,8 +23,8 @@ bool tiles_allowed() {
 bool has_tiles() {
   unsigned a = 0, b = 0, c = 0, d = 0;
   if (!__get_cpuid_count(7, 0, &a, &b, &c, &d)) return false;
-  constexpr unsigned kBf16 = 1u << 22, kTile = 1u << 24;
-  return (d & kBf16) != 0 && (d & kTile) != 0 && tiles_allowed();
+  constexpr unsigned kBf16 = 1u << 22, kTile = 1u << 24, kInt8 = 1u << 25;
+  return (d & kBf16) != 0 && (d & kTile) != 0 && (d & kInt8) != 0 && tiles_allowed();
 }
 
 bool is_intel() {
@@ -52,9 +52,10 @@ bool machine_has(Level level) {
   if (level == Level::kAvx2) return avx2;
   if (level == Level::kAvx512) return avx512;
   const bool vnni = avx512 && __builtin_cpu_supports("avx512vnni");
-  if (level == Level::kAvx512Bf16)
-    return vnni && __builtin_cpu_supports("avx512bf16") && __builtin_cpu_supports("avx512vbmi");
-  return vnni && has_tiles();
+  const bool pairs =
+      vnni && __builtin_cpu_supports("avx512bf16") && __builtin_cpu_supports("avx512vbmi");
+  if (level == Level::kAvx512Bf16) return pairs;
+  return pairs && has_tiles();
 #else
   return false;
 #endif

@@ -47,7 +47,7 @@ def _expected(
     to bf16 (here too, before the reference sees them), and so are the softmax's weights; with byte
     products both are integers of 16 bits.
     """
-    dot = cpp.level == "avx512_bf16" and heads.dtype == BF16
+    dot = cpp.level in ("avx512_bf16", "amx") and heads.dtype == BF16
     if dot:
         scale = heads.dim**-0.5 * 1.4426950408889634  # as the kernels do: powers of two
         rounded = [((s.q * scale).bfloat16().float() / scale) for s in sequences]
