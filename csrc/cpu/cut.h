@@ -13,6 +13,8 @@ constexpr int64_t kRowsPerItem = 96;      // where columns alone give too few it
 constexpr int64_t kRowsPerItemMax = 512;
 constexpr int64_t kRowsPerItemMin = 48;   // fewer are not worth reading weights once more
 constexpr int64_t kRowBytesPerItem = 640 << 10;  // of x, in the second cache
+constexpr int64_t kInlineProducts = 1 << 15;  // smaller problems are not worth waking a thread for
+constexpr int64_t kRowValuesPerItem = 1 << 12;  // that are made or rounded
 constexpr int64_t kBlocksThatBalance = 8;  // so many blocks of rows share out any groups evenly
 
 struct Place {
@@ -129,6 +131,44 @@ void each_part(const LinearArgs& a, const Cut& cut, int64_t index, Part part) {
     silu_values(a.out + (place.row + r) * inner + column, gate + r * columns, up + r * columns,
                 columns);
   }
+}
+
+inline void run_unless_small(int64_t items, ItemFn fn, void* context, int64_t work) {
+  if (work >= kInlineProducts) return run_items(items, fn, context);
+  for (int64_t i = 0; i < items; ++i) fn(context, i);
+}
+
+// `most` rows of an item, or fewer where there are few groups of columns.
+inline int64_t rows_for_all(int64_t groups, int64_t most) {
+  return groups < 4 * num_threads() && most > kRowsPerItem ? kRowsPerItem : most;
+}
+
+// Makes (where asked) and rounds every row of x, some neighbouring rows per work item.
+struct EachRow {
+  const LinearArgs& a;
+  ItemFn round;
+  void* context;
+  bool makes;
+  int64_t rows_per_item;
+
+  static void item(void* context, int64_t index) {
+    const auto& job = *static_cast<const EachRow*>(context);
+    const LinearArgs& a = job.a;
+    const int64_t first = index * job.rows_per_item, left = a.rows - first;
+    const int64_t end = first + (left < job.rows_per_item ? left : job.rows_per_item);
+    for (int64_t row = first; row < end; ++row) {
+      if (job.makes) a.maker.make(a.maker.args, row, const_cast<float*>(a.x) + row * a.num_in);
+      if (job.round != nullptr) job.round(job.context, row);
+    }
+  }
+};
+
+// made: `round` makes rows itself.
+inline void round_rows(const LinearArgs& a, ItemFn round, void* context, bool made = false) {
+  const int64_t values = (round == nullptr ? 0 : a.num_in) + a.maker.values;
+  const int64_t per_item = kRowValuesPerItem / values + 1;
+  EachRow job{a, round, context, !made && a.maker.make != nullptr, per_item};
+  run_unless_small((a.rows + per_item - 1) / per_item, EachRow::item, &job, a.rows * values);
 }
 
 }  // namespace

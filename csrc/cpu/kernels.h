@@ -34,9 +34,10 @@ struct LinearWeights {
   int64_t act_bits;     // narrow: what x is rounded to, 8 or 16 (kPairs levels: bf16)
 };
 
-// Makes row `row` of a linear layer's input just before it is read, so that it is still in the cache.
+// Makes row `row` of a linear layer's input just before it is read, so that it is still in the cache:
+// in its place, or elsewhere for who only reads it once.
 struct RowMaker {
-  void (*make)(const void* args, int64_t row);  // null: the input is there
+  void (*make)(const void* args, int64_t row, float* to);  // null: the input is there
   const void* args;
   int64_t values;  // that it reads and computes for one row
 };
@@ -49,6 +50,9 @@ struct LinearArgs : LinearWeights {
   const LinearWeights* next = nullptr;  // likely to be read after this layer's, if known
   bool silu = false;  // the first half of the outputs are gates: out is silu(gate) * the other half.
                       // num_out is a multiple of 2 * kPanel
+  // Where layers say so (takes_rounded, adds_up; linear_tiles.h):
+  bool rounded_x = false, rounded_out = false;  // rows as the layer, or `next`, reads them
+  bool add = false;                             // the result is added to what is in `out`
 };
 
 struct PackArgs {
@@ -175,8 +179,8 @@ struct LayerArgs {
   const LayerWeights& weights;
   const DecoderShape& shape;
   const StepArgs& step;
-  bool first;  // of the step: nothing is in `hidden`
-  bool last;   // `hidden` is added to `residual` in the end
+  const LayerWeights* previous;  // null: nothing is in `hidden` yet
+  bool last;  // of the step: all that was computed is in `residual` in the end
   const LinearWeights* next;  // that are read after the layer, or null
   const LastRows* needed;     // null: all rows
 };

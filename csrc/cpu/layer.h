@@ -13,9 +13,11 @@
 namespace diptych::cpu {
 namespace {
 
-template <class Args, void (*row)(const Args&, int64_t)>
+template <class Args, void (*row)(const Args&, int64_t, float*)>
 RowMaker maker_of(const Args& args, int64_t values) {
-  auto make = [](const void* args, int64_t t) { row(*static_cast<const Args*>(args), t); };
+  auto make = [](const void* args, int64_t t, float* to) {
+    row(*static_cast<const Args*>(args), t, to);
+  };
   return {make, &args, values};
 }
 
@@ -89,6 +91,21 @@ void scatter(const LastRows& needed, float* x, int64_t width) {
     memmove(x + needed.rows[i] * width, x + i * width, static_cast<size_t>(width) * 4);
 }
 
+// Into `hidden`, or where the layer can do that, added to `residual`.
+void mix(LinearArgs args, const StepArgs& s) {
+  args.add = adds_up(args);
+  if (args.add) args.out = s.residual;
+  linear(args);
+}
+
+// Of all that was computed; `hidden` is yet to be added to it if `mixed` has left it there.
+NormArgs norm_of(const StepArgs& s, const float* weight, const DecoderShape& shape,
+                 const LinearWeights* mixed) {
+  const bool pending = mixed != nullptr && !adds_up(*mixed);
+  return {s.hidden, pending ? s.residual : nullptr, pending ? s.hidden : s.residual,
+          weight,   s.rows,                         shape.hidden, shape.eps};
+}
+
 // The layer from the step's queries on.
 void attend_and_mix(const LayerArgs& a, const StepArgs& s) {
   const LayerWeights& w = a.weights;
@@ -96,20 +113,20 @@ void attend_and_mix(const LayerArgs& a, const StepArgs& s) {
   const int64_t rows = s.rows;
   attention({s.attention, s.qkv, w.qkv.num_out, w.k_cache, w.v_cache, s.qo_indptr, s.kv_indptr,
              s.kv_indices, s.kv_len, s.num_seqs, shape.q_heads, shape.scale, w.window});
-  linear({w.o, s.hidden, s.attention, rows, {}, &w.gate_up});
-  const NormArgs between{s.hidden,   s.residual, s.hidden, w.mlp_norm,
-                         rows,       shape.hidden, shape.eps};
-  const RowMaker norm = maker_of<NormArgs, norm_row>(between, 2 * shape.hidden);
+  mix({w.o, s.hidden, s.attention, rows, {}, &w.gate_up}, s);
+  const NormArgs between = norm_of(s, w.mlp_norm, shape, &w.o);
+  const RowMaker norm = maker_of<NormArgs, norm_row_to>(between, 2 * shape.hidden);
   if (w.gate_up.num_out % (2 * kPanel) == 0) {
-    linear({w.gate_up, s.inner, s.hidden, rows, norm, &w.down, true});
-    linear({w.down, s.hidden, s.inner, rows, {}, a.next});
+    const bool rounded = takes_rounded(w.down, w.gate_up, rows);
+    linear({w.gate_up, s.inner, s.hidden, rows, norm, &w.down, true, false, rounded});
+    mix({w.down, s.hidden, s.inner, rows, {}, a.next, false, rounded}, s);
   } else {
     linear({w.gate_up, s.gate_up, s.hidden, rows, norm, &w.down});
     const SiluArgs silu{s.inner, s.gate_up, rows, shape.inner};
-    linear({w.down, s.hidden, s.inner, rows,
-            maker_of<SiluArgs, silu_row>(silu, 4 * shape.inner), a.next});
+    mix({w.down, s.hidden, s.inner, rows,
+         maker_of<SiluArgs, silu_row_to>(silu, 4 * shape.inner), a.next}, s);
   }
-  if (!a.last) return;
+  if (!a.last || adds_up(w.down)) return;
   const AddArgs add{s.residual, s.hidden, shape.hidden};
   run_rows<AddArgs, add_row>(add, rows, shape.hidden);
 }
@@ -119,9 +136,10 @@ void layer(const LayerArgs& a) {
   const DecoderShape& shape = a.shape;
   const StepArgs& s = a.step;
   const int64_t rows = s.rows;
-  const NormArgs before{s.hidden, a.first ? nullptr : s.residual, a.first ? s.residual : s.hidden,
-                        w.attn_norm, rows, shape.hidden, shape.eps};
-  linear({w.qkv, s.qkv, s.hidden, rows, maker_of<NormArgs, norm_row>(before, 2 * shape.hidden), &w.o});
+  const NormArgs before =
+      norm_of(s, w.attn_norm, shape, a.previous == nullptr ? nullptr : &a.previous->down);
+  linear({w.qkv, s.qkv, s.hidden, rows, maker_of<NormArgs, norm_row_to>(before, 2 * shape.hidden),
+          &w.o});
   place(a);
   if (a.needed == nullptr) return attend_and_mix(a, s);
   if (a.needed->step.rows == 0) return;

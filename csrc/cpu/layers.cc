@@ -74,7 +74,7 @@ class LayersObj : public tvm::ffi::Object {
     for (size_t i = 0; i < count; ++i) {
       const bool last = i + 1 == count;
       const LinearWeights* head = ends.tokens > 0 ? &ends.head : nullptr;
-      table(level).layer({layers[i], shape, step, i == 0, last, last ? head : &layers[i + 1].qkv,
+      table(level).layer({layers[i], shape, step, i == 0 ? nullptr : &layers[i - 1], last, last ? head : &layers[i + 1].qkv,
                           last ? needed : nullptr});
       if (pulse != nullptr) __atomic_store_n(pulse, *pulse + 1, __ATOMIC_RELAXED);  // one writer
     }

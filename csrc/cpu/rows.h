@@ -12,6 +12,7 @@ namespace diptych::cpu {
 namespace {
 
 constexpr int64_t kInlineValues = 1 << 14;  // smaller problems are not worth waking a thread for
+constexpr int64_t kRowsMany = 8 * kPanel;   // tokens that share lines of the pool stay together
 
 // Runs row(args, r) for all rows, several rows per work item.
 template <class Args, void (*row)(const Args&, int64_t)>
@@ -26,7 +27,8 @@ void run_rows(const Args& args, int64_t rows, int64_t values_per_row) {
     const int64_t end = first + job.rows_per_item < job.rows ? first + job.rows_per_item : job.rows;
     for (int64_t r = first; r < end; ++r) row(job.args, r);
   };
-  const int64_t per_item = kInlineValues / (values_per_row > 0 ? values_per_row : 1) + 1;
+  int64_t per_item = kInlineValues / (values_per_row > 0 ? values_per_row : 1) + 1;
+  if (rows >= kRowsMany) per_item = round_up(per_item, kPanel);
   Job job{args, rows, per_item};
   run_items((rows + per_item - 1) / per_item, item, &job);
 }
@@ -111,7 +113,7 @@ void embedding(const EmbeddingArgs& a) {
   if (a.dtype == DType::kF16) run_rows<EmbeddingArgs, embedding_row<F16>>(a, a.rows, a.dim);
 }
 
-void norm_row(const NormArgs& a, int64_t t) {
+void norm_row_to(const NormArgs& a, int64_t t, float* out) {
   const float* x = a.x + t * a.dim;
   if (a.residual != nullptr) {
     float* residual = a.residual + t * a.dim;
@@ -126,11 +128,12 @@ void norm_row(const NormArgs& a, int64_t t) {
     squares = Vec::fma(v, v, squares);
   });
   const F inverse = Vec::set1(1.0f / sqrtf(Vec::sum(squares) / static_cast<float>(a.dim) + a.eps));
-  float* out = a.out + t * a.dim;
   each_vec(a.dim, [&](int64_t i, int n) {
     Vec::store_n(out + i, Vec::load_n(x + i, n) * inverse * Vec::load_n(a.weight + i, n), n);
   });
 }
+
+void norm_row(const NormArgs& a, int64_t t) { norm_row_to(a, t, a.out + t * a.dim); }
 
 void norm(const NormArgs& a) { run_rows<NormArgs, norm_row>(a, a.rows, a.dim); }
 
@@ -156,20 +159,23 @@ void rope(const RopeArgs& a) {
   run_rows<RopeArgs, rope_row>(a, a.rows, (a.q_heads + a.k_heads) * a.dim);
 }
 
+inline F silu_of(F gate, F up) {
+  return gate / (Vec::set1(1.0f) + exp_vec(Vec::set1(0.0f) - gate)) * up;
+}
+
 // out = silu(gate) * up, of n values.
 inline void silu_values(float* out, const float* gate, const float* up, int64_t n) {
-  const F one = Vec::set1(1.0f);
   each_vec(n, [&](int64_t i, int lanes) {
-    const F g = Vec::load_n(gate + i, lanes);
-    const F y = g / (one + exp_vec(Vec::set1(0.0f) - g)) * Vec::load_n(up + i, lanes);
-    Vec::store_n(out + i, y, lanes);
+    Vec::store_n(out + i, silu_of(Vec::load_n(gate + i, lanes), Vec::load_n(up + i, lanes)), lanes);
   });
 }
 
-void silu_row(const SiluArgs& a, int64_t t) {
+void silu_row_to(const SiluArgs& a, int64_t t, float* out) {
   const float* gate = a.gate_up + t * 2 * a.dim;
-  silu_values(a.out + t * a.dim, gate, gate + a.dim, a.dim);
+  silu_values(out, gate, gate + a.dim, a.dim);
 }
+
+void silu_row(const SiluArgs& a, int64_t t) { silu_row_to(a, t, a.out + t * a.dim); }
 
 void silu_mul(const SiluArgs& a) { run_rows<SiluArgs, silu_row>(a, a.rows, 4 * a.dim); }
 
