@@ -79,10 +79,12 @@ struct Plan {
   int64_t num_blocks, num_parts, num_partials;
 };
 
-// The longest row blocks of a sequence come first, so that the last ones to finish are short.
+// Blocks of the same heads follow each other, so that these heads' keys and values stay in the second
+// cache. The longest come first, so that the last ones to finish are short.
+template <class E>
 Plan make_plan(const AttentionArgs& a) {
   const int64_t heads = a.k_cache.heads, group = a.q_heads / heads;
-  const int64_t tokens_per_block = group < kRowsPerBlock ? kRowsPerBlock / group : 1;
+  const int64_t tokens_per_block = group < kRowsPerBlock<E> ? kRowsPerBlock<E> / group : 1;
   int64_t parts = 0;
   for (int64_t s = 0; s < a.num_seqs; ++s)
     parts += (a.qo_indptr[s + 1] - a.qo_indptr[s] + tokens_per_block - 1) / tokens_per_block;
@@ -95,28 +97,30 @@ Plan make_plan(const AttentionArgs& a) {
       0, 0, 0};
   for (int64_t s = 0; s < a.num_seqs; ++s) {
     const int64_t tokens = a.qo_indptr[s + 1] - a.qo_indptr[s];
-    for (int64_t end = tokens; end > 0;) {
-      const int64_t first = (end - 1) / tokens_per_block * tokens_per_block;
-      const int64_t first_key_end = a.kv_len[s] - tokens + first + 1,
-                    last_key_end = a.kv_len[s] - tokens + end;
-      const int64_t low = a.window > 0 && first_key_end > a.window ? first_key_end - a.window : 0;
-      const int64_t rows = (end - first) * group;
-      const int64_t step = rows * heads_at_once <= kRowsPerBlock ? heads_at_once : 1;
-      for (int64_t h = 0; h < heads; h += step) {
+    const int64_t rows = (tokens < tokens_per_block ? tokens : tokens_per_block) * group;
+    // On tiles padding belongs to no head, so rows that need it are those of one.
+    const int64_t most = on_tiles<E>(a.k_cache.dim) && rows > kGroupRows ? 0 : kRowsPerBlock<E>;
+    const int64_t step = rows * heads_at_once <= most ? heads_at_once : 1;
+    for (int64_t h = 0; h < heads; h += step) {
+      for (int64_t end = tokens; end > 0;) {
+        const int64_t first = (end - 1) / tokens_per_block * tokens_per_block;
+        const int64_t first_key_end = a.kv_len[s] - tokens + first + 1,
+                      last_key_end = a.kv_len[s] - tokens + end;
         RowBlock& block = plan.blocks[plan.num_blocks++];
         block.seq = static_cast<int32_t>(s);
         block.first_head = static_cast<int32_t>(h);
         block.num_heads = static_cast<int32_t>(heads - h < step ? heads - h : step);
         block.first_token = static_cast<int32_t>(first);
         block.num_tokens = static_cast<int32_t>(end - first);
-        block.split_begin = low / kSplit;
+        block.split_begin =
+            a.window > 0 && first_key_end > a.window ? (first_key_end - a.window) / kSplit : 0;
         block.split_end = (last_key_end + kSplit - 1) / kSplit;
         block.partial = plan.num_partials;
         const int64_t splits = block.split_end - block.split_begin;
         plan.num_parts += splits;
         plan.num_partials += splits * block_rows(a, block) * (a.k_cache.dim + 2);
+        end = first;
       }
-      end = first;
     }
   }
   return plan;
@@ -124,7 +128,7 @@ Plan make_plan(const AttentionArgs& a) {
 
 template <class E>
 void attention_as(const AttentionArgs& a) {
-  const Plan plan = make_plan(a);
+  const Plan plan = make_plan<E>(a);
   AttentionJob job{a, plan.blocks, nullptr, nullptr};
   const int threads = num_threads();
   if (threads == 1 || plan.num_blocks >= 2 * threads || plan.num_parts == plan.num_blocks) {

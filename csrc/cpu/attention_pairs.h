@@ -312,16 +312,14 @@ void Pairs::add_tile(const Workspace& w, int64_t rows, int64_t base, int64_t dim
 
 void Pairs::reset(const Workspace& w, int64_t rows) {
   memset(w.sums, 0, static_cast<size_t>(rows * Vec::W) * 4);
-  for (int64_t r = 0; r < rows; ++r) {
-    w.starts[r] = 0.0f;
-    w.limits[r] = -INFINITY;
-  }
+  memset(w.starts, 0, static_cast<size_t>(rows * w.start_lanes) * 4);
+  for (int64_t r = 0; r < rows; ++r) w.limits[r] = -INFINITY;
 }
 
 void Pairs::finish(const Workspace& w, int64_t rows) {
   for (int64_t r = 0; r < rows; ++r) {
     w.split.sum[r] = Vec::sum(Vec::load(w.sums + r * Vec::W));
-    w.split.largest[r] = 0.0f - w.starts[r];
+    w.split.largest[r] = 0.0f - w.starts[r * w.start_lanes];
   }
 }
 #endif

@@ -12,13 +12,20 @@
 #include "attention_bytes.h"
 #include "attention_pairs.h"
 #include "attention_tile.h"
+#include "attention_tiles.h"
 #include "pool.h"
 
 namespace diptych::cpu {
 namespace {
 
-constexpr int64_t kRowsPerBlock =
-    48;  // rows (token x head of the group) that share one pass over the keys
+// Rows (token x head of the group) that share one pass over the keys.
+template <class E>
+constexpr int64_t kRowsPerBlock = kTiles && Format<E>::kDot ? 96 : 48;
+
+template <class E>
+inline bool on_tiles(int64_t dim) {
+  return Format<E>::kDot && TileRows::fits(dim);
+}
 
 // Some tokens' rows of one sequence, of some KV heads, and the splits of the keys that they see.
 struct RowBlock {
@@ -47,12 +54,14 @@ inline void each_row(const AttentionArgs& a, const RowBlock& block, Fn fn) {
 template <class E>
 Workspace make_workspace(int64_t rows, int64_t dim) {
   auto padded = [](int64_t n) { return (n + 15) / 16 * 16; };
-  const int64_t acc = padded(rows * dim), each = padded(rows);
+  const int64_t each = padded(rows), acc = each * dim;
   const int64_t columns = whole_vectors(dim), wide = Format<E>::kScaled ? kTile * columns : 0;
   const int64_t query = Format<E>::kBytes ? padded(rows * columns) : acc;
   const int64_t lanes = Format<E>::kDot ? each * Vec::W : 0;
-  const int64_t floats =
-      query + 2 * acc + Vec::kRows * kTile * 3 / 2 + 9 * each + lanes + wide + 2 * kTile + 32;
+  const int64_t start_lanes = on_tiles<E>(dim) ? Vec::W : 1;
+  const int64_t tile_memory = on_tiles<E>(dim) ? TileRows::memory(dim) : 0;
+  const int64_t floats = query + 2 * acc + Vec::kRows * kTile * 3 / 2 + (8 + start_lanes) * each +
+                         lanes + wide + 2 * kTile + 32 + tile_memory;
   auto* p = static_cast<float*>(
       scratch(kScratchItem, static_cast<size_t>(floats) * 4 + static_cast<size_t>(each) * 16));
   auto take = [&p](int64_t n) {
@@ -81,7 +90,9 @@ Workspace make_workspace(int64_t rows, int64_t dim) {
   w.total.largest = take(each);
   w.total.sum = take(each);
   w.sums = take(lanes);
-  w.starts = take(each);
+  w.start_lanes = start_lanes;
+  w.starts = take(each * start_lanes);
+  w.tile_memory = take(tile_memory);
   w.limits = take(each);
   w.low = reinterpret_cast<int64_t*>(p);
   w.high = w.low + each;
@@ -304,7 +315,7 @@ Workspace rows_from(const Workspace& all, int64_t row, int64_t dim) {
   w.q_sums = all.q_sums + 2 * row;
   w.split = {all.split.acc + row * dim, all.split.largest + row, all.split.sum + row};
   w.sums = all.sums + row * Vec::W;
-  w.starts = all.starts + row;
+  w.starts = all.starts + row * all.start_lanes;
   w.limits = all.limits + row;
   w.low = all.low + row;
   w.high = all.high + row;
@@ -340,7 +351,8 @@ void add_rows(const Workspace& w, int64_t rows, int64_t base, int64_t dim) {
 
 // The heads of a block lie side by side in memory, so they take turns at each tile.
 template <class E>
-void add_tile(const AttentionArgs& a, const RowBlock& block, int64_t base, const Workspace& all) {
+void add_tile(const AttentionArgs& a, const RowBlock& block, int64_t base, const Workspace& all,
+              TileRows* tiles) {
   const int64_t dim = a.k_cache.dim, rows = block.num_tokens * (a.q_heads / a.k_cache.heads);
   const int64_t low = all.low[0], high = all.high[rows - 1];  // both grow with the row
   const int64_t begin = low < base ? base : low, end = high > base + kTile ? base + kTile : high;
@@ -351,10 +363,19 @@ void add_tile(const AttentionArgs& a, const RowBlock& block, int64_t base, const
     w.place = &place;
     locate<E>(a, block, block.first_head + h, base, begin, end, w);
     if constexpr (Format<E>::kDot) {
-      Pairs::add_tile(w, rows, base, dim);
+      tiles != nullptr ? tiles->add(w, rows, base) : Pairs::add_tile(w, rows, base, dim);
     } else {
       add_rows<E>(w, rows, base, dim);
     }
+  }
+}
+
+// Rows that nobody asked for, which ask for nothing and see what the last row does.
+inline void pad_rows(const Workspace& w, int64_t rows, int64_t padded, int64_t dim) {
+  memset(static_cast<uint16_t*>(w.q) + rows * dim, 0, static_cast<size_t>((padded - rows) * dim) * 2);
+  for (int64_t r = rows; r < padded; ++r) {
+    w.low[r] = w.low[rows - 1];
+    w.high[r] = w.high[rows - 1];
   }
 }
 
@@ -388,16 +409,26 @@ Workspace open_block(const AttentionArgs& a, const RowBlock& block, int64_t rows
     w.high[r] = position + 1;
     w.low[r] = a.window > 0 && position + 1 > a.window ? position + 1 - a.window : 0;
   });
+  if (on_tiles<E>(dim)) pad_rows(w, rows, RowGroups(rows / block.num_heads).padded() * block.num_heads, dim);
   return w;
 }
 
 template <class E>
 void run_split(const AttentionArgs& a, const RowBlock& block, int64_t rows, int64_t split,
                Workspace& w) {
-  reset(w.split, rows, a.k_cache.dim);
-  if constexpr (Format<E>::kDot) Pairs::reset(w, rows);
-  for (int64_t base = split * kSplit; base < (split + 1) * kSplit; base += kTile)
-    add_tile<E>(a, block, base, w);
+  const int64_t dim = a.k_cache.dim, first = split * kSplit, end = first + kSplit;
+  reset(w.split, rows, dim);
+  if constexpr (Format<E>::kDot) Pairs::reset(w, round_up(rows, kGroupRows));
+  if constexpr (Format<E>::kDot && kTiles) {
+    if (TileRows::fits(dim)) {
+      TileRows tiles(block.num_heads, rows / block.num_heads, dim, w.tile_memory);
+      for (int64_t base = first; base < end; base += kTile) add_tile<E>(a, block, base, w, &tiles);
+      tiles.finish();
+      Pairs::finish(w, rows);
+      return;
+    }
+  }
+  for (int64_t base = first; base < end; base += kTile) add_tile<E>(a, block, base, w, nullptr);
   if constexpr (Format<E>::kDot) Pairs::finish(w, rows);
 }
 

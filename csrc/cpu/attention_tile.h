@@ -54,7 +54,10 @@ struct Workspace {
   uint32_t* weights;        // [kRows, kTile / 2] pairs of bf16, or bytes, where values are multiplied so
   float* alpha;             // [kRows] by which a tile's values shrink what came before them
   Softmax split, total;
-  float *sums, *starts, *limits;  // of pairs (attention_pairs.h): [rows, W], [rows], [rows]
+  // Of pairs (attention_pairs.h): [rows, W], [rows, start_lanes], [rows].
+  float *sums, *starts, *limits;
+  int64_t start_lanes;
+  float* tile_memory;       // of attention_tiles.h
   int64_t *low, *high;      // [rows]: the keys that a row sees, [low, high)
   TilePlace* place;                 // of the tile
   uint16_t* wide;                   // int8: [2, kTile, dim] keys and values of the tile as bf16

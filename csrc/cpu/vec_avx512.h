@@ -245,9 +245,12 @@ struct Vec {
     p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(6.93282960e-1f));
     return _mm512_scalef_ps(_mm512_fmadd_ps(p, r, _mm512_set1_ps(1.0f)), whole);
   }
-  // 32 floats -> bf16
+  // 32 floats -> bf16, 16 pairs in the floats' order
+  static F round_pairs(F first, F second) {
+    return _mm512_castsi512_ps((__m512i)_mm512_cvtne2ps_pbh(second, first));
+  }
   static void store_bf16(uint32_t* p, F first, F second) {
-    _mm512_storeu_si512(p, (__m512i)_mm512_cvtne2ps_pbh(second, first));
+    store(reinterpret_cast<float*>(p), round_pairs(first, second));
   }
   static unsigned mask_above(F a, F b) { return _mm512_cmp_ps_mask(a, b, _CMP_GT_OQ); }
   static F select(unsigned mask, F a, F b) {  // a where the lane's bit is set
