@@ -409,7 +409,10 @@ Workspace open_block(const AttentionArgs& a, const RowBlock& block, int64_t rows
     w.high[r] = position + 1;
     w.low[r] = a.window > 0 && position + 1 > a.window ? position + 1 - a.window : 0;
   });
-  if (on_tiles<E>(dim)) pad_rows(w, rows, RowGroups(rows / block.num_heads).padded() * block.num_heads, dim);
+  if (on_tiles<E>(dim)) {
+    const RowGroups groups(rows / block.num_heads);
+    pad_rows(w, rows, groups.padded() * block.num_heads, dim);
+  }
   return w;
 }
 

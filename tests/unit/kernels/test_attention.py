@@ -27,6 +27,9 @@ CASES = [
     Heads(2, 1, 6, I8, window=1),
     Heads(7, 1, 128, BF16, window=70),
     Heads(5, 5, 80, BF16, window=33),
+    Heads(4, 4, 96, BF16, block_size=48),
+    Heads(16, 2, 160, BF16, window=75),
+    Heads(9, 3, 64, BF16, window=1),
 ]
 
 
@@ -102,6 +105,8 @@ def _in_chunks(
         Heads(6, 2, 40, BF16, window=51),
         Heads(7, 1, 80, BF16),
         Heads(8, 1, 128, BF16),
+        Heads(3, 3, 32, BF16, window=64),
+        Heads(4, 2, 96, BF16),
         Heads(6, 2, 40, F32, window=50),
         Heads(8, 1, 64, F16),
         Heads(8, 2, 64, I8),
@@ -175,6 +180,25 @@ def test_a_later_nan_does_not_reach_an_earlier_row(
     )
     assert torch.equal(after[:at], before[:at])
     assert after[at:].isnan().all()
+
+
+@pytest.mark.parametrize("window", [0, 70])
+@pytest.mark.parametrize("dtype", [F32, BF16])
+def test_a_value_that_is_not_finite_stays_where_it_is_seen(
+    cpp: CppKernels, dtype: torch.dtype, window: int
+) -> None:
+    """In its column, and in the rows that see it, however many rows are computed together."""
+    heads, at, column = Heads(6, 2, 64, dtype, window=window), 100, 37
+    [clean] = random_sequences(heads, [(200, 200)], torch.Generator().manual_seed(12))
+    spoiled = dataclasses.replace(clean, v=clean.v.clone())
+    spoiled.v[at, :, column] = float("inf")
+    whole = _in_chunks(cpp, heads, clean, 200, [])
+    end = at + window if window else 200
+    for size in (1, 33, 200):
+        rows = _in_chunks(cpp, heads, spoiled, size, [])
+        assert not rows[at:end, :, column].isfinite().any(), size
+        rows[at:end, :, column] = whole[at:end, :, column]
+        assert torch.equal(rows, whole), size
 
 
 @pytest.mark.parametrize("dtype", [BF16, I8])
