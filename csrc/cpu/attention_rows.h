@@ -24,7 +24,7 @@ constexpr int64_t kRowsPerBlock = kTiles && Format<E>::kDot ? 96 : 48;
 
 template <class E>
 inline bool on_tiles(int64_t dim) {
-  return Format<E>::kDot && TileRows::fits(dim);
+  return Format<E>::kDot && AttentionTiles::fits(dim);
 }
 
 // Some tokens' rows of one sequence, of some KV heads, and the splits of the keys that they see.
@@ -59,7 +59,7 @@ Workspace make_workspace(int64_t rows, int64_t dim) {
   const int64_t query = Format<E>::kBytes ? padded(rows * columns) : acc;
   const int64_t lanes = Format<E>::kDot ? each * Vec::W : 0;
   const int64_t start_lanes = on_tiles<E>(dim) ? Vec::W : 1;
-  const int64_t tile_memory = on_tiles<E>(dim) ? TileRows::memory(dim) : 0;
+  const int64_t tile_memory = on_tiles<E>(dim) ? AttentionTiles::memory(dim) : 0;
   const int64_t floats = query + 2 * acc + Vec::kRows * kTile * 3 / 2 + (8 + start_lanes) * each +
                          lanes + wide + 2 * kTile + 32 + tile_memory;
   auto* p = static_cast<float*>(
@@ -352,7 +352,7 @@ void add_rows(const Workspace& w, int64_t rows, int64_t base, int64_t dim) {
 // The heads of a block lie side by side in memory, so they take turns at each tile.
 template <class E>
 void add_tile(const AttentionArgs& a, const RowBlock& block, int64_t base, const Workspace& all,
-              TileRows* tiles) {
+              AttentionTiles* tiles) {
   const int64_t dim = a.k_cache.dim, rows = block.num_tokens * (a.q_heads / a.k_cache.heads);
   const int64_t low = all.low[0], high = all.high[rows - 1];  // both grow with the row
   const int64_t begin = low < base ? base : low, end = high > base + kTile ? base + kTile : high;
@@ -362,8 +362,10 @@ void add_tile(const AttentionArgs& a, const RowBlock& block, int64_t base, const
     Workspace w = rows_from<E>(all, h * rows, dim);
     w.place = &place;
     locate<E>(a, block, block.first_head + h, base, begin, end, w);
-    if constexpr (Format<E>::kDot) {
+    if constexpr (Format<E>::kDot && kTiles) {
       tiles != nullptr ? tiles->add(w, rows, base) : Pairs::add_tile(w, rows, base, dim);
+    } else if constexpr (Format<E>::kDot) {
+      Pairs::add_tile(w, rows, base, dim);
     } else {
       add_rows<E>(w, rows, base, dim);
     }
@@ -423,8 +425,8 @@ void run_split(const AttentionArgs& a, const RowBlock& block, int64_t rows, int6
   reset(w.split, rows, dim);
   if constexpr (Format<E>::kDot) Pairs::reset(w, round_up(rows, kGroupRows));
   if constexpr (Format<E>::kDot && kTiles) {
-    if (TileRows::fits(dim)) {
-      TileRows tiles(block.num_heads, rows / block.num_heads, dim, w.tile_memory);
+    if (AttentionTiles::fits(dim)) {
+      AttentionTiles tiles(block.num_heads, rows / block.num_heads, dim, w.tile_memory);
       for (int64_t base = first; base < end; base += kTile) add_tile<E>(a, block, base, w, &tiles);
       tiles.finish();
       Pairs::finish(w, rows);

@@ -39,15 +39,15 @@ struct GroupStage {
 };
 
 // The groups of a block, in turn. Each passes three stages: scores, weights, weighted values.
-class TileRows {
+class AttentionTiles {
  public:
   static constexpr bool fits(int64_t dim) { return kTiles && Vec::kBf16Dot && dim % kDimUnit == 0; }
   // Floats of its memory.
   static int64_t memory(int64_t dim) { return kGroupRows * (3 * kTile + dim) + kTile / 2 * dim; }
 
   // heads: of the block, `rows` rows each.
-  TileRows(int64_t heads, int64_t rows, int64_t dim, float* memory);
-  ~TileRows();
+  AttentionTiles(int64_t heads, int64_t rows, int64_t dim, float* memory);
+  ~AttentionTiles();
   // The rows of one head against the tile at `base`.
   void add(const Workspace& w, int64_t rows, int64_t base);
   // What was added is in the accumulators.
@@ -102,7 +102,7 @@ struct alignas(64) GroupConfig {
   }
 };
 
-TileRows::TileRows(int64_t heads, int64_t rows, int64_t dim, float* memory)
+AttentionTiles::AttentionTiles(int64_t heads, int64_t rows, int64_t dim, float* memory)
     : groups_(rows), dim_(dim), overlapped_(heads * groups_.count > 1) {
   const int64_t slots = dim / kDimUnit + 2 * ((dim + kChunkColumns - 1) / kChunkColumns);
   rows_per_slot_ = (groups_.height + slots - 1) / slots;
@@ -114,7 +114,7 @@ TileRows::TileRows(int64_t heads, int64_t rows, int64_t dim, float* memory)
   _tile_loadconfig(&config);
 }
 
-TileRows::~TileRows() { _tile_release(); }
+AttentionTiles::~AttentionTiles() { _tile_release(); }
 
 // 2^x below 2^127 to 13 bits, and exactly 1 for 0; 0 far below.
 inline __attribute__((always_inline)) F power_of_two(F x) {
@@ -177,7 +177,7 @@ inline uint64_t seen_keys(const GroupStage& g, int64_t r) {
 }
 
 // The next rows of the group; all that are left where `rows` says so.
-inline void TileRows::soften(Cursor& at, int64_t rows) {
+inline void AttentionTiles::soften(Cursor& at, int64_t rows) {
   const GroupStage& g = *at.stage;
   const int64_t end = at.row + rows < groups_.height ? at.row + rows : groups_.height, dim = dim_;
   float* s = const_cast<float*>(at.scores);
@@ -260,7 +260,7 @@ inline __attribute__((always_inline)) void weigh(float* acc, const uint32_t* wei
 }
 
 // Scores of one group, weights of another, weighted values of a third; any may be missing.
-void TileRows::step(const GroupStage* scored, const GroupStage* softened, const GroupStage* weighed) {
+void AttentionTiles::step(const GroupStage* scored, const GroupStage* softened, const GroupStage* weighed) {
   const int64_t turn = overlapped_ ? steps_++ & 1 : 0, other = overlapped_ ? turn ^ 1 : 0;
   float* scores = scores_ + turn * kGroupRows * kTile;
   Cursor at{softened, scores_ + other * kGroupRows * kTile,
@@ -318,7 +318,7 @@ bool copy_piece(char* out, const char* in, int64_t first_key, Range seen, int64_
   return endless == 0;
 }
 
-void TileRows::copy_values(const GroupStage& g) {
+void AttentionTiles::copy_values(const GroupStage& g) {
   const int64_t piece = kPiecePairs * dim_ * 4;
   finite_ = true;
   for (int half = 0; half < 2; ++half) {
@@ -338,7 +338,7 @@ void TileRows::copy_values(const GroupStage& g) {
 }
 
 // Each row with zeros in place of the values that it does not see.
-__attribute__((noinline)) void TileRows::weigh_exactly(const GroupStage& g, const uint32_t* weights) {
+__attribute__((noinline)) void AttentionTiles::weigh_exactly(const GroupStage& g, const uint32_t* weights) {
   const int64_t piece = kPiecePairs * dim_ * 4;
   const char* values[2] = {copy_, copy_ + 2 * piece};
   for (int64_t r = 0; r < groups_.height; ++r) {
@@ -353,7 +353,7 @@ __attribute__((noinline)) void TileRows::weigh_exactly(const GroupStage& g, cons
   copy_values(g);  // for the groups after it
 }
 
-void TileRows::add(const Workspace& w, int64_t rows, int64_t base) {
+void AttentionTiles::add(const Workspace& w, int64_t rows, int64_t base) {
   const char* any = nullptr;  // in place of panels that nobody sees
   for (const char* panel : w.place->panels) any = panel != nullptr ? panel : any;
   const int64_t low = w.low[0] - base, high = w.high[rows - 1] - base;  // both grow with the row
@@ -390,7 +390,7 @@ void TileRows::add(const Workspace& w, int64_t rows, int64_t base) {
   }
 }
 
-void TileRows::finish() {
+void AttentionTiles::finish() {
   if (!overlapped_) return;
   if (stages_[0].q != nullptr)
     step(nullptr, &stages_[0], stages_[1].q != nullptr ? &stages_[1] : nullptr);
