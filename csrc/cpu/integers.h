@@ -22,19 +22,30 @@
 namespace diptych::cpu {
 namespace {
 
+constexpr int64_t kRowBlock = 16;  // of a block
+
 // What a call's rows become: `limbs` rows of bytes each.
 struct IntegerRows {
-  int8_t* values;  // [rows][limbs][stride]
+  int8_t* values;  // [rows][limbs][stride]; for tiles in blocks of kRowBlock, see integer_tiles.h
   int32_t* sums;   // [rows][limbs][groups]: of the values, times minus the weights' zero
   float* scales;   // [rows]; NaN where a value is not finite
   int64_t stride, limbs, groups, group;
   int32_t zero;
+  int64_t byte_rows;  // all
+  bool in_blocks;
+
+  // Inputs [k, k + kChunk) of a byte row.
+  int8_t* chunk(int64_t row, int64_t k) const {
+    if (!in_blocks) return values + row * stride + k;
+    const int64_t block = row / kRowBlock * kRowBlock, left = byte_rows - block;
+    return values + block * stride + k * (left < kRowBlock ? left : kRowBlock) + (row - block) * kChunk;
+  }
 };
 
 // A whole chunk of byte rows, see round_chunk.
 inline void round_full_chunk(const IntegerRows& q, const float* x, int64_t row, int64_t k,
                              float inverse) {
-  int8_t* out = q.values + row * q.stride + k;
+  int8_t* out = q.chunk(row, k);
   int32_t* sums = q.sums + row * q.groups;
   const F factor = Vec::set1(inverse);
   const int64_t part = q.group < kChunk ? q.group : kChunk;
@@ -54,15 +65,16 @@ inline void round_chunk(const IntegerRows& q, const float* x, int64_t row, int64
   }
   int32_t whole[kChunk] = {};
   for (int64_t i = 0; i < inside; ++i) whole[i] = nearest(x[k + i] * inverse);
-  int8_t* first = q.values + row * q.limbs * q.stride + k;
+  int8_t* first = q.chunk(row * q.limbs, k);
   int32_t* sums = q.sums + row * q.limbs * q.groups;
   const int64_t part = q.group < kChunk ? q.group : kChunk;
   if (q.limbs == 2) {
-    for (int64_t i = 0; i < kChunk; ++i) first[q.stride + i] = static_cast<int8_t>(whole[i]);
-    for (int64_t i = 0; i < kChunk; ++i) whole[i] = (whole[i] - first[q.stride + i]) >> 8;
+    int8_t* second = q.chunk(row * q.limbs + 1, k);
+    for (int64_t i = 0; i < kChunk; ++i) second[i] = static_cast<int8_t>(whole[i]);
+    for (int64_t i = 0; i < kChunk; ++i) whole[i] = (whole[i] - second[i]) >> 8;
     for (int64_t begin = 0; begin < kChunk; begin += part) {
       int32_t sum = 0;
-      for (int64_t i = begin; i < begin + part; ++i) sum += first[q.stride + i];
+      for (int64_t i = begin; i < begin + part; ++i) sum += second[i];
       sums[q.groups + (k + begin) / q.group] -= q.zero * sum;
     }
   }
@@ -292,7 +304,18 @@ struct IntegerJob {
               });
   }
 
-  void part(const Place& place, int64_t panel, const Sums& sums, Ahead ahead) const {
+  void part(const Place& place, int64_t panel, const Sums& sums, const Ahead& ahead) const {
+    const IntegerTile t = tile(place, panel, sums, ahead);
+    const bool int8 = a.width == Width::kInt8;
+    if (int8 && q.limbs == 1) integer_gemm<8, 1>(t, place.rows, place.panels);
+    if (!int8 && q.limbs == 1) integer_gemm<4, 1>(t, place.rows, place.panels);
+    if constexpr (!kPairs) {  // there they are bf16, see narrow_pairs.h and narrow.h
+      if (int8 && q.limbs == 2) integer_gemm<8, 2>(t, place.rows, place.panels);
+      if (!int8 && q.limbs == 2) integer_gemm<4, 2>(t, place.rows, place.panels);
+    }
+  }
+
+  IntegerTile tile(const Place& place, int64_t panel, const Sums& sums, const Ahead& ahead) const {
     const int64_t column = panel * kPanel;
     const bool int8 = a.width == Width::kInt8;
     IntegerTile t;
@@ -312,12 +335,7 @@ struct IntegerJob {
     t.out_stride = sums.stride;
     t.columns = sums.columns;
     t.ahead = ahead;
-    if (int8 && q.limbs == 1) integer_gemm<8, 1>(t, place.rows, place.panels);
-    if (!int8 && q.limbs == 1) integer_gemm<4, 1>(t, place.rows, place.panels);
-    if constexpr (!kPairs) {  // there they are bf16, see narrow_pairs.h and narrow.h
-      if (int8 && q.limbs == 2) integer_gemm<8, 2>(t, place.rows, place.panels);
-      if (!int8 && q.limbs == 2) integer_gemm<4, 2>(t, place.rows, place.panels);
-    }
+    return t;
   }
 };
 

@@ -9,6 +9,7 @@
 #include "pool.h"
 #include "rows.h"
 #if defined(__AMX_BF16__)
+#include "integer_tiles.h"
 #include "linear_tiles.h"
 #elif defined(__AVX512BF16__)
 #include "narrow_pairs.h"
@@ -170,6 +171,11 @@ void linear_integers(const LinearArgs& a) {
   const int64_t limbs = a.act_bits / 8, stride = padded_inputs(a);
   const int64_t group = a.width == Width::kInt4 ? a.group : stride, groups = stride / group;
   const int64_t byte_rows = a.rows * limbs;
+#ifdef __AMX_BF16__
+  const bool tiles = a.rows >= (a.width == Width::kInt4 ? kTileRowsMin4 : kTileRowsMin8);
+#else
+  constexpr bool tiles = false;
+#endif
   const int64_t value_bytes = byte_rows * stride, sum_bytes = round_up(byte_rows * groups * 4, 64);
   auto* memory = static_cast<char*>(
       scratch(kScratchCall, static_cast<size_t>(value_bytes + sum_bytes + a.rows * 4)));
@@ -180,12 +186,17 @@ void linear_integers(const LinearArgs& a) {
                       limbs,
                       groups,
                       group,
-                      a.width == Width::kInt4 ? kZero4 : kZero8};
+                      a.width == Width::kInt4 ? kZero4 : kZero8,
+                      byte_rows,
+                      tiles};
   IntegerRowsJob rounding{a, q};
+  round_rows(a, IntegerRowsJob::item, &rounding);
+#ifdef __AMX_BF16__
+  if (tiles) return integers_on_tiles(a, q);
+#endif
   const int64_t panels = panels_to_cut(a);
   const int64_t most = rows_for_all(panels / kGroupPanels, rows_that_fit(limbs * stride));
   IntegerJob job{a, q, {panels, a.rows, kGroupPanels, most, Vec::kRows / limbs}};
-  round_rows(a, IntegerRowsJob::item, &rounding);
   run_unless_small(job.cut.items, IntegerJob::item, &job, a.rows * a.num_out * a.num_in);
 }
 
