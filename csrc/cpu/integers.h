@@ -57,11 +57,28 @@ inline void round_full_chunk(const IntegerRows& q, const float* x, int64_t row, 
   }
 }
 
+// The same of two bytes for each value.
+inline void split_full_chunk(const IntegerRows& q, const float* x, int64_t row, int64_t k,
+                             float inverse) {
+  int8_t *high = q.chunk(row * 2, k), *low = q.chunk(row * 2 + 1, k);
+  int32_t *high_sums = q.sums + row * 2 * q.groups, *low_sums = high_sums + q.groups;
+  const F factor = Vec::set1(inverse);
+  const int64_t part = q.group < kChunk ? q.group : kChunk;
+  for (int64_t begin = 0; begin < kChunk; begin += part) {
+    I high_sum = Vec::set1_int(0), low_sum = Vec::set1_int(0);
+    for (int64_t i = begin; i < begin + part; i += Vec::W)
+      Vec::split_limbs(Vec::load(x + k + i) * factor, high + i, low + i, high_sum, low_sum);
+    high_sums[(k + begin) / q.group] -= q.zero * Vec::sum_int(high_sum);
+    low_sums[(k + begin) / q.group] -= q.zero * Vec::sum_int(low_sum);
+  }
+}
+
 // Inputs [k, k + kChunk) of a row, those from num_in on as zeros.
 inline void round_chunk(const IntegerRows& q, const float* x, int64_t row, int64_t k,
                         int64_t inside, float inverse) {
   if constexpr (Vec::kRoundsBytes) {
     if (q.limbs == 1 && inside == kChunk) return round_full_chunk(q, x, row, k, inverse);
+    if (q.limbs == 2 && inside == kChunk) return split_full_chunk(q, x, row, k, inverse);
   }
   int32_t whole[kChunk] = {};
   for (int64_t i = 0; i < inside; ++i) whole[i] = nearest(x[k + i] * inverse);
@@ -309,8 +326,10 @@ struct IntegerJob {
     const bool int8 = a.width == Width::kInt8;
     if (int8 && q.limbs == 1) integer_gemm<8, 1>(t, place.rows, place.panels);
     if (!int8 && q.limbs == 1) integer_gemm<4, 1>(t, place.rows, place.panels);
-    if constexpr (!kPairs) {  // there they are bf16, see narrow_pairs.h and narrow.h
+    if constexpr (kTiles || !kPairs) {  // there x is bf16, see narrow_pairs.h
       if (int8 && q.limbs == 2) integer_gemm<8, 2>(t, place.rows, place.panels);
+    }
+    if constexpr (!kPairs) {  // likewise, and nibble_tiles.h
       if (!int8 && q.limbs == 2) integer_gemm<4, 2>(t, place.rows, place.panels);
     }
   }

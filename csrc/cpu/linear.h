@@ -9,8 +9,8 @@
 #include "pool.h"
 #include "rows.h"
 #if defined(__AMX_BF16__)
-#include "integer_tiles.h"
 #include "linear_tiles.h"
+#include "narrow_tiles.h"
 #elif defined(__AVX512BF16__)
 #include "narrow_pairs.h"
 #endif
@@ -110,7 +110,10 @@ void linear_with(const LinearArgs& a, const typename Operand<E>::Act* x, int64_t
 }
 
 #ifdef __AMX_BF16__
-void linear_bf16(const LinearArgs& a) { linear_tiles(a); }
+void linear_bf16(const LinearArgs& a) {
+  if (a.width == Width::kInt4) return nibbles_by_pairs(a);
+  linear_tiles(a);
+}
 #else
 inline bool adds_up(const LinearWeights&) { return false; }
 inline bool takes_rounded(const LinearWeights&, const LinearWeights&, int64_t) { return false; }
@@ -172,7 +175,7 @@ void linear_integers(const LinearArgs& a) {
   const int64_t group = a.width == Width::kInt4 ? a.group : stride, groups = stride / group;
   const int64_t byte_rows = a.rows * limbs;
 #ifdef __AMX_BF16__
-  const bool tiles = a.rows >= (a.width == Width::kInt4 ? kTileRowsMin4 : kTileRowsMin8);
+  const bool tiles = integers_want_tiles(a);
 #else
   constexpr bool tiles = false;
 #endif
@@ -202,7 +205,10 @@ void linear_integers(const LinearArgs& a) {
 
 void linear(const LinearArgs& a) {
   if (a.rows == 0) return;
-  const bool integers = a.width != Width::kModel && !(kPairs && a.act_bits == 16);
+  // Where pairs of bf16 are as fast as bytes, rows of 16 bits are bf16; on tiles bytes are faster, but
+  // not in the groups of int4.
+  const bool pairs = kPairs && a.act_bits == 16 && !(kTiles && a.width == Width::kInt8);
+  const bool integers = a.width != Width::kModel && !pairs;
   if (integers) return linear_integers(a);
   if (a.width != Width::kModel || a.dtype == DType::kBF16) return linear_bf16(a);
   if (a.maker.make != nullptr) round_rows(a, nullptr, nullptr);  // only made: read as it is

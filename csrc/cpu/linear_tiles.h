@@ -1,4 +1,4 @@
-// Linear layers on AMX tiles: weights of bf16, or integers widened to it (narrow.h).
+// Linear layers of bf16 weights on AMX tiles.
 //
 // A work item takes its panels two at a time and goes through all its rows with them, 32 at once (up
 // to 16 rows in all: four panels). The next panels are fetched into the second cache meanwhile, so
@@ -9,7 +9,7 @@
 
 #include "cut.h"
 #include "gemm.h"
-#include "narrow.h"
+#include "widening.h"
 
 namespace diptych::cpu {
 namespace {
@@ -17,7 +17,6 @@ namespace {
 constexpr int64_t kUnitRows = 2 * kTileRows;
 constexpr int64_t kTileRowsPerItemMax = 512;
 constexpr int64_t kTileRowBytesPerItem = 1280 << 10;  // of x, in the second cache
-constexpr int64_t kPieceFewRows = 128;  // inputs of narrow weights widened at once: first cache
 
 // Rows rounded to bf16 in blocks, as gemm_amx.h reads them.
 struct TileRows {
@@ -62,6 +61,8 @@ struct TileRoundJob {
     };
     for (; k < job.to.inputs; k += kPairInputs, pairs += step)
       Vec::store_bf16(pairs, part(k), part(k + Vec::W));
+    if (job.a.width != Width::kInt4) return;  // see nibble_tiles.h
+    for (k = 0; k < job.to.inputs; k += kPairInputs) Nibbles::order(job.to.at(row, k), kPairInputs);
   }
 };
 
@@ -113,9 +114,7 @@ struct TileSums {
   }
 
   F finished(const float* sums, int64_t column, int n) const {
-    F y = Vec::load(sums);
-    if (a.width == Width::kInt8)
-      y = y * Vec::load_n(static_cast<const float*>(a.scales) + column, n);
+    const F y = Vec::load(sums);
     return a.bias == nullptr ? y : y + Vec::load_n(a.bias + column, n);
   }
 };
@@ -154,7 +153,6 @@ struct TileJob {
   const bool few = cut.rows <= kTileRows;
   const int panels = few ? 4 : 2, own = a.silu ? panels / 2 : panels;
   const int64_t most_rows = few ? kTileRows : kUnitRows;
-  const bool narrow = a.width != Width::kModel;
 
   static void item(void* context, int64_t index) {
     const auto& job = *static_cast<const TileJob*>(context);
@@ -197,41 +195,35 @@ struct TileJob {
 
   void unit(const Place& place, int64_t panel, Meanwhile& meanwhile,
             float (&memory)[2][kUnitTiles * kTileFloats], int& turn) const {
-    const int64_t piece = narrow && place.rows <= most_rows ? kPieceFewRows : x.inputs;
     const int64_t outputs = place.panel + place.panels - panel;  // panels that are left
-    const bool stored = !a.silu && !a.add && a.bias == nullptr && a.width != Width::kInt8 &&
-                        piece >= x.inputs && outputs >= panels &&
+    const bool stored = !a.silu && !a.add && a.bias == nullptr && outputs >= panels &&
                         (panel + panels) * kPanel <= a.num_out;
     TileUnit u{};
     u.x_step = x.height * kPairInputs;
-    for (int64_t k = 0; k < x.inputs; k += piece) {
-      const int64_t inputs = x.inputs - k < piece ? x.inputs - k : piece;
-      weights(panel, outputs, k, inputs, u.w);
-      u.steps = inputs / kPairInputs;
-      u.accumulate = k > 0;
-      for (int64_t r = place.row; r < place.row + place.rows; r += most_rows) {
-        const int64_t left = place.row + place.rows - r, rows = left < most_rows ? left : most_rows;
-        const bool whole = stored && rows == most_rows;
-        float* first = whole ? a.out + r * a.num_out + panel * kPanel : memory[turn];
-        for (int i = 0; i < kUnitTiles; ++i) {
-          u.sums[i] = whole ? first + i / panels * kTileRows * a.num_out + i % panels * kPanel
-                            : first + i * kTileFloats;
-        }
-        u.stride = (whole ? a.num_out : kPanel) * 4;
-        u.x[0] = x.at(r, k);
-        u.x[1] = rows > kTileRows ? x.at(r + kTileRows, k) : nullptr;
-        meanwhile.rows = whole || a.add ? rows : 0;
-        meanwhile.outputs = reinterpret_cast<const char*>(a.out + r * a.num_out + panel * kPanel);
-        meanwhile.stride = a.num_out * 4;
-        multiply(u, meanwhile);
-        meanwhile.sums.drain();
-        if (whole || k + inputs < x.inputs) continue;
-        meanwhile.sums.tiles = first, meanwhile.sums.stride = panels;
-        meanwhile.sums.row = r, meanwhile.sums.rows = rows;
-        meanwhile.sums.panel = panel, meanwhile.sums.panels = outputs < own ? outputs : own;
-        meanwhile.sums.next_row = meanwhile.sums.next_panel = 0;
-        turn ^= 1;
+    u.steps = x.inputs / kPairInputs;
+    weights(panel, outputs, u.w);
+    for (int64_t r = place.row; r < place.row + place.rows; r += most_rows) {
+      const int64_t left = place.row + place.rows - r, rows = left < most_rows ? left : most_rows;
+      const bool whole = stored && rows == most_rows;
+      float* first = whole ? a.out + r * a.num_out + panel * kPanel : memory[turn];
+      for (int i = 0; i < kUnitTiles; ++i) {
+        u.sums[i] = whole ? first + i / panels * kTileRows * a.num_out + i % panels * kPanel
+                          : first + i * kTileFloats;
       }
+      u.stride = (whole ? a.num_out : kPanel) * 4;
+      u.x[0] = x.at(r, 0);
+      u.x[1] = rows > kTileRows ? x.at(r + kTileRows, 0) : nullptr;
+      meanwhile.rows = whole || a.add ? rows : 0;
+      meanwhile.outputs = reinterpret_cast<const char*>(a.out + r * a.num_out + panel * kPanel);
+      meanwhile.stride = a.num_out * 4;
+      multiply(u, meanwhile);
+      meanwhile.sums.drain();
+      if (whole) continue;
+      meanwhile.sums.tiles = first, meanwhile.sums.stride = panels;
+      meanwhile.sums.row = r, meanwhile.sums.rows = rows;
+      meanwhile.sums.panel = panel, meanwhile.sums.panels = outputs < own ? outputs : own;
+      meanwhile.sums.next_row = meanwhile.sums.next_panel = 0;
+      turn ^= 1;
     }
   }
 
@@ -241,29 +233,17 @@ struct TileJob {
     multiply_unit<2, 2>(u, meanwhile);
   }
 
-  // Inputs [k, k + inputs) of the panels of a unit; those that the item does not have are the first one.
-  void weights(int64_t first, int64_t outputs, int64_t k, int64_t inputs,
-               const uint16_t* (&w)[kUnitTiles]) const {
-    auto* wide = static_cast<uint16_t*>(
-        narrow ? scratch(kScratchItem, static_cast<size_t>(panels * inputs * kPanel * 2)) : nullptr);
+  // The panels of a unit; those that the item does not have are the first one.
+  void weights(int64_t first, int64_t outputs, const uint16_t* (&w)[kUnitTiles]) const {
     for (int p = 0; p < panels; ++p) {
-      if (p % own >= outputs) {
-        w[p] = w[0];
-        continue;
-      }
       const int64_t panel = first + p % own + (p < own ? 0 : cut.panels);
-      if (narrow) {
-        w[p] = wide + p * inputs * kPanel;
-        widen(a, x.inputs, panel, k, inputs, wide + p * inputs * kPanel);
-      } else {
-        w[p] = static_cast<const uint16_t*>(a.w) + (panel * x.inputs + k) * kPanel;
-      }
+      w[p] = p % own < outputs ? static_cast<const uint16_t*>(a.w) + panel * x.inputs * kPanel : w[0];
     }
   }
 };
 
 inline bool on_tiles(const LinearWeights& w) {
-  return w.width == Width::kModel ? w.dtype == DType::kBF16 : w.act_bits == 16;
+  return w.width == Width::kModel && w.dtype == DType::kBF16;
 }
 
 // Whether LinearArgs::add may be asked for.
@@ -285,7 +265,7 @@ inline void linear_tiles(const LinearArgs& a) {
   const int64_t panels = panels_to_cut(a), fit = kTileRowBytesPerItem / (2 * padded);
   int64_t most = fit < kRowsPerItemMin ? kRowsPerItemMin
                                        : fit < kTileRowsPerItemMax ? fit : kTileRowsPerItemMax;
-  if (a.width == Width::kModel) most = rows_for_all(panels / kGroupPanels, most);
+  most = rows_for_all(panels / kGroupPanels, most);
   TileJob job{a, x, {panels, a.rows, kGroupPanels, most, kUnitRows}};
   run_unless_small(job.cut.items, TileJob::item, &job, a.rows * a.num_out * a.num_in);
 }
