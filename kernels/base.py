@@ -191,8 +191,8 @@ class Kernels(Protocol):
         fp32 and fp16 weights: x stays fp32, fused multiply-add in fp32.
         Narrow weights: each row of x is rounded to integers of `narrow.act_bits` bits with a scale
         of its own (narrow.py), sums of integers are exact, int4 adds its groups in fp32. A backend
-        may round x to bf16 instead of 16 bits where that is faster (avx512_bf16, amx). A row with a
-        value that is not finite has no finite output. K is at most 65536.
+        may round x to bf16 instead of 16 bits where that is faster (avx512_bf16; amx with int4). A
+        row with a value that is not finite has no finite output. K is at most 65536.
         """
         ...
 

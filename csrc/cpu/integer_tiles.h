@@ -53,6 +53,23 @@ class TileSetting {
   int64_t now_ = 0;
 };
 
+// What is to be fetched meanwhile, shared out to so many calls of step(): a tile is many lines.
+class Fetch {
+ public:
+  Fetch(const Ahead& ahead, int64_t steps)
+      : at_(ahead.data), lines_(ahead.lines), each_((ahead.lines + steps - 1) / steps) {}
+
+  inline __attribute__((always_inline)) void step() {
+    const int64_t now = each_ < lines_ ? each_ : lines_;
+    for (int64_t i = 0; i < now; ++i) __builtin_prefetch(at_ + i * kLine, 0, 2);
+    at_ += now * kLine, lines_ -= now;
+  }
+
+ private:
+  const char* at_;
+  int64_t lines_, each_;
+};
+
 // One or two blocks of byte rows against P panels of int8.
 struct Square {
   int64_t row, high, low;  // byte rows of the item
@@ -194,12 +211,12 @@ inline void store_sums(int32_t* sums) {
 // null where these are all, else [panels / P][4] tiles between passes.
 template <int LIMBS, int BLOCKS, int P>
 void bytes_by_panels(const IntegerTile& t, Square s, int64_t panels, int64_t first, int64_t steps,
-                     int32_t* sums, bool last, Prefetch& prefetch) {
+                     int32_t* sums, bool last, Fetch& fetch) {
   asm volatile("" ::: "memory");
   Finishing<LIMBS, P> spaces[2];
   int turn = 0;
   const int64_t share = ((s.high + s.low) / LIMBS + steps - 1) / steps;
-  Prefetch ahead = prefetch;
+  Fetch ahead = fetch;
   for (int64_t end = s.panel + panels; s.panel + P <= end; s.panel += P) {
     Finishing<LIMBS, P>& before = spaces[turn ^ 1];
     open_sums<BLOCKS, P>(first == 0 ? nullptr : sums);
@@ -223,7 +240,7 @@ void bytes_by_panels(const IntegerTile& t, Square s, int64_t panels, int64_t fir
     }
     if (sums != nullptr) sums += 4 * kTileSums;
   }
-  prefetch = ahead;
+  fetch = ahead;
   spaces[turn ^ 1].close();
 }
 
@@ -239,7 +256,7 @@ void int8_on_tiles(const IntegerTile& t, int64_t byte_rows, int64_t panels) {
     sums = static_cast<int32_t*>(
         scratch(kScratchItem, static_cast<size_t>((panels + 1) / 2 * 4 * kTileSums) * 4));
   const int64_t blocks = (byte_rows + 2 * kRowBlock - 1) / (2 * kRowBlock);
-  Prefetch prefetch(t.ahead.or_there(t.x), blocks * (pairs + panels % 2) * all);
+  Fetch fetch(t.ahead, blocks * (pairs + panels % 2) * all);
   for (int64_t row = 0; row < byte_rows; row += 2 * kRowBlock) {
     const int64_t left = byte_rows - row, second = left - kRowBlock;
     Square s{row, left < kRowBlock ? left : kRowBlock,
@@ -251,11 +268,11 @@ void int8_on_tiles(const IntegerTile& t, int64_t byte_rows, int64_t panels) {
       auto run = [&](auto blocks) {
         constexpr int b = decltype(blocks)::value;
         s.panel = 0;
-        bytes_by_panels<LIMBS, b, 2>(t, s, pairs * 2, first, now, sums, last, prefetch);
+        bytes_by_panels<LIMBS, b, 2>(t, s, pairs * 2, first, now, sums, last, fetch);
         if (panels % 2 == 0) return;
         s.panel = pairs * 2;
         int32_t* at = sums == nullptr ? nullptr : sums + pairs * 4 * kTileSums;
-        bytes_by_panels<LIMBS, b, 1>(t, s, 1, first, now, at, last, prefetch);
+        bytes_by_panels<LIMBS, b, 1>(t, s, 1, first, now, at, last, fetch);
       };
       if (s.low > 0) {
         run(std::integral_constant<int, 2>());

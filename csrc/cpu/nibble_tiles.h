@@ -113,7 +113,7 @@ inline void store_block_row(const NibbleRows& all, int64_t row, int64_t panel, F
 // R: rows, at least those of the block (what is beside them is computed for nothing).
 template <class Wide, int R, int GROUP, bool UNPACKED>
 __attribute__((noinline)) void nibble_block(const NibbleTile& t, const NibbleRows& all,
-                                            int64_t row, int64_t panel, Prefetch& prefetch) {
+                                            int64_t row, int64_t panel, Fetch& fetch) {
   constexpr int64_t inputs = GROUP < Wide::kInputs ? GROUP : Wide::kInputs;  // of a tile
   constexpr int64_t group_bytes = GROUP * kPanel * Wide::kSize;
   alignas(64) char ring[kGroupsInFlight][kTileSums * 4];
@@ -124,7 +124,7 @@ __attribute__((noinline)) void nibble_block(const NibbleTile& t, const NibbleRow
   for (int r = 0; r < R; ++r) acc[r] = t.first ? Vec::set1(0.0f) : Vec::load(t.sums + r * kPanel);
   const int64_t groups = t.groups, step_bytes = t.step_bytes;
   const char* x = t.x;
-  Prefetch ahead = prefetch;
+  Fetch ahead = fetch;
   auto prepare = [&](int64_t g) __attribute__((always_inline)) {
     if constexpr (!UNPACKED) {
       if (g < groups) nibbles.unpack(t.w + g * GROUP * kPanel / 2, wide[g % kGroupsInFlight], GROUP);
@@ -160,7 +160,7 @@ __attribute__((noinline)) void nibble_block(const NibbleTile& t, const NibbleRow
     if (g >= kGroupLag) add(g - kGroupLag);
   }
   for (int64_t g = groups < kGroupLag ? 0 : groups - kGroupLag; g < groups; ++g) add(g);
-  prefetch = ahead;
+  fetch = ahead;
   const int64_t valid = all.height(row);
 #pragma GCC unroll 16
   for (int r = 0; r < R; ++r) {
@@ -174,12 +174,12 @@ __attribute__((noinline)) void nibble_block(const NibbleTile& t, const NibbleRow
 
 template <class Wide, int GROUP, bool UNPACKED>
 inline void nibble_block_rows(const NibbleTile& t, const NibbleRows& all, int64_t row,
-                              int64_t panel, Prefetch& prefetch) {
+                              int64_t panel, Fetch& fetch) {
   const int64_t rows = all.height(row);
-  if (rows == 1) return nibble_block<Wide, 1, GROUP, UNPACKED>(t, all, row, panel, prefetch);
-  if (rows <= 4) return nibble_block<Wide, 4, GROUP, UNPACKED>(t, all, row, panel, prefetch);
-  if (rows <= 8) return nibble_block<Wide, 8, GROUP, UNPACKED>(t, all, row, panel, prefetch);
-  nibble_block<Wide, 16, GROUP, UNPACKED>(t, all, row, panel, prefetch);
+  if (rows == 1) return nibble_block<Wide, 1, GROUP, UNPACKED>(t, all, row, panel, fetch);
+  if (rows <= 4) return nibble_block<Wide, 4, GROUP, UNPACKED>(t, all, row, panel, fetch);
+  if (rows <= 8) return nibble_block<Wide, 8, GROUP, UNPACKED>(t, all, row, panel, fetch);
+  nibble_block<Wide, 16, GROUP, UNPACKED>(t, all, row, panel, fetch);
 }
 
 // One block of rows: panel after panel is unpacked on the way.
@@ -189,12 +189,12 @@ void nibbles_few_rows(const NibbleRows& all, int64_t panels) {
   TileSetting setting;
   setting.set(all.rows, 0, inputs * Wide::kSize);
   const int64_t groups = all.inputs / GROUP;
-  Prefetch prefetch(all.ahead.or_there(all.x), panels * groups);
+  Fetch fetch(all.ahead, panels * groups);
   for (int64_t p = 0; p < panels; ++p) {
     const NibbleTile t{all.x,  all.step_bytes(0), all.w + p * all.panel_stride,
                        nullptr, groups,          all.steps + p * all.steps_stride,
                        nullptr, true,            true};
-    nibble_block_rows<Wide, GROUP, false>(t, all, 0, p, prefetch);
+    nibble_block_rows<Wide, GROUP, false>(t, all, 0, p, fetch);
   }
 }
 
@@ -213,7 +213,7 @@ void nibbles_many_rows(const NibbleRows& all, int64_t panels) {
                                                 kStripPanels * wide_stride)));
   auto* wide = reinterpret_cast<char*>(sums + blocks * kStripPanels * kTileSums);
   const Wide nibbles;
-  Prefetch prefetch(all.ahead.or_there(all.x), panels * blocks * (all.inputs / GROUP));
+  Fetch fetch(all.ahead, panels * blocks * (all.inputs / GROUP));
   for (int64_t strip = 0; strip < panels; strip += kStripPanels) {
     const int64_t strip_panels = panels - strip < kStripPanels ? panels - strip : kStripPanels;
     for (int64_t k = 0; k < all.inputs; k += piece) {
@@ -233,7 +233,7 @@ void nibbles_many_rows(const NibbleRows& all, int64_t panels) {
           t.wide = wide + p * wide_stride;
           t.steps = all.steps + (strip + p) * all.steps_stride + k / GROUP * kPanel;
           t.sums = sums + (row / kRowBlock * kStripPanels + p) * kTileSums;
-          nibble_block_rows<Wide, GROUP, true>(t, all, row, strip + p, prefetch);
+          nibble_block_rows<Wide, GROUP, true>(t, all, row, strip + p, fetch);
         }
       }
     }
