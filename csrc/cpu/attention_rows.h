@@ -426,9 +426,8 @@ void run_split(const AttentionArgs& a, const RowBlock& block, int64_t rows, int6
   if constexpr (Format<E>::kDot) Pairs::reset(w, round_up(rows, kGroupRows));
   if constexpr (Format<E>::kDot && kTiles) {
     if (AttentionTiles::fits(dim)) {
-      AttentionTiles tiles(block.num_heads, rows / block.num_heads, dim, w.tile_memory);
+      AttentionTiles tiles(rows / block.num_heads, dim, w.tile_memory);
       for (int64_t base = first; base < end; base += kTile) add_tile<E>(a, block, base, w, &tiles);
-      tiles.finish();
       Pairs::finish(w, rows);
       return;
     }

@@ -3,8 +3,7 @@
 // Keys lie in the pool as tiles are multiplied. So do values, but the products take 32 keys at once and
 // 16 lie side by side: a tile's values are copied into the first cache, once for all rows of a block.
 // The softmax is that of attention_pairs.h: weights of bf16, relative to a reference that is raised
-// only where they become too large. Scores start at minus the reference. While the tiles multiply for
-// one group of rows, the vectors make weights of the group before.
+// only where they become too large. Scores start at minus the reference.
 // Invariants: a row takes part in the same products whatever rows lie beside it, and what a row does not
 // see of a tile has weight 0. Its value is multiplied by that 0, so values that are not finite and
 // that some rows do not see take another way, row by row.
@@ -27,55 +26,45 @@ struct RowGroups {
   int64_t padded() const { return count * height; }
 };
 
-// One group of rows against one tile.
-struct GroupStage {
+// One group of rows and one tile.
+struct TileGroup {
   const char *panels[kTilePanels], *values[kTilePanels];  // where 16 keys begin; null: nobody sees any
   const uint16_t* q;                // [height, dim]
   float *acc, *sums, *starts, *limits;
   const int64_t *low, *high;        // [height]: the keys that a row sees
   int64_t base;
   Range seen;                       // of the tile, by any row of the block
-  bool full, whole, opens;          // the group, or all rows, see all of it; it is the tile's first group
+  bool full, whole;                 // the group, or all rows, see all of it
 };
 
-// The groups of a block, in turn. Each passes three stages: scores, weights, weighted values.
 class AttentionTiles {
  public:
   static constexpr bool fits(int64_t dim) { return kTiles && Vec::kBf16Dot && dim % kDimUnit == 0; }
   // Floats of its memory.
-  static int64_t memory(int64_t dim) { return kGroupRows * (3 * kTile + dim) + kTile / 2 * dim; }
+  static int64_t memory(int64_t dim) {
+    return kGroupRows * (kTile * 3 / 2 + dim) + kTile / 2 * dim;
+  }
 
-  // heads: of the block, `rows` rows each.
-  AttentionTiles(int64_t heads, int64_t rows, int64_t dim, float* memory);
+  // rows: of one head.
+  AttentionTiles(int64_t rows, int64_t dim, float* memory);
   ~AttentionTiles();
   // The rows of one head against the tile at `base`.
   void add(const Workspace& w, int64_t rows, int64_t base);
-  // What was added is in the accumulators.
-  void finish();
 
  private:
-  struct Cursor {  // of the group whose weights are made
-    const GroupStage* stage;
-    const float* scores;
-    uint32_t* weights;
-    int64_t row;
-  };
-
-  void step(const GroupStage* scored, const GroupStage* softened, const GroupStage* weighed);
-  void soften(Cursor& at, int64_t rows);
-  void copy_values(const GroupStage& stage);
-  void weigh_exactly(const GroupStage& stage, const uint32_t* weights);
+  void score(const TileGroup& g);
+  void soften(const TileGroup& g);
+  void weigh(float* acc, const char* const* values);
+  void weigh_exactly(const TileGroup& g);
+  bool copy_values(const TileGroup& g);
 
   RowGroups groups_;
-  int64_t dim_, rows_per_slot_, steps_ = 0;
-  bool overlapped_;
-  float* scores_;      // [2][kGroupRows, kTile]
-  uint32_t* weights_;  // [2][kGroupRows, kTile / 2] pairs
-  char* copy_;         // values [kTile / 2, dim] pairs
+  int64_t dim_;
+  float* scores_;      // [kGroupRows, kTile]
+  uint32_t* weights_;  // [kGroupRows, kTile / 2] pairs
   float* spare_;       // [kGroupRows, dim]
-  bool finite_ = true;                     // the values of a partial tile
-  const char* values_[2] = {};             // where 32 keys begin
-  GroupStage stages_[3] = {};
+  char* copy_;         // values [kTile / 2, dim] pairs
+  const char* values_[2] = {};  // where 32 keys begin
 };
 
 #ifdef __AMX_BF16__
@@ -102,13 +91,10 @@ struct alignas(64) GroupConfig {
   }
 };
 
-AttentionTiles::AttentionTiles(int64_t heads, int64_t rows, int64_t dim, float* memory)
-    : groups_(rows), dim_(dim), overlapped_(heads * groups_.count > 1) {
-  const int64_t slots = dim / kDimUnit + 2 * ((dim + kChunkColumns - 1) / kChunkColumns);
-  rows_per_slot_ = (groups_.height + slots - 1) / slots;
+AttentionTiles::AttentionTiles(int64_t rows, int64_t dim, float* memory) : groups_(rows), dim_(dim) {
   scores_ = memory;
-  weights_ = reinterpret_cast<uint32_t*>(memory + 2 * kGroupRows * kTile);
-  spare_ = memory + 3 * kGroupRows * kTile;
+  weights_ = reinterpret_cast<uint32_t*>(scores_ + kGroupRows * kTile);
+  spare_ = scores_ + kGroupRows * (kTile * 3 / 2);
   copy_ = reinterpret_cast<char*>(spare_ + kGroupRows * dim);
   const GroupConfig config(groups_.height);
   _tile_loadconfig(&config);
@@ -125,7 +111,7 @@ inline __attribute__((always_inline)) F power_of_two(F x) {
 }
 
 // The reference of a row becomes its largest score in the tile.
-__attribute__((noinline)) void raise(const GroupStage& g, int64_t r, float* s, uint64_t seen,
+__attribute__((noinline)) void raise(const TileGroup& g, int64_t r, float* s, uint64_t seen,
                                      int64_t dim) {
   const bool fresh = g.limits[r] < 0.0f;
   F top = Vec::set1(-INFINITY);
@@ -145,7 +131,7 @@ __attribute__((noinline)) void raise(const GroupStage& g, int64_t r, float* s, u
 
 // Row r's scores become weights; what is summed up is what multiplies values. FULL: it sees all of the tile; else `seen` says what.
 template <bool FULL>
-inline __attribute__((always_inline)) void soften_row(const GroupStage& g, int64_t r, float* s,
+inline __attribute__((always_inline)) void soften_row(const TileGroup& g, int64_t r, float* s,
                                                       uint32_t* weights, uint64_t seen,
                                                       int64_t dim) {
   if (__builtin_expect(g.limits[r] < 0.0f, 0)) raise(g, r, s, seen, dim);
@@ -170,35 +156,31 @@ inline __attribute__((always_inline)) void soften_row(const GroupStage& g, int64
   Vec::store(reinterpret_cast<float*>(weights + kPanel), second);
 }
 
-inline uint64_t seen_keys(const GroupStage& g, int64_t r) {
+inline uint64_t seen_keys(const TileGroup& g, int64_t r) {
   const int64_t low = g.low[r] - g.base, high = g.high[r] - g.base;
   if (high <= 0 || low >= kTile || low >= high) return 0;
   return keys_of({low < 0 ? 0 : low, high < kTile ? high : kTile});
 }
 
-// The next rows of the group; all that are left where `rows` says so.
-inline void AttentionTiles::soften(Cursor& at, int64_t rows) {
-  const GroupStage& g = *at.stage;
-  const int64_t end = at.row + rows < groups_.height ? at.row + rows : groups_.height, dim = dim_;
-  float* s = const_cast<float*>(at.scores);
-  if (g.full) {
-    for (int64_t r = at.row; r < end; ++r)
-      soften_row<true>(g, r, s + r * kTile, at.weights + r * kPairsOfTile, ~uint64_t{0}, dim);
-  } else {
-    for (int64_t r = at.row; r < end; ++r) {
-      const uint64_t seen = seen_keys(g, r);
-      if (seen == 0) {
-        memset(at.weights + r * kPairsOfTile, 0, kPairsOfTile * 4);
-      } else {
-        soften_row<false>(g, r, s + r * kTile, at.weights + r * kPairsOfTile, seen, dim);
-      }
+// Weights of all rows of the group.
+void AttentionTiles::soften(const TileGroup& g) {
+  const int64_t height = groups_.height, dim = dim_;
+  float* s = scores_;
+  uint32_t* weights = weights_;
+  for (int64_t r = 0; r < height; ++r, s += kTile, weights += kPairsOfTile) {
+    const uint64_t seen = g.full ? ~uint64_t{0} : seen_keys(g, r);
+    if (g.full) {
+      soften_row<true>(g, r, s, weights, seen, dim);
+    } else if (seen != 0) {
+      soften_row<false>(g, r, s, weights, seen, dim);
+    } else {
+      memset(weights, 0, kPairsOfTile * 4);
     }
   }
-  at.row = end;
 }
 
 // 32 dimensions of a group's queries and of the keys.
-inline __attribute__((always_inline)) void add_scores(const GroupStage& g, int64_t d, int64_t dim) {
+inline __attribute__((always_inline)) void add_scores(const TileGroup& g, int64_t d, int64_t dim) {
   const int64_t at = d * kPanel * 2;
   _tile_loadd(4, g.q + d, dim * 2);
   _tile_loadd(5, g.panels[0] + at, 64);
@@ -242,58 +224,30 @@ inline __attribute__((always_inline)) void close_columns(float* acc, int64_t str
   _tile_stored(3, acc + 48, stride);
 }
 
-// acc += weights times values; between(): called after each few products.
-template <class Between>
-inline __attribute__((always_inline)) void weigh(float* acc, const uint32_t* weights,
-                                                 const char* const* values, int64_t dim,
-                                                 Between between) {
-  for (int64_t d = 0; d < dim; d += kChunkColumns) {
-    const bool narrow = dim - d < kChunkColumns;
-    publish();
-    open_columns(acc + d, dim * 4, narrow);
-    for (int half = 0; half < 2; ++half) {
-      add_values(weights + half * kPanel, values[half] + d * 4, dim * 4, narrow);
-      between();
-    }
-    close_columns(acc + d, dim * 4, narrow);
-  }
+void AttentionTiles::score(const TileGroup& g) {
+  publish();
+  _tile_loadd(0, g.starts, 64);
+  _tile_loadd(1, g.starts, 64);
+  _tile_loadd(2, g.starts, 64);
+  _tile_loadd(3, g.starts, 64);
+  for (int64_t d = 0; d < dim_; d += kDimUnit) add_scores(g, d, dim_);
+  _tile_stored(0, scores_, kTile * 4);
+  _tile_stored(1, scores_ + kPanel, kTile * 4);
+  _tile_stored(2, scores_ + 2 * kPanel, kTile * 4);
+  _tile_stored(3, scores_ + 3 * kPanel, kTile * 4);
 }
 
-// Scores of one group, weights of another, weighted values of a third; any may be missing.
-void AttentionTiles::step(const GroupStage* scored, const GroupStage* softened, const GroupStage* weighed) {
-  const int64_t turn = overlapped_ ? steps_++ & 1 : 0, other = overlapped_ ? turn ^ 1 : 0;
-  float* scores = scores_ + turn * kGroupRows * kTile;
-  Cursor at{softened, scores_ + other * kGroupRows * kTile,
-            weights_ + other * kGroupRows * kPairsOfTile, softened == nullptr ? groups_.height : 0};
-  const int64_t slot = rows_per_slot_;
-  auto between = [&] {
-    if (at.row < groups_.height) soften(at, slot);
-  };
-  if (weighed != nullptr && weighed->opens) copy_values(*weighed);
-  if (scored != nullptr) {
+// acc += weights times values, which begin at values[0] and, the second 32 keys, at values[1].
+inline void AttentionTiles::weigh(float* acc, const char* const* values) {
+  const int64_t stride = dim_ * 4;
+  for (int64_t d = 0; d < dim_; d += kChunkColumns) {
+    const bool narrow = dim_ - d < kChunkColumns;
     publish();
-    _tile_loadd(0, scored->starts, 64);
-    _tile_loadd(1, scored->starts, 64);
-    _tile_loadd(2, scored->starts, 64);
-    _tile_loadd(3, scored->starts, 64);
-    for (int64_t d = 0; d < dim_; d += kDimUnit) {
-      add_scores(*scored, d, dim_);
-      between();
-    }
-    _tile_stored(0, scores, kTile * 4);
-    _tile_stored(1, scores + kPanel, kTile * 4);
-    _tile_stored(2, scores + 2 * kPanel, kTile * 4);
-    _tile_stored(3, scores + 3 * kPanel, kTile * 4);
+    open_columns(acc + d, stride, narrow);
+    add_values(weights_, values[0] + d * 4, stride, narrow);
+    add_values(weights_ + kPanel, values[1] + d * 4, stride, narrow);
+    close_columns(acc + d, stride, narrow);
   }
-  if (weighed != nullptr) {
-    const uint32_t* weights = weights_ + turn * kGroupRows * kPairsOfTile;
-    if (!finite_ && !weighed->full) {
-      weigh_exactly(*weighed, weights);
-    } else {
-      weigh(weighed->acc, weights, values_, dim_, between);
-    }
-  }
-  if (at.row < groups_.height) soften(at, groups_.height);
 }
 
 // 16 keys' values, those outside of `seen` as zeros; returns whether all of them are finite.
@@ -318,16 +272,17 @@ bool copy_piece(char* out, const char* in, int64_t first_key, Range seen, int64_
   return endless == 0;
 }
 
-void AttentionTiles::copy_values(const GroupStage& g) {
+// Returns whether no row meets a value that it does not see and that is not finite.
+bool AttentionTiles::copy_values(const TileGroup& g) {
   const int64_t piece = kPiecePairs * dim_ * 4;
-  finite_ = true;
+  bool finite = true;
   for (int half = 0; half < 2; ++half) {
     const char *first = g.values[2 * half], *second = g.values[2 * half + 1];
     char* out = copy_ + half * 2 * piece;
     values_[half] = out;
     if (!g.whole) {
-      finite_ &= copy_piece(out, first, 2 * half * kPanel, g.seen, dim_);
-      finite_ &= copy_piece(out + piece, second, (2 * half + 1) * kPanel, g.seen, dim_);
+      finite &= copy_piece(out, first, 2 * half * kPanel, g.seen, dim_);
+      finite &= copy_piece(out + piece, second, (2 * half + 1) * kPanel, g.seen, dim_);
     } else if (second == first + piece) {
       values_[half] = first;
     } else {
@@ -335,10 +290,11 @@ void AttentionTiles::copy_values(const GroupStage& g) {
       memcpy(out + piece, second, static_cast<size_t>(piece));
     }
   }
+  return finite;
 }
 
 // Each row with zeros in place of the values that it does not see.
-__attribute__((noinline)) void AttentionTiles::weigh_exactly(const GroupStage& g, const uint32_t* weights) {
+__attribute__((noinline)) void AttentionTiles::weigh_exactly(const TileGroup& g) {
   const int64_t piece = kPiecePairs * dim_ * 4;
   const char* values[2] = {copy_, copy_ + 2 * piece};
   for (int64_t r = 0; r < groups_.height; ++r) {
@@ -347,7 +303,7 @@ __attribute__((noinline)) void AttentionTiles::weigh_exactly(const GroupStage& g
     for (int p = 0; p < kTilePanels; ++p)
       copy_piece(copy_ + p * piece, g.values[p], p * kPanel, {low, high}, dim_);
     memcpy(spare_ + r * dim_, g.acc + r * dim_, static_cast<size_t>(dim_) * 4);
-    weigh(spare_, weights, values, dim_, [] {});
+    weigh(spare_, values);
     memcpy(g.acc + r * dim_, spare_ + r * dim_, static_cast<size_t>(dim_) * 4);
   }
   copy_values(g);  // for the groups after it
@@ -357,45 +313,29 @@ void AttentionTiles::add(const Workspace& w, int64_t rows, int64_t base) {
   const char* any = nullptr;  // in place of panels that nobody sees
   for (const char* panel : w.place->panels) any = panel != nullptr ? panel : any;
   const int64_t low = w.low[0] - base, high = w.high[rows - 1] - base;  // both grow with the row
-  GroupStage next{};
-  next.seen = {low, high};
-  next.base = base;
-  next.whole = w.low[rows - 1] <= base && w.high[0] >= base + kTile;
+  TileGroup g{};
+  g.seen = {low, high};
+  g.base = base;
+  g.whole = w.low[rows - 1] <= base && w.high[0] >= base + kTile;
   for (int p = 0; p < kTilePanels; ++p) {
-    next.panels[p] = w.place->panels[p] != nullptr ? w.place->panels[p] : any;
-    next.values[p] = w.place->panels[p] != nullptr ? w.place->values[p * kPiecePairs] : any;
+    g.panels[p] = w.place->panels[p] != nullptr ? w.place->panels[p] : any;
+    g.values[p] = w.place->panels[p] != nullptr ? w.place->values[p * kPiecePairs] : any;
   }
+  const bool finite = copy_values(g);
   const int64_t height = groups_.height;
   for (int64_t r = 0; r < groups_.padded(); r += height) {
-    next.q = static_cast<const uint16_t*>(w.q) + r * dim_;
-    next.acc = w.split.acc + r * dim_;
-    next.sums = w.sums + r * Vec::W;
-    next.starts = w.starts + r * Vec::W;
-    next.limits = w.limits + r;
-    next.low = w.low + r;
-    next.high = w.high + r;
-    next.full = next.low[height - 1] <= base && next.high[0] >= base + kTile;
-    next.opens = r == 0;
-    if (!overlapped_) {
-      step(&next, nullptr, nullptr);
-      step(nullptr, &next, nullptr);
-      step(nullptr, nullptr, &next);
-      continue;
-    }
-    stages_[2] = stages_[1];
-    stages_[1] = stages_[0];
-    stages_[0] = next;
-    step(&stages_[0], stages_[1].q != nullptr ? &stages_[1] : nullptr,
-         stages_[2].q != nullptr ? &stages_[2] : nullptr);
+    g.q = static_cast<const uint16_t*>(w.q) + r * dim_;
+    g.acc = w.split.acc + r * dim_;
+    g.sums = w.sums + r * Vec::W;
+    g.starts = w.starts + r * Vec::W;
+    g.limits = w.limits + r;
+    g.low = w.low + r;
+    g.high = w.high + r;
+    g.full = g.low[height - 1] <= base && g.high[0] >= base + kTile;
+    score(g);
+    soften(g);
+    finite || g.full ? weigh(g.acc, values_) : weigh_exactly(g);
   }
-}
-
-void AttentionTiles::finish() {
-  if (!overlapped_) return;
-  if (stages_[0].q != nullptr)
-    step(nullptr, &stages_[0], stages_[1].q != nullptr ? &stages_[1] : nullptr);
-  if (stages_[0].q != nullptr) step(nullptr, nullptr, &stages_[0]);
-  stages_[0] = stages_[1] = stages_[2] = GroupStage{};
 }
 #endif
 
