@@ -78,11 +78,7 @@ constexpr int64_t kChunkColumns = 4 * kPanel;  // of accumulators in tiles at a 
 inline void publish() { asm volatile("" ::: "memory"); }
 
 // Tiles 0..3 accumulate, 4 has rows of queries or weights, 5 and 6 keys or values.
-struct alignas(64) GroupConfig {
-  uint8_t palette = 1, start_row = 0, reserved[14] = {};
-  uint16_t row_bytes[16] = {};
-  uint8_t rows[16] = {};
-
+struct GroupConfig : TileShapes {
   explicit GroupConfig(int64_t height) {
     for (int i = 0; i < 7; ++i) {
       row_bytes[i] = 64;
@@ -97,7 +93,7 @@ AttentionTiles::AttentionTiles(int64_t rows, int64_t dim, float* memory) : group
   spare_ = scores_ + kGroupRows * (kTile * 3 / 2);
   copy_ = reinterpret_cast<char*>(spare_ + kGroupRows * dim);
   const GroupConfig config(groups_.height);
-  _tile_loadconfig(&config);
+  config.load();
 }
 
 AttentionTiles::~AttentionTiles() { _tile_release(); }

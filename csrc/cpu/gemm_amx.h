@@ -20,13 +20,21 @@ constexpr int64_t kTileSteps = 16;  // pairs of inputs in one tile
 constexpr int64_t kTileValues = kTileRows * kPairInputs;  // bf16, of a full tile
 constexpr int64_t kTileFloats = kTileRows * kPanel;
 
-// Accumulators 0..3, activations 4 and 5, weights 6 and 7. The upper pair of accumulators and tile
-// 5 have `low` rows, the others `high`; a single row block has all four in `high` rows.
-struct alignas(64) TileConfig {
+// What the processor reads when tiles are set: its format.
+struct alignas(64) TileShapes {
   uint8_t palette = 1, start_row = 0, reserved[14] = {};
   uint16_t row_bytes[16] = {};
   uint8_t rows[16] = {};
 
+  void load() const {
+    asm volatile("" : : "r"(this) : "memory");  // of which the next line claims to read eight bytes
+    _tile_loadconfig(this);
+  }
+};
+
+// Accumulators 0..3, activations 4 and 5, weights 6 and 7. The upper pair of accumulators and tile
+// 5 have `low` rows, the others `high`; a single row block has all four in `high` rows.
+struct TileConfig : TileShapes {
   TileConfig(int64_t high, int64_t low) {
     const int64_t second = low > 0 ? low : high;
     const int64_t tile_rows[8] = {high, high, second, second, high, second, kTileRows, kTileRows};

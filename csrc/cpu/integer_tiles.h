@@ -21,11 +21,7 @@ constexpr int64_t kTileSums = kRowBlock * kPanel;
 
 // Accumulators 0..3, x 4 and 5, weights 6 and 7. The upper pair of accumulators and tile 5 have `low`
 // rows, the others `high`; a tile of weights has `inputs` inputs.
-struct alignas(64) ByteTiles {
-  uint8_t palette = 1, start_row = 0, reserved[14] = {};
-  uint16_t row_bytes[16] = {};
-  uint8_t rows[16] = {};
-
+struct ByteTiles : TileShapes {
   ByteTiles(int64_t high, int64_t low, int64_t inputs) {
     const int64_t second = low > 0 ? low : high;
     const int64_t of_tile[8] = {high, high, second, second, high, second, inputs / 4, inputs / 4};
@@ -45,8 +41,7 @@ class TileSetting {
     if (wanted == now_) return;
     now_ = wanted;
     const ByteTiles config(high, low, inputs);
-    asm volatile("" : : "r"(&config) : "memory");  // of which the next line claims to read eight bytes
-    _tile_loadconfig(&config);
+    config.load();
   }
 
  private:

@@ -158,7 +158,7 @@ struct TileJob {
     const auto& job = *static_cast<const TileJob*>(context);
     const Place place = job.cut.place(index);
     const TileConfig config(job.x.height, 0);
-    _tile_loadconfig(&config);
+    config.load();
     TileSums sums{job.a, job.rounded_out()};
     alignas(64) float memory[2][kUnitTiles * kTileFloats];
     int turn = 0;  // of the two memories

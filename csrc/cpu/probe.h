@@ -13,7 +13,7 @@ constexpr int kProbeChains = 20;  // independent sums: more than latency times p
 void probe_tiles(int64_t rounds) {
 #ifdef __AMX_BF16__
   const TileConfig config(kTileRows, kTileRows);
-  _tile_loadconfig(&config);
+  config.load();
   _tile_zero(0);
   _tile_zero(1);
   _tile_zero(2);
