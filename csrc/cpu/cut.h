@@ -133,6 +133,16 @@ void each_part(const LinearArgs& a, const Cut& cut, int64_t index, Part part) {
   }
 }
 
+// A work item of a job that has `a`, `cut` and part().
+template <class Job>
+void run_parts(void* context, int64_t index) {
+  const auto& job = *static_cast<const Job*>(context);
+  each_part(job.a, job.cut, index,
+            [&](const Place& place, int64_t panel, const Sums& sums, const Ahead& ahead) {
+              job.part(place, panel, sums, ahead);
+            });
+}
+
 inline void run_unless_small(int64_t items, ItemFn fn, void* context, int64_t work) {
   if (work >= kInlineProducts) return run_items(items, fn, context);
   for (int64_t i = 0; i < items; ++i) fn(context, i);

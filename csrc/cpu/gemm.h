@@ -61,7 +61,6 @@ struct TileArgs {
   const float* bias;  // of the first column, or null
   int64_t columns;    // valid columns from the first one on
   bool accumulate = false;
-  int64_t first_step = 0;  // of tiles: x starts at step 0
   Ahead ahead = {};        // to be fetched meanwhile
 };
 

@@ -33,13 +33,14 @@ struct alignas(64) TileShapes {
 };
 
 // Accumulators 0..3, activations 4 and 5, weights 6 and 7. The upper pair of accumulators and tile
-// 5 have `low` rows, the others `high`; a single row block has all four in `high` rows.
+// 5 have `low` rows, the others `high`; a single row block has all four in `high` rows. `bytes`: of a
+// row of activations; weights have a row for every four.
 struct TileConfig : TileShapes {
-  TileConfig(int64_t high, int64_t low) {
+  TileConfig(int64_t high, int64_t low, int64_t bytes = 64) {
     const int64_t second = low > 0 ? low : high;
-    const int64_t tile_rows[8] = {high, high, second, second, high, second, kTileRows, kTileRows};
+    const int64_t tile_rows[8] = {high, high, second, second, high, second, bytes / 4, bytes / 4};
     for (int i = 0; i < 8; ++i) {
-      row_bytes[i] = 64;
+      row_bytes[i] = static_cast<uint16_t>(i == 4 || i == 5 ? bytes : 64);
       rows[i] = static_cast<uint8_t>(tile_rows[i]);
     }
   }
@@ -55,7 +56,6 @@ struct TileUnit {
   int64_t steps;
   float* sums[kUnitTiles];  // of block b and panel p at b * panels + p
   int64_t stride;           // bytes between rows of sums
-  bool accumulate;          // goes on from the sums that are there
 };
 
 template <class Meanwhile>
@@ -80,27 +80,9 @@ inline __attribute__((always_inline)) void steps_two_by_two(const TileUnit& u,
   }
 }
 
-template <class Meanwhile>
-inline __attribute__((always_inline)) void steps_one_by_two(const TileUnit& u,
-                                                            Meanwhile& meanwhile) {
-  const uint16_t *x = u.x[0], *w0 = u.w[0], *w1 = u.w[1];
-  for (int64_t s = 0; s < u.steps; ++s) {
-    _tile_loadd(4, x, 64);
-    _tile_loadd(6, w0, 64);
-    _tile_dpbf16ps(0, 4, 6);
-    _tile_zero(6);
-    _tile_loadd(6, w1, 64);
-    _tile_dpbf16ps(1, 4, 6);
-    _tile_zero(4);
-    _tile_zero(6);
-    x += u.x_step, w0 += kTileValues, w1 += kTileValues;
-    meanwhile.step();
-  }
-}
-
-template <class Meanwhile>
-inline __attribute__((always_inline)) void steps_one_by_four(const TileUnit& u,
-                                                             Meanwhile& meanwhile) {
+// One block by two or four panels.
+template <int panels, class Meanwhile>
+inline __attribute__((always_inline)) void steps_of_one(const TileUnit& u, Meanwhile& meanwhile) {
   const uint16_t *x = u.x[0], *w0 = u.w[0], *w1 = u.w[1], *w2 = u.w[2], *w3 = u.w[3];
   for (int64_t s = 0; s < u.steps; ++s) {
     _tile_loadd(4, x, 64);
@@ -109,16 +91,18 @@ inline __attribute__((always_inline)) void steps_one_by_four(const TileUnit& u,
     _tile_zero(6);
     _tile_loadd(6, w1, 64);
     _tile_dpbf16ps(1, 4, 6);
-    _tile_zero(6);
-    _tile_loadd(6, w2, 64);
-    _tile_dpbf16ps(2, 4, 6);
-    _tile_zero(6);
-    _tile_loadd(6, w3, 64);
-    _tile_dpbf16ps(3, 4, 6);
+    if constexpr (panels == 4) {
+      _tile_zero(6);
+      _tile_loadd(6, w2, 64);
+      _tile_dpbf16ps(2, 4, 6);
+      _tile_zero(6);
+      _tile_loadd(6, w3, 64);
+      _tile_dpbf16ps(3, 4, 6);
+      w2 += kTileValues, w3 += kTileValues;
+    }
     _tile_zero(4);
     _tile_zero(6);
-    x += u.x_step;
-    w0 += kTileValues, w1 += kTileValues, w2 += kTileValues, w3 += kTileValues;
+    x += u.x_step, w0 += kTileValues, w1 += kTileValues;
     meanwhile.step();
   }
 }
@@ -129,23 +113,14 @@ template <int blocks, int panels, class Meanwhile>
 inline void multiply_unit(const TileUnit& u, Meanwhile meanwhile) {
   constexpr bool four = blocks * panels == 4;
   asm volatile("" ::: "memory");  // tile loads are not known to read what was stored before
-  if (u.accumulate) {
-    _tile_loadd(0, u.sums[0], u.stride);
-    _tile_loadd(1, u.sums[1], u.stride);
-    if (four) _tile_loadd(2, u.sums[2], u.stride);
-    if (four) _tile_loadd(3, u.sums[3], u.stride);
-  } else {
-    _tile_zero(0);
-    _tile_zero(1);
-    _tile_zero(2);
-    _tile_zero(3);
-  }
+  _tile_zero(0);
+  _tile_zero(1);
+  _tile_zero(2);
+  _tile_zero(3);
   if constexpr (blocks == 2) {
     steps_two_by_two(u, meanwhile);
-  } else if constexpr (panels == 2) {
-    steps_one_by_two(u, meanwhile);
   } else {
-    steps_one_by_four(u, meanwhile);
+    steps_of_one<panels>(u, meanwhile);
   }
   _tile_stored(0, u.sums[0], u.stride);
   _tile_stored(1, u.sums[1], u.stride);

@@ -19,28 +19,15 @@ namespace {
 constexpr int64_t kPieceOfBytes = 640;     // inputs of one pass over an item of int8: first cache
 constexpr int64_t kTileSums = kRowBlock * kPanel;
 
-// Accumulators 0..3, x 4 and 5, weights 6 and 7. The upper pair of accumulators and tile 5 have `low`
-// rows, the others `high`; a tile of weights has `inputs` inputs.
-struct ByteTiles : TileShapes {
-  ByteTiles(int64_t high, int64_t low, int64_t inputs) {
-    const int64_t second = low > 0 ? low : high;
-    const int64_t of_tile[8] = {high, high, second, second, high, second, inputs / 4, inputs / 4};
-    for (int i = 0; i < 8; ++i) {
-      row_bytes[i] = static_cast<uint16_t>(i == 4 || i == 5 ? inputs : 64);
-      rows[i] = static_cast<uint8_t>(of_tile[i]);
-    }
-  }
-};
-
 // The tiles as they are set; a change costs about as much as twenty multiplications.
 class TileSetting {
  public:
   ~TileSetting() { _tile_release(); }
-  void set(int64_t high, int64_t low, int64_t inputs) {
-    const int64_t wanted = (high * 32 + low) * 128 + inputs;
+  void set(int64_t high, int64_t low, int64_t bytes) {  // as in TileConfig
+    const int64_t wanted = (high * 32 + low) * 128 + bytes;
     if (wanted == now_) return;
     now_ = wanted;
-    const ByteTiles config(high, low, inputs);
+    const TileConfig config(high, low, bytes);
     config.load();
   }
 
@@ -149,7 +136,7 @@ class Finishing {
   bool has_bias_;
 };
 
-// One pass over K for a square: tile_steps() multiplies `steps` steps from step `first` on.
+// One pass over K for a square: `steps` steps from step `first` on.
 template <int BLOCKS, int P, class Between>
 inline __attribute__((always_inline)) void multiply_bytes(const IntegerTile& t, const Square& s,
                                                           int64_t first, int64_t steps,

@@ -313,14 +313,6 @@ struct IntegerJob {
   const IntegerRows& q;
   Cut cut;
 
-  static void item(void* context, int64_t index) {
-    const auto& job = *static_cast<const IntegerJob*>(context);
-    each_part(job.a, job.cut, index,
-              [&](const Place& place, int64_t panel, const Sums& sums, const Ahead& ahead) {
-                job.part(place, panel, sums, ahead);
-              });
-  }
-
   void part(const Place& place, int64_t panel, const Sums& sums, const Ahead& ahead) const {
     const IntegerTile t = tile(place, panel, sums, ahead);
     const bool int8 = a.width == Width::kInt8;

@@ -74,15 +74,7 @@ struct LinearJob {
 
   static constexpr bool kBf16 = Operand<E>::kRawPerStep == 2 * kPanel;
 
-  static void item(void* context, int64_t index) {
-    const auto& job = *static_cast<const LinearJob*>(context);
-    each_part(job.a, job.cut, index,
-              [&](const Place& place, int64_t panel, const Sums& sums, const Ahead& ahead) {
-                job.part(place, panel, sums, ahead);
-              });
-  }
-
-  void part(const Place& place, int64_t panel, const Sums& sums, Ahead ahead) const {
+  void part(const Place& place, int64_t panel, const Sums& sums, const Ahead& ahead) const {
     TileArgs<E> t;
     t.x = x + place.row * x_stride;
     t.x_stride = x_stride;
@@ -106,7 +98,7 @@ void linear_with(const LinearArgs& a, const typename Operand<E>::Act* x, int64_t
   const int64_t most = rows_for_all(panels / kGroupPanels, rows_that_fit(x_stride * sizeof(Act)));
   LinearJob<E> job{a, x, x_stride,
                    {panels, a.rows, kGroupPanels, most, Vec::kRows}};
-  run_unless_small(job.cut.items, LinearJob<E>::item, &job, a.rows * a.num_out * a.num_in);
+  run_unless_small(job.cut.items, run_parts<LinearJob<E>>, &job, a.rows * a.num_out * a.num_in);
 }
 
 #ifdef __AMX_BF16__
@@ -158,7 +150,7 @@ void linear_bf16(const LinearArgs& a) {
     const auto* pairs = static_cast<const uint32_t*>(rounded);
     NarrowJob narrow{a, pairs, stride / 2,
                      {panels_to_cut(a), a.rows, kGroupPanels, rows_that_fit(stride * 2), Vec::kRows}};
-    run_unless_small(narrow.cut.items, NarrowJob::item, &narrow, a.rows * a.num_out * a.num_in);
+    run_unless_small(narrow.cut.items, run_parts<NarrowJob>, &narrow, a.rows * a.num_out * a.num_in);
     return;
   }
 #endif
@@ -200,7 +192,7 @@ void linear_integers(const LinearArgs& a) {
   const int64_t panels = panels_to_cut(a);
   const int64_t most = rows_for_all(panels / kGroupPanels, rows_that_fit(limbs * stride));
   IntegerJob job{a, q, {panels, a.rows, kGroupPanels, most, Vec::kRows / limbs}};
-  run_unless_small(job.cut.items, IntegerJob::item, &job, a.rows * a.num_out * a.num_in);
+  run_unless_small(job.cut.items, run_parts<IntegerJob>, &job, a.rows * a.num_out * a.num_in);
 }
 
 void linear(const LinearArgs& a) {

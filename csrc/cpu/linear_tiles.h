@@ -2,9 +2,9 @@
 //
 // A work item takes its panels two at a time and goes through all its rows with them, 32 at once (up
 // to 16 rows in all: four panels). The next panels are fetched into the second cache meanwhile, so
-// that memory is read all the time. Sums that are more than stored (a bias, a scale, SiLU) are finished
-// while the next block is multiplied, when vector units are free. An element's sum is never cut but
-// where its accumulator is stored and loaded again, exactly: any cut gives the same bits.
+// that memory is read all the time. Sums that are more than stored (a bias, SiLU) are finished while the
+// next block is multiplied, when vector units are free. An element's sum is one accumulator over all
+// inputs: any cut gives the same bits.
 #pragma once
 
 #include "cut.h"
@@ -176,7 +176,6 @@ struct TileJob {
 
   // The unit of weights that this thread is likely to read after the one at place.panel + p.
   Meanwhile ahead(const Place& place, int64_t p, int64_t index, TileSums& sums) const {
-    const LinearArgs* of = &a;
     int64_t panel = place.panel + p + own;
     if (p + own >= place.panels) {
       const int64_t next = index + num_threads();
@@ -185,7 +184,7 @@ struct TileJob {
       if (panel == place.panel) return {sums, {}, 0, 0};
     }
     if (!fetches_ahead(a)) return {sums, {}, 0, 0};
-    const int64_t bytes = panel_bytes(*of), half = panels / 2;
+    const int64_t bytes = panel_bytes(a), half = panels / 2;
     const int64_t lines = half * bytes / kLine;
     const auto* w = static_cast<const char*>(a.w) + panel * bytes;
     const int64_t second = a.silu ? cut.panels : half;

@@ -201,20 +201,13 @@ struct NarrowJob {
   int64_t x_stride;
   Cut cut;
 
-  static void item(void* context, int64_t index) {
-    const auto& job = *static_cast<const NarrowJob*>(context);
-    each_part(job.a, job.cut, index,
-              [&](const Place& place, int64_t panel, const Sums& sums, const Ahead& ahead) {
-                if (job.a.width == Width::kInt8) {
-                  job.part<Bytes>(place, panel, sums, ahead);
-                } else {
-                  job.part<Nibbles>(place, panel, sums, ahead);
-                }
-              });
+  void part(const Place& place, int64_t panel, const Sums& sums, const Ahead& next) const {
+    if (a.width == Width::kInt8) return part_of<Bytes>(place, panel, sums, next);
+    part_of<Nibbles>(place, panel, sums, next);
   }
 
   template <class Source>
-  void part(const Place& place, int64_t panel, const Sums& sums, const Ahead& next) const {
+  void part_of(const Place& place, int64_t panel, const Sums& sums, const Ahead& next) const {
     const bool int8 = a.width == Width::kInt8;
     NarrowTile t;
     t.x = x + place.row * x_stride;

@@ -15,19 +15,13 @@ constexpr int64_t kTileRowsMin8 = 4, kTileRowsMin4 = 13;
 constexpr int64_t kPanelsManyRows = 16;  // of an item
 constexpr int64_t kNarrowRowsMax = 256;  // of an item; byte rows
 
-struct ByteTileJob {
-  const IntegerJob& rows;
-
-  static void item(void* context, int64_t index) {
-    const IntegerJob& job = static_cast<const ByteTileJob*>(context)->rows;
-    each_part(job.a, job.cut, index,
-              [&](const Place& place, int64_t panel, const Sums& sums, const Ahead& ahead) {
-                const IntegerTile t = job.tile(place, panel, sums, ahead);
-                const int64_t byte_rows = place.rows * job.q.limbs;
-                if (job.a.width == Width::kInt4) return nibbles(t, place.rows, place.panels);
-                if (job.q.limbs == 1) return int8_on_tiles<1>(t, byte_rows, place.panels);
-                int8_on_tiles<2>(t, byte_rows, place.panels);
-              });
+struct ByteTileJob : IntegerJob {
+  void part(const Place& place, int64_t panel, const Sums& sums, const Ahead& ahead) const {
+    const IntegerTile t = tile(place, panel, sums, ahead);
+    const int64_t byte_rows = place.rows * q.limbs;
+    if (a.width == Width::kInt4) return nibbles(t, place.rows, place.panels);
+    if (q.limbs == 1) return int8_on_tiles<1>(t, byte_rows, place.panels);
+    int8_on_tiles<2>(t, byte_rows, place.panels);
   }
 
   static void nibbles(const IntegerTile& t, int64_t rows, int64_t panels) {
@@ -43,14 +37,6 @@ struct NibblePairsJob {
   const LinearArgs& a;
   TileRows x;
   Cut cut;
-
-  static void item(void* context, int64_t index) {
-    const auto& job = *static_cast<const NibblePairsJob*>(context);
-    each_part(job.a, job.cut, index,
-              [&](const Place& place, int64_t panel, const Sums& sums, const Ahead& ahead) {
-                job.part(place, panel, sums, ahead);
-              });
-  }
 
   void part(const Place& place, int64_t panel, const Sums& sums, const Ahead& ahead) const {
     const int64_t steps_stride = x.inputs / a.group * kPanel, bytes = panel_bytes(a);
@@ -79,9 +65,8 @@ inline bool integers_want_tiles(const LinearArgs& a) {
 }
 
 inline void integers_on_tiles(const LinearArgs& a, const IntegerRows& q) {
-  const IntegerJob job{a, q, narrow_cut(a, q.limbs)};
-  ByteTileJob tiles{job};
-  run_unless_small(job.cut.items, ByteTileJob::item, &tiles, a.rows * a.num_out * a.num_in);
+  ByteTileJob job{{a, q, narrow_cut(a, q.limbs)}};
+  run_unless_small(job.cut.items, run_parts<ByteTileJob>, &job, a.rows * a.num_out * a.num_in);
 }
 
 inline void nibbles_by_pairs(const LinearArgs& a) {
@@ -90,7 +75,7 @@ inline void nibbles_by_pairs(const LinearArgs& a) {
   TileRoundJob rounding{a, x};
   round_rows(a, TileRoundJob::item, &rounding, true);
   NibblePairsJob job{a, x, narrow_cut(a, 1)};
-  run_unless_small(job.cut.items, NibblePairsJob::item, &job, a.rows * a.num_out * a.num_in);
+  run_unless_small(job.cut.items, run_parts<NibblePairsJob>, &job, a.rows * a.num_out * a.num_in);
 }
 
 }  // namespace
