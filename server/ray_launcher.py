@@ -33,7 +33,16 @@ from ray.util.scheduling_strategies import (
 from diptych.server.boot import AgentBoot
 from diptych.server.lifeline import die_by_thread, leave_signals_to_supervisor
 from diptych.server.logs import configure_logs
-from diptych.server.ray_plan import Part, RayBoot, RayOrder, Seats, bundles, lack_of_room, parts
+from diptych.server.ray_plan import (
+    Part,
+    RayBoot,
+    RayOrder,
+    Seats,
+    bundles,
+    known_parts,
+    lack_of_room,
+    parts,
+)
 from diptych.server.spawn import spawn
 from diptych.transfer.processes import name_process
 
@@ -250,13 +259,8 @@ class RayLauncher:
             pool: [self._gpus.of(self._groups[pool], i, node) for i, node in enumerate(nodes)]
             for pool, nodes in placed.items()
         }
-        known = {
-            pool: [node if devices[pool][i] is not None else "" for i, node in enumerate(nodes)]
-            for pool, nodes in placed.items()
-        }
-        return parts(
-            known, living, {pool: [d or "" for d in all_] for pool, all_ in devices.items()}
-        )
+        running = [seat.part for seat in self._seats.values()]
+        return known_parts(placed, living, devices, running)
 
     def _start(self, seat: Seat, now: float) -> None:
         part, boot = seat.part, self._boot

@@ -107,6 +107,27 @@ def parts(
     return found
 
 
+def known_parts(
+    placed: Mapping[str, Sequence[str]],
+    living: Sequence[str],
+    devices: Mapping[str, Sequence[str | None]],
+    running: Sequence[Part],
+) -> list[Part]:
+    """`parts` of the nodes whose bundles all have a known share of the GPUs; `devices`: None where
+    it is not known. Other nodes stay as they are in `running`: a part that grows bundle by bundle
+    would start and end its workers once for each."""
+    waiting = {
+        node
+        for pool, nodes in placed.items()
+        for node, seen in zip(nodes, devices[pool], strict=True)
+        if node and seen is None
+    }
+    found = {pool: ["" if node in waiting else node for node in placed[pool]] for pool in placed}
+    seen = {pool: [one or "" for one in devices[pool]] for pool in placed}
+    stay = [part for part in running if part.node in waiting and part.node in living]
+    return sorted(parts(found, living, seen) + stay)
+
+
 class Seats:
     """Elastic: a bundle for each worker, of numbers that are never given twice."""
 

@@ -65,8 +65,8 @@ def test_each_worker_sees_the_gpus_of_its_bundle() -> None:
             name.split("-")[1]: bundles for name, state, bundles in groups if state == "CREATED"
         }
         assert held == {"prefill": [{"GPU": 0.5}], "decode": [{"GPU": 0.5}, {"GPU": 0.5}]}
-        seen = until_said(nodes, r"(worker\d)\.1\b.*sees the GPUs (\S+)", 3)
-        assert set(seen) == {("worker0", "0"), ("worker1", "0"), ("worker2", "0")}
+        seen = until_said(nodes, r"(worker\d+)\.1\b.*sees the GPUs (\S+)", 3)
+        assert {devices for _, devices in seen} == {"0"}  # numbers go on where Ray moved a bundle
         more = ["--mixed", "1", "--ray-gpus-per-worker", "2", "--port", str(free_port())]
         submit(nodes, *command, *more)
         said = until_said(

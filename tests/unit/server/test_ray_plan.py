@@ -5,11 +5,24 @@ from diptych.server.ray_plan import (
     RayOptions,
     RayOrder,
     Seats,
+    known_parts,
     lack_of_room,
     parts,
 )
 
 ROLES = ["prefill", "decode", "decode", "prefill"]
+
+
+def test_a_node_starts_when_the_gpus_of_all_its_bundles_are_known() -> None:
+    placed = {"prefill": ["a"], "decode": ["a", "b"]}
+    both, other = Part("a", 1, 1, 0, devices=("0", "1")), Part("b", 0, 1, 0, devices=("0",))
+    assert known_parts(placed, ["a", "b"], {"prefill": ["0"], "decode": [None, "0"]}, []) == [other]
+    seen = {"prefill": ["0"], "decode": ["1", "0"]}
+    assert known_parts(placed, ["a", "b"], seen, [other]) == [both, other]
+    grown = {"prefill": ["a"], "decode": ["a", "a"]}
+    unknown = {"prefill": ["0"], "decode": ["1", None]}
+    assert known_parts(grown, ["a"], unknown, [both, other]) == [both], "what runs goes on"
+    assert known_parts(grown, ["b"], unknown, [both]) == [], "its node is gone"
 
 
 def test_seats_follow_the_order_and_their_roles() -> None:
