@@ -29,7 +29,7 @@ from bench.peers.engines import WIDTHS, Engine, Setting
 from bench.peers.hold import Hold
 from bench.peers.process import Cores, Server
 from bench.peers.report import Turn, report
-from bench.peers.rows import ROWS, Row
+from bench.peers.rows import LIMITED, ROWS, Row
 from bench.peers.workloads import Client, Metrics, open_session
 from bench.record import write
 from diptych.kernels import load as load_kernels
@@ -154,14 +154,23 @@ def _alternate(
     def one_round(pair: int) -> list[Turn]:
         turns = []
         for server in _rotated(taking_part, pair):
+            near = _limits_near(server.engine, ROWS[name], args)
             server.wake()
-            metrics = asyncio.run(turn(server, ROWS[name], args, pair))
+            metrics = asyncio.run(turn(server, ROWS[name], args, pair)) | near
             server.halt()
             _say(name, pair, server.engine.name, metrics)
             turns.append(Turn(server.engine.name, pair, metrics))
         return turns
 
     return _rounds(name, one_round, setting, args)
+
+
+def _limits_near(engine: Engine, row: Row, args: argparse.Namespace) -> Metrics:
+    """Just before a turn of ours whose share of the limits is reported: a machine's memory is not
+    as fast in one minute as in another."""
+    if not engine.is_ours or not LIMITED.intersection(row.figures):
+        return {}
+    return {f"limit_{name}": value for name, value in machine_limits(args.threads).items()}
 
 
 def _rounds(

@@ -57,7 +57,7 @@ def report(
             for engine in ours
         },
         "share_of_limit": {
-            engine: _shares(args.models / setting.model, engine, turns, limits) for engine in ours
+            engine: _shares(args.models / setting.model, engine, turns) for engine in ours
         },
     }
 
@@ -87,26 +87,29 @@ def _ratios(turns: list[Turn], engine: str, peers: list[str], figure: str) -> di
     return ratios
 
 
-def _shares(
-    folder: Path, engine: str, turns: list[Turn], limits: dict[str, float]
-) -> dict[str, float]:
-    """Of the read bandwidth for a decoded token, of the bf16 FLOP/s for a prompt's."""
+def _shares(folder: Path, engine: str, turns: list[Turn]) -> dict[str, dict[str, float]]:
+    """Of the read bandwidth for a decoded token, of the bf16 FLOP/s for a prompt's: each turn's
+    share of the limits that were measured just before it."""
     config = json.loads((folder / "config.json").read_text())
     hidden, layers = config["hidden_size"], config["num_hidden_layers"]
     heads, kv_heads = config["num_attention_heads"], config["num_key_value_heads"]
     dim = hidden // heads
     layer = hidden * dim * (2 * heads + 2 * kv_heads) + 3 * hidden * config["intermediate_size"]
     scheme = engine.split()[1].split("-")[0]
+
+    def share(figure: str, work: float, limit: str) -> dict[str, float]:
+        rates, limits = (_values(turns, engine, key) for key in (figure, f"limit_{limit}"))
+        return spread([rate * work / 1e9 / most for rate, most in zip(rates, limits, strict=True)])
+
     shares = {}
     if "steady_tok_s" in _keys(turns, engine):
         head_bytes = 2.0 * hidden * config["vocab_size"]
         token_bytes = layers * layer * _WEIGHT_BYTES[scheme] + head_bytes
         token_bytes += 192 * layers * 2 * kv_heads * dim * 2.0  # KV in the middle of the answer
-        rate = median(_values(turns, engine, "steady_tok_s"))
-        shares["read_bandwidth"] = rate * token_bytes / 1e9 / limits["read_gb_per_s"]
+        shares["read_bandwidth"] = share("steady_tok_s", token_bytes, "read_gb_per_s")
     if "prefill_tok_s" in _keys(turns, engine):
         rate = median(_values(turns, engine, "prefill_tok_s"))
         length = rate * median(_values(turns, engine, "ttft_ms")) / 1e3
         flop = layers * (2.0 * layer + 4.0 * length / 2 * heads * dim)
-        shares["bf16_flop_s"] = rate * flop / 1e9 / limits["bf16_dot_gflop_per_s"]
+        shares["bf16_flop_s"] = share("prefill_tok_s", flop, "bf16_dot_gflop_per_s")
     return shares

@@ -31,6 +31,9 @@ class Row:
     model: str | None = None  # None: the one asked for
 
 
+LIMITED: Final = {"steady_tok_s", "prefill_tok_s"}
+"""Figures that a limit of the machine bounds."""
+
 ROWS: Final = {
     "decode": Row(
         "one stream, 128 in / 128 out",

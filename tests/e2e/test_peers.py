@@ -66,3 +66,34 @@ def test_ratio_is_of_one_round_and_says_how_much_better_ours_is(models: Path) ->
     ratio = found["ours_better_by"]["diptych bf16 mixed"]["ready_s"]  # type: ignore[index]
     assert ratio["peer"] == {"median": 2.0, "min": 0.5, "max": 3.0, "count": 3}
     assert found["limits"] == {"read_gb_per_s": 2.0}
+
+
+def test_share_is_of_the_limits_that_were_measured_before_the_turn(models: Path) -> None:
+    def turns(rates: list[float], limits: list[float]) -> list[Turn]:
+        return [
+            Turn(
+                "diptych bf16 mixed",
+                pair,
+                {"steady_tok_s": rate, "limit_read_gb_per_s": limit},
+            )
+            for pair, (rate, limit) in enumerate(zip(rates, limits, strict=True))
+        ]
+
+    def share(found: list[Turn]) -> dict[str, float]:
+        args = Namespace(models=models, pairs=len(found), seed=0)
+        setting = Setting("bench-tiny", "bf16", 2048, 16, 2304, 1)
+        made = report("decode", ROWS["decode"], setting, args, found, [{"read_gb_per_s": 1.0}])
+        return made["share_of_limit"]["diptych bf16 mixed"]["read_bandwidth"]  # type: ignore[index, no-any-return]
+
+    config = json.loads((models / "bench-tiny" / "config.json").read_text())
+    hidden, layers = config["hidden_size"], config["num_hidden_layers"]
+    heads, kv_heads = config["num_attention_heads"], config["num_key_value_heads"]
+    dim = hidden // heads
+    values = layers * (
+        hidden * dim * 2 * (heads + kv_heads) + 3 * hidden * config["intermediate_size"]
+    )
+    values += hidden * config["vocab_size"] + 192 * layers * 2 * kv_heads * dim
+    one = 2 * values / 1e9  # GB that a token reads
+    found = share(turns([10.0, 10.0, 40.0], [20 * one, 10 * one, 80 * one]))
+    assert found["count"] == 3
+    assert [found[key] for key in ("min", "median", "max")] == pytest.approx([0.5, 0.5, 1.0])
