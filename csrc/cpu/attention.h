@@ -23,6 +23,7 @@ struct AttentionJob {
   const RowBlock* blocks;
   const Part* parts;
   float* partials;  // per block: [splits] of [rows, dim] accumulators, [rows] maxima, [rows] sums
+  int64_t num_items;  // blocks, or parts of them
 };
 
 inline Softmax part_of(const AttentionJob& job, const RowBlock& block, int64_t split, int64_t rows,
@@ -31,17 +32,31 @@ inline Softmax part_of(const AttentionJob& job, const RowBlock& block, int64_t s
   return {acc, acc + rows * dim, acc + rows * (dim + 1)};
 }
 
+// Items are taken in order by all threads.
+inline Upcoming block_after(const AttentionJob& job, int64_t index) {
+  const int64_t next = index + num_threads();
+  if (next >= job.num_items) return {nullptr, 0};
+  return {job.blocks + next, job.blocks[next].split_begin * kSplit};
+}
+
+inline Upcoming part_after(const AttentionJob& job, int64_t index) {
+  const int64_t next = index + num_threads();
+  if (next >= job.num_items) return {nullptr, 0};
+  return {job.blocks + job.parts[next].block, job.parts[next].split * kSplit};
+}
+
 template <class E>
 void run_block(void* context, int64_t index) {
   const auto& job = *static_cast<const AttentionJob*>(context);
   const AttentionArgs& a = job.a;
   const RowBlock& block = job.blocks[index];
   const int64_t rows = block_rows(a, block), dim = a.k_cache.dim;
+  const Upcoming upcoming = block_after(job, index);
   Workspace w = open_block<E>(a, block, rows);
-  run_split<E>(a, block, rows, block.split_begin, w);
+  run_split<E>(a, block, rows, block.split_begin, upcoming, w);
   std::swap(w.total, w.split);
   for (int64_t split = block.split_begin + 1; split < block.split_end; ++split) {
-    run_split<E>(a, block, rows, split, w);
+    run_split<E>(a, block, rows, split, upcoming, w);
     merge_rows(w.total, w.split, rows, dim);
   }
   write_rows_of(a, block, w.total);
@@ -55,7 +70,7 @@ void run_part(void* context, int64_t index) {
   const RowBlock& block = job.blocks[part.block];
   const int64_t rows = block_rows(a, block), dim = a.k_cache.dim;
   Workspace w = open_block<E>(a, block, rows);
-  run_split<E>(a, block, rows, part.split, w);
+  run_split<E>(a, block, rows, part.split, part_after(job, index), w);
   const Softmax out = part_of(job, block, part.split, rows, dim);
   memcpy(out.acc, w.split.acc, static_cast<size_t>(rows * dim) * 4);
   memcpy(out.largest, w.split.largest, static_cast<size_t>(rows) * 4);
@@ -129,7 +144,7 @@ Plan make_plan(const AttentionArgs& a) {
 template <class E>
 void attention_as(const AttentionArgs& a) {
   const Plan plan = make_plan<E>(a);
-  AttentionJob job{a, plan.blocks, nullptr, nullptr};
+  AttentionJob job{a, plan.blocks, nullptr, nullptr, plan.num_blocks};
   const int threads = num_threads();
   if (threads == 1 || plan.num_blocks >= 2 * threads || plan.num_parts == plan.num_blocks) {
     run_items(plan.num_blocks, run_block<E>, &job);
@@ -148,6 +163,7 @@ void attention_as(const AttentionArgs& a) {
       parts[n++] = {static_cast<int32_t>(b), s};
   }
   job.parts = parts;
+  job.num_items = n;
   run_items(n, run_part<E>, &job);
   run_items(plan.num_blocks, merge_block, &job);
 }

@@ -40,6 +40,7 @@ struct PairRows {
   float* scores;      // [kRows, kTile]
   uint32_t* weights;  // [kRows, kTilePairs]
   const TilePlace* place;
+  const NextPieces* next;
   Range range[Vec::kRows];  // of the keys that each sees, where one does not see all
 };
 
@@ -98,8 +99,14 @@ inline __attribute__((always_inline)) void weights_of(const PairRows& w, int fir
 #pragma GCC unroll 4
     for (int p = 0; p < P; ++p) acc[r][p] = Vec::set1(w.starts[r]);
   }
-  for (int64_t s = 0; s < steps; ++s)
+  for (int64_t s = 0; s < steps; ++s) {
+#pragma GCC unroll 4
+    for (int p = 0; p < P; ++p) {
+      __builtin_prefetch(w.next->keys[first + p] + s * 4 * kPanel);
+      if constexpr (!FULL) __builtin_prefetch(w.next->values[first + p] + s * 4 * kPanel);
+    }
     tile_step<BF16Pairs, R, P>(acc, w.q, steps, s, [&](int p) { return panels[p] + s * 2 * kPanel; });
+  }
   uint64_t seen[R];
   if constexpr (!FULL) {
 #pragma GCC unroll 8
@@ -218,9 +225,13 @@ inline __attribute__((always_inline)) void add_values(const PairRows& w, int64_t
   Values<R, V> sums(w, dim, d, lanes);
   if constexpr (FULL) {
     for (int64_t p = 0; p < kTilePanels; ++p) {
-      const char* at = w.place->values[p * kPanelPairs];
+      const char *at = w.place->values[p * kPanelPairs], *next = w.next->values[p] + d * 4;
 #pragma GCC unroll 2
-      for (int64_t i = 0; i < kPanelPairs; ++i) sums.add(p * kPanelPairs + i, at + i * dim * 4);
+      for (int64_t i = 0; i < kPanelPairs; ++i) {
+#pragma GCC unroll 4
+        for (int v = 0; v < V; ++v) __builtin_prefetch(next + i * dim * 4 + v * Vec::W * 4);
+        sums.add(p * kPanelPairs + i, at + i * dim * 4);
+      }
     }
   } else {
     // The pairs that all rows see are shared; each row still adds its keys in order.
@@ -295,11 +306,15 @@ void Pairs::add_tile(const Workspace& w, int64_t rows, int64_t base, int64_t dim
   const char* any = nullptr;  // in place of panels that nobody sees
   for (const char* panel : w.place->panels) any = panel != nullptr ? panel : any;
   for (const char*& panel : w.place->panels) panel = panel != nullptr ? panel : any;
+  NextPieces here;  // asked for while it is there already
+  for (int p = 0; p < kTilePanels; ++p)
+    here.keys[p] = w.place->panels[p], here.values[p] = w.place->values[p * kPanelPairs];
   const int64_t calls = (rows + Vec::kRows - 1) / Vec::kRows, each = (rows + calls - 1) / calls;
   for (int64_t r = 0; r < rows; r += each) {
     const int64_t count = rows - r < each ? rows - r : each;
     PairRows some{static_cast<const uint32_t*>(w.q) + r * (dim / 2), w.split.acc + r * dim,
-                  w.sums + r * Vec::W, w.starts + r, w.limits + r, w.scores, w.weights, w.place, {}};
+                  w.sums + r * Vec::W, w.starts + r, w.limits + r, w.scores, w.weights, w.place,
+                  r + each < rows ? &here : w.next, {}};
     // Both ends of a row's range grow with the row.
     if (w.low[r + count - 1] <= base && w.high[r] >= base + kTile) {
       attend_some<true>(some, count, dim);

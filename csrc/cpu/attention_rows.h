@@ -157,21 +157,62 @@ void write_rows_of(const AttentionArgs& a, const RowBlock& block, const Softmax&
   });
 }
 
+struct Piece {
+  const char *k, *v;
+};
+
+// Of one head of the block's sequence, from `token` on, which starts a panel.
+template <class E>
+inline Piece piece_of(const AttentionArgs& a, const RowBlock& block, int64_t head, int64_t token) {
+  constexpr int64_t item = sizeof(typename E::Raw);
+  const int64_t size = a.k_cache.block_size, index = token / size;
+  const int64_t physical = a.kv_indices[a.kv_indptr[block.seq] + index];
+  const int64_t inside = (head * size + token - index * size) * row_bytes<E>(a.k_cache.dim);
+  return {a.k_cache.data + physical * a.k_cache.block_stride * item + inside,
+          a.v_cache.data + physical * a.v_cache.block_stride * item + inside};
+}
+
+// Where a thread's next work item begins to read, as far as is known.
+struct Upcoming {
+  const RowBlock* block;  // null: nothing follows
+  int64_t token;
+};
+
+// What follows one head's tile at `base`, of keys up to `end`: the next head's, the first one's next
+// tile, or the next work item; itself where nothing does.
+template <class E>
+inline NextPieces pieces_after(const AttentionArgs& a, const RowBlock& block, int64_t head,
+                               int64_t base, int64_t end, const Upcoming& upcoming) {
+  const RowBlock* from = &block;
+  head += block.first_head;
+  if (head + 1 < block.first_head + block.num_heads) {
+    ++head;
+  } else if (base + kTile < end) {
+    head = block.first_head, base += kTile;
+  } else if (upcoming.block != nullptr) {
+    from = upcoming.block;
+    head = from->first_head, base = upcoming.token, end = a.kv_len[from->seq];
+  }
+  NextPieces next;
+  for (int64_t p = 0; p < kTilePanels; ++p) {
+    const int64_t token = base + p * kPanel;
+    const Piece piece = piece_of<E>(a, *from, head, token < end ? token : base);
+    next.keys[p] = piece.k, next.values[p] = piece.v;
+  }
+  return next;
+}
+
 // Where keys [begin, end) of one head's tile that starts at `base` lie; int8: once they are widened.
 template <class E>
 void locate(const AttentionArgs& a, const RowBlock& block, int64_t head, int64_t base,
             int64_t begin, int64_t end, Workspace& w) {
-  constexpr int64_t unit = Format<E>::kUnit, item = sizeof(typename E::Raw);
-  const int64_t size = a.k_cache.block_size, dim = a.k_cache.dim, row = row_bytes<E>(dim);
-  const int32_t* table = a.kv_indices + a.kv_indptr[block.seq];
+  constexpr int64_t unit = Format<E>::kUnit;
+  const int64_t dim = a.k_cache.dim;
   for (int64_t p = 0; p < kTilePanels; ++p) {
     const int64_t token = base + p * kPanel;
     w.place->panels[p] = nullptr;
     if (token >= end || token + kPanel <= begin) continue;
-    const int64_t index = token / size, inside = head * size + token - index * size;
-    const int64_t physical = table[index];
-    const char* k = a.k_cache.data + physical * a.k_cache.block_stride * item + inside * row;
-    const char* v = a.v_cache.data + physical * a.v_cache.block_stride * item + inside * row;
+    auto [k, v] = piece_of<E>(a, block, head, token);
     if constexpr (Format<E>::kBytes) {
       order_piece(w.key_bytes + p * kPanel * ((dim + 3) / 4 * 4),
                   w.value_bytes + p * kPanel * whole_vectors(dim), k, v, dim);
@@ -352,7 +393,7 @@ void add_rows(const Workspace& w, int64_t rows, int64_t base, int64_t dim) {
 // The heads of a block lie side by side in memory, so they take turns at each tile.
 template <class E>
 void add_tile(const AttentionArgs& a, const RowBlock& block, int64_t base, const Workspace& all,
-              AttentionTiles* tiles) {
+              const Upcoming& upcoming, AttentionTiles* tiles) {
   const int64_t dim = a.k_cache.dim, rows = block.num_tokens * (a.q_heads / a.k_cache.heads);
   const int64_t low = all.low[0], high = all.high[rows - 1];  // both grow with the row
   const int64_t begin = low < base ? base : low, end = high > base + kTile ? base + kTile : high;
@@ -362,6 +403,11 @@ void add_tile(const AttentionArgs& a, const RowBlock& block, int64_t base, const
     Workspace w = rows_from<E>(all, h * rows, dim);
     w.place = &place;
     locate<E>(a, block, block.first_head + h, base, begin, end, w);
+    NextPieces next;
+    if constexpr (Format<E>::kDot) {
+      next = pieces_after<E>(a, block, h, base, high, upcoming);
+      w.next = &next;
+    }
     if constexpr (Format<E>::kDot && kTiles) {
       tiles != nullptr ? tiles->add(w, rows, base) : Pairs::add_tile(w, rows, base, dim);
     } else if constexpr (Format<E>::kDot) {
@@ -420,20 +466,22 @@ Workspace open_block(const AttentionArgs& a, const RowBlock& block, int64_t rows
 
 template <class E>
 void run_split(const AttentionArgs& a, const RowBlock& block, int64_t rows, int64_t split,
-               Workspace& w) {
+               const Upcoming& upcoming, Workspace& w) {
   const int64_t dim = a.k_cache.dim, first = split * kSplit, end = first + kSplit;
   reset(w.split, rows, dim);
-  if constexpr (Format<E>::kDot) Pairs::reset(w, round_up(rows, kGroupRows));
-  if constexpr (Format<E>::kDot && kTiles) {
-    if (AttentionTiles::fits(dim)) {
-      AttentionTiles tiles(rows / block.num_heads, dim, w.tile_memory);
-      for (int64_t base = first; base < end; base += kTile) add_tile<E>(a, block, base, w, &tiles);
-      Pairs::finish(w, rows);
-      return;
-    }
+  auto run = [&](AttentionTiles* tiles) {
+    for (int64_t base = first; base < end; base += kTile)
+      add_tile<E>(a, block, base, w, upcoming, tiles);
+  };
+  if constexpr (!Format<E>::kDot) return run(nullptr);
+  Pairs::reset(w, round_up(rows, kGroupRows));
+  if (on_tiles<E>(dim)) {
+    AttentionTiles tiles(rows / block.num_heads, dim, w.tile_memory);
+    run(&tiles);
+  } else {
+    run(nullptr);
   }
-  for (int64_t base = first; base < end; base += kTile) add_tile<E>(a, block, base, w, nullptr);
-  if constexpr (Format<E>::kDot) Pairs::finish(w, rows);
+  Pairs::finish(w, rows);
 }
 
 }  // namespace

@@ -47,6 +47,12 @@ struct TilePlace {
   const char* values[kTile];        // per key or pair of keys
 };
 
+// Pieces (kPanel keys, or their values) of the tile that comes next, which memory is asked for while this
+// one is computed: pieces of one sequence lie anywhere, and what hardware follows ends with each.
+struct NextPieces {
+  const char *keys[kTilePanels], *values[kTilePanels];
+};
+
 struct Workspace {
   void* q;                  // [rows, q_stride] scaled: floats or pairs of bf16
   int64_t q_stride;
@@ -60,6 +66,7 @@ struct Workspace {
   float* tile_memory;       // of attention_tiles.h
   int64_t *low, *high;      // [rows]: the keys that a row sees, [low, high)
   TilePlace* place;                 // of the tile
+  const NextPieces* next;           // of pairs
   uint16_t* wide;                   // int8: [2, kTile, dim] keys and values of the tile as bf16
   float *k_scales, *v_scales;       // int8: [kTile]
   // Byte products (attention_bytes.h): q and weights are two rows of bytes per row.
