@@ -54,13 +54,19 @@ inline float round_query(int8_t* out, int64_t stride, int32_t* sums, const float
   return !finite ? NAN : nothing ? 0.0f : largest / kLimit16;
 }
 
-// acc[2 r + limb][v] += bytes of row r times vectors of four bytes per lane, `steps` of them.
+// acc[2 r + limb][v] += bytes of row r times vectors of four bytes per lane, `steps` of them. Asks for as
+// many lines from each place in `ahead` on.
 template <bool KEYS, int R, int V>
 inline __attribute__((always_inline)) void add_limbs(I (&acc)[2 * R][V], const int8_t* x,
                                                      int64_t x_stride, const char* w,
                                                      int64_t step_bytes, int64_t vector_bytes,
-                                                     int64_t steps) {
-  for (int64_t s = 0; s < steps; ++s, w += step_bytes, x += 4) {
+                                                     int64_t steps, const char* const* ahead,
+                                                     int64_t offset) {
+  for (int64_t s = 0; s < steps; ++s, w += step_bytes, x += 4, offset += kLine) {
+    if constexpr (V == kTilePanels) {
+#pragma GCC unroll 4
+      for (int v = 0; v < V; ++v) __builtin_prefetch(ahead[v] + offset);
+    }
     I bytes[V];
 #pragma GCC unroll 4
     for (int v = 0; v < V; ++v) bytes[v] = Vec::load_int(w + v * vector_bytes);
@@ -97,7 +103,7 @@ void score_bytes(const Workspace& w, int64_t first, int64_t rows, int64_t dim) {
       for (int v = 0; v < V; ++v) acc[r][v] = Vec::set1_int(w.q_sums[2 * first + r]);
     }
     add_limbs<true, R, V>(acc, q, w.q_stride, w.key_bytes + p * panel_bytes, 4 * kPanel, panel_bytes,
-                    steps);
+                    steps, w.ahead->keys, 0);
 #pragma GCC unroll 16
     for (int r = 0; r < R; ++r) {
 #pragma GCC unroll 4
@@ -146,7 +152,7 @@ inline __attribute__((always_inline)) void weigh_bytes_at(const Workspace& w, in
     for (int v = 0; v < V; ++v) acc[r][v] = Vec::set1_int(0);
   }
   add_limbs<false, R, V>(acc, reinterpret_cast<const int8_t*>(w.weights) + first * 2 * kTile, kTile, w.value_bytes + 4 * d,
-                  row, 4 * Vec::W, kTile / 4);
+                  row, 4 * Vec::W, kTile / 4, w.ahead->values, d * kPanel);
 #pragma GCC unroll 16
   for (int r = 0; r < R; ++r) {
     if (!sees_any(w, first + r, base)) continue;

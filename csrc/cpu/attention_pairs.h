@@ -21,7 +21,7 @@ struct Pairs {
   // The splits of `rows` rows begin: nothing is seen.
   static void reset(const Workspace& w, int64_t rows);
   // All rows of one head against one tile, a few at a time.
-  static void add_tile(const Workspace& w, int64_t rows, int64_t base, int64_t dim);
+  static void add_tile(const Workspace& w, const Pieces& here, int64_t rows, int64_t base, int64_t dim);
   // The splits end: their sums and maxima are what merge_rows expects.
   static void finish(const Workspace& w, int64_t rows);
 };
@@ -40,7 +40,7 @@ struct PairRows {
   float* scores;      // [kRows, kTile]
   uint32_t* weights;  // [kRows, kTilePairs]
   const TilePlace* place;
-  const NextPieces* next;
+  const Pieces* ahead;
   Range range[Vec::kRows];  // of the keys that each sees, where one does not see all
 };
 
@@ -102,8 +102,8 @@ inline __attribute__((always_inline)) void weights_of(const PairRows& w, int fir
   for (int64_t s = 0; s < steps; ++s) {
 #pragma GCC unroll 4
     for (int p = 0; p < P; ++p) {
-      __builtin_prefetch(w.next->keys[first + p] + s * 4 * kPanel);
-      if constexpr (!FULL) __builtin_prefetch(w.next->values[first + p] + s * 4 * kPanel);
+      __builtin_prefetch(w.ahead->keys[first + p] + s * 4 * kPanel);
+      if constexpr (!FULL) __builtin_prefetch(w.ahead->values[first + p] + s * 4 * kPanel);
     }
     tile_step<BF16Pairs, R, P>(acc, w.q, steps, s, [&](int p) { return panels[p] + s * 2 * kPanel; });
   }
@@ -225,7 +225,7 @@ inline __attribute__((always_inline)) void add_values(const PairRows& w, int64_t
   Values<R, V> sums(w, dim, d, lanes);
   if constexpr (FULL) {
     for (int64_t p = 0; p < kTilePanels; ++p) {
-      const char *at = w.place->values[p * kPanelPairs], *next = w.next->values[p] + d * 4;
+      const char *at = w.place->values[p * kPanelPairs], *next = w.ahead->values[p] + d * 4;
 #pragma GCC unroll 2
       for (int64_t i = 0; i < kPanelPairs; ++i) {
 #pragma GCC unroll 4
@@ -302,19 +302,17 @@ void Pairs::round_query(uint16_t* out, const float* x, F scale, int64_t dim) {
   }
 }
 
-void Pairs::add_tile(const Workspace& w, int64_t rows, int64_t base, int64_t dim) {
+void Pairs::add_tile(const Workspace& w, const Pieces& here, int64_t rows, int64_t base,
+                     int64_t dim) {
   const char* any = nullptr;  // in place of panels that nobody sees
   for (const char* panel : w.place->panels) any = panel != nullptr ? panel : any;
   for (const char*& panel : w.place->panels) panel = panel != nullptr ? panel : any;
-  NextPieces here;  // asked for while it is there already
-  for (int p = 0; p < kTilePanels; ++p)
-    here.keys[p] = w.place->panels[p], here.values[p] = w.place->values[p * kPanelPairs];
   const int64_t calls = (rows + Vec::kRows - 1) / Vec::kRows, each = (rows + calls - 1) / calls;
   for (int64_t r = 0; r < rows; r += each) {
     const int64_t count = rows - r < each ? rows - r : each;
     PairRows some{static_cast<const uint32_t*>(w.q) + r * (dim / 2), w.split.acc + r * dim,
                   w.sums + r * Vec::W, w.starts + r, w.limits + r, w.scores, w.weights, w.place,
-                  r + each < rows ? &here : w.next, {}};
+                  r + each < rows ? &here : w.ahead, {}};
     // Both ends of a row's range grow with the row.
     if (w.low[r + count - 1] <= base && w.high[r] >= base + kTile) {
       attend_some<true>(some, count, dim);

@@ -157,62 +157,49 @@ void write_rows_of(const AttentionArgs& a, const RowBlock& block, const Softmax&
   });
 }
 
-struct Piece {
-  const char *k, *v;
-};
-
-// Of one head of the block's sequence, from `token` on, which starts a panel.
-template <class E>
-inline Piece piece_of(const AttentionArgs& a, const RowBlock& block, int64_t head, int64_t token) {
-  constexpr int64_t item = sizeof(typename E::Raw);
-  const int64_t size = a.k_cache.block_size, index = token / size;
-  const int64_t physical = a.kv_indices[a.kv_indptr[block.seq] + index];
-  const int64_t inside = (head * size + token - index * size) * row_bytes<E>(a.k_cache.dim);
-  return {a.k_cache.data + physical * a.k_cache.block_stride * item + inside,
-          a.v_cache.data + physical * a.v_cache.block_stride * item + inside};
-}
-
 // Where a thread's next work item begins to read, as far as is known.
 struct Upcoming {
   const RowBlock* block;  // null: nothing follows
   int64_t token;
 };
 
-// What follows one head's tile at `base`, of keys up to `end`: the next head's, the first one's next
-// tile, or the next work item; itself where nothing does.
+// Of the block's first head and the tile at `base`, with keys up to `end`; beyond them the first piece.
 template <class E>
-inline NextPieces pieces_after(const AttentionArgs& a, const RowBlock& block, int64_t head,
-                               int64_t base, int64_t end, const Upcoming& upcoming) {
-  const RowBlock* from = &block;
-  head += block.first_head;
-  if (head + 1 < block.first_head + block.num_heads) {
-    ++head;
-  } else if (base + kTile < end) {
-    head = block.first_head, base += kTile;
-  } else if (upcoming.block != nullptr) {
-    from = upcoming.block;
-    head = from->first_head, base = upcoming.token, end = a.kv_len[from->seq];
-  }
-  NextPieces next;
+inline Pieces pieces_of(const AttentionArgs& a, const RowBlock& block, int64_t base, int64_t end) {
+  constexpr int64_t item = sizeof(typename E::Raw);
+  const int64_t size = a.k_cache.block_size, row = row_bytes<E>(a.k_cache.dim);
+  const int32_t* table = a.kv_indices + a.kv_indptr[block.seq];
+  Pieces pieces;
   for (int64_t p = 0; p < kTilePanels; ++p) {
-    const int64_t token = base + p * kPanel;
-    const Piece piece = piece_of<E>(a, *from, head, token < end ? token : base);
-    next.keys[p] = piece.k, next.values[p] = piece.v;
+    const int64_t token = base + p * kPanel < end ? base + p * kPanel : base, index = token / size;
+    const int64_t inside = (block.first_head * size + token - index * size) * row;
+    pieces.keys[p] = a.k_cache.data + table[index] * a.k_cache.block_stride * item + inside;
+    pieces.values[p] = a.v_cache.data + table[index] * a.v_cache.block_stride * item + inside;
   }
-  return next;
+  return pieces;
+}
+
+// What follows the tile at `base` of the block's last head: the first one's next tile, or the next work
+// item, or nothing.
+template <class E>
+inline Pieces pieces_after(const AttentionArgs& a, const RowBlock& block, int64_t base, int64_t end,
+                           const Upcoming& upcoming) {
+  if (base + kTile < end || upcoming.block == nullptr)
+    return pieces_of<E>(a, block, base + kTile < end ? base + kTile : base, end);
+  const RowBlock& next = *upcoming.block;
+  return pieces_of<E>(a, next, upcoming.token, a.kv_len[next.seq]);
 }
 
 // Where keys [begin, end) of one head's tile that starts at `base` lie; int8: once they are widened.
 template <class E>
-void locate(const AttentionArgs& a, const RowBlock& block, int64_t head, int64_t base,
-            int64_t begin, int64_t end, Workspace& w) {
+void locate(const Pieces& here, int64_t base, int64_t begin, int64_t end, int64_t dim,
+            Workspace& w) {
   constexpr int64_t unit = Format<E>::kUnit;
-  const int64_t dim = a.k_cache.dim;
   for (int64_t p = 0; p < kTilePanels; ++p) {
     const int64_t token = base + p * kPanel;
     w.place->panels[p] = nullptr;
     if (token >= end || token + kPanel <= begin) continue;
-    auto [k, v] = piece_of<E>(a, block, head, token);
+    const char *k = here.keys[p], *v = here.values[p];
     if constexpr (Format<E>::kBytes) {
       order_piece(w.key_bytes + p * kPanel * ((dim + 3) / 4 * 4),
                   w.value_bytes + p * kPanel * whole_vectors(dim), k, v, dim);
@@ -365,13 +352,14 @@ Workspace rows_from(const Workspace& all, int64_t row, int64_t dim) {
 
 // All rows of one head against one tile, a few at a time.
 template <class E>
-void add_rows(const Workspace& w, int64_t rows, int64_t base, int64_t dim) {
+void add_rows(const Workspace& w, const Pieces& here, int64_t rows, int64_t base, int64_t dim) {
   using Tile = typename Format<E>::Tile;
   bool complete = true;
   for (const char* panel : w.place->panels) complete &= panel != nullptr;
   for (int64_t r = 0; r < rows; r += Vec::kRows) {
     const int64_t some = rows - r < Vec::kRows ? rows - r : Vec::kRows;
-    const Workspace few = rows_from<E>(w, r, dim);
+    Workspace few = rows_from<E>(w, r, dim);
+    if (r + some < rows) few.ahead = &here;
     if constexpr (Format<E>::kBytes) {
       each_byte_rows(some, [&](int64_t i, int64_t n) { score_bytes(few, i, n, dim); });
     } else {
@@ -398,23 +386,24 @@ void add_tile(const AttentionArgs& a, const RowBlock& block, int64_t base, const
   const int64_t low = all.low[0], high = all.high[rows - 1];  // both grow with the row
   const int64_t begin = low < base ? base : low, end = high > base + kTile ? base + kTile : high;
   if (begin >= end) return;
+  Pieces here = pieces_of<E>(a, block, base, high);
   for (int64_t h = 0; h < block.num_heads; ++h) {
+    const Pieces after = h + 1 < block.num_heads
+                             ? here.moved(a.k_cache.block_size * row_bytes<E>(dim))
+                             : pieces_after<E>(a, block, base, high, upcoming);
     TilePlace place;
     Workspace w = rows_from<E>(all, h * rows, dim);
     w.place = &place;
-    locate<E>(a, block, block.first_head + h, base, begin, end, w);
-    NextPieces next;
-    if constexpr (Format<E>::kDot) {
-      next = pieces_after<E>(a, block, h, base, high, upcoming);
-      w.next = &next;
-    }
+    w.ahead = &after;
+    locate<E>(here, base, begin, end, dim, w);
     if constexpr (Format<E>::kDot && kTiles) {
-      tiles != nullptr ? tiles->add(w, rows, base) : Pairs::add_tile(w, rows, base, dim);
+      tiles != nullptr ? tiles->add(w, rows, base) : Pairs::add_tile(w, here, rows, base, dim);
     } else if constexpr (Format<E>::kDot) {
-      Pairs::add_tile(w, rows, base, dim);
+      Pairs::add_tile(w, here, rows, base, dim);
     } else {
-      add_rows<E>(w, rows, base, dim);
+      add_rows<E>(w, here, rows, base, dim);
     }
+    here = after;
   }
 }
 

@@ -47,10 +47,16 @@ struct TilePlace {
   const char* values[kTile];        // per key or pair of keys
 };
 
-// Pieces (kPanel keys, or their values) of the tile that comes next, which memory is asked for while this
-// one is computed: pieces of one sequence lie anywhere, and what hardware follows ends with each.
-struct NextPieces {
+// Where a tile's pieces (kPanel keys of one head, or their values) lie in the pool.
+struct Pieces {
   const char *keys[kTilePanels], *values[kTilePanels];
+
+  Pieces moved(int64_t bytes) const {
+    Pieces to;
+    for (int p = 0; p < kTilePanels; ++p)
+      to.keys[p] = keys[p] + bytes, to.values[p] = values[p] + bytes;
+    return to;
+  }
 };
 
 struct Workspace {
@@ -66,7 +72,9 @@ struct Workspace {
   float* tile_memory;       // of attention_tiles.h
   int64_t *low, *high;      // [rows]: the keys that a row sees, [low, high)
   TilePlace* place;                 // of the tile
-  const NextPieces* next;           // of pairs
+  // Memory is asked for what comes next while a tile is computed: pieces of one sequence lie anywhere,
+  // and what hardware follows ends with each. Where that is done already `ahead` is the tile's own.
+  const Pieces* ahead;              // of pairs and bytes
   uint16_t* wide;                   // int8: [2, kTile, dim] keys and values of the tile as bf16
   float *k_scales, *v_scales;       // int8: [kTile]
   // Byte products (attention_bytes.h): q and weights are two rows of bytes per row.
