@@ -152,6 +152,12 @@ void write_rows_of(const AttentionArgs& a, const RowBlock& block, const Softmax&
     const float* acc = total.acc + r * dim;
     float* out = first + (token * a.q_heads + head) * dim;
     const F inverse = Vec::set1(1.0f / total.sum[r]);
+#ifdef __AVX512BF16__
+    if (a.rounded) {
+      auto* pairs = reinterpret_cast<uint16_t*>(a.out) + (out - a.out);
+      return round_scaled(pairs, acc, inverse, dim);
+    }
+#endif
     each_vec(dim,
              [&](int64_t i, int n) { Vec::store_n(out + i, Vec::load_n(acc + i, n) * inverse, n); });
   });

@@ -87,25 +87,6 @@ struct Sums {
   int64_t stride, columns;  // columns: valid ones from the first on
 };
 
-// to = sums * scale + bias for `rows` rows and columns [column, column + to.columns) of narrow or model
-// weights; sums may lie in `to` itself.
-inline void finish(const LinearArgs& a, const float* sums, int64_t stride, int64_t rows,
-                   int64_t column, const Sums& to) {
-  const auto* scales =
-      a.width == Width::kInt8 ? static_cast<const float*>(a.scales) + column : nullptr;
-  for (int64_t r = 0; r < rows; ++r) {
-    float* out = to.at + r * to.stride;
-    const float* from = sums + r * stride;
-    for (int64_t c = 0; c < to.columns; c += Vec::W) {
-      const int n = to.columns - c < Vec::W ? static_cast<int>(to.columns - c) : Vec::W;
-      F y = Vec::load_n(from + c, n);
-      if (scales != nullptr) y = y * Vec::load_n(scales + c, n);
-      if (a.bias != nullptr) y = y + Vec::load_n(a.bias + column + c, n);
-      Vec::store_n(out + c, y, n);
-    }
-  }
-}
-
 // Runs part(place, panel, sums, ahead) for the rows of item `index` and its columns from `panel` on:
 // once, into the layer's output; or with a SiLU for gates and for what they are multiplied with, and
 // then the rest.
@@ -128,8 +109,13 @@ void each_part(const LinearArgs& a, const Cut& cut, int64_t index, Part part) {
        !fetches_ahead(a) ? Ahead{} : panels_ahead(a, up_panel, place.panels));
   part(place, up_panel, Sums{up, columns, columns}, ahead);
   for (int64_t r = 0; r < place.rows; ++r) {
-    silu_values(a.out + (place.row + r) * inner + column, gate + r * columns, up + r * columns,
-                columns);
+    const int64_t at = (place.row + r) * inner + column;
+    if (a.rounded_out) {
+      silu_rounded(reinterpret_cast<uint16_t*>(a.out) + at, gate + r * columns, up + r * columns,
+                   columns);
+    } else {
+      silu_values(a.out + at, gate + r * columns, up + r * columns, columns);
+    }
   }
 }
 

@@ -61,6 +61,7 @@ struct TileArgs {
   const float* bias;  // of the first column, or null
   int64_t columns;    // valid columns from the first one on
   bool accumulate = false;
+  const float* scales = nullptr;  // of the first column: sums are multiplied, then the bias added
   Ahead ahead = {};        // to be fetched meanwhile
 };
 
@@ -137,8 +138,11 @@ void tile(const TileArgs<E>& a) {
     if (left <= 0) break;
     const int n = left < Vec::W ? static_cast<int>(left) : Vec::W;
     const F bias = a.bias == nullptr ? Vec::set1(0.0f) : Vec::load_n(a.bias + v * Vec::W, n);
+    const F scale = a.scales == nullptr ? bias : Vec::load_n(a.scales + v * Vec::W, n);
     for (int r = 0; r < R; ++r) {
-      const F y = a.bias == nullptr ? acc[r][v] : acc[r][v] + bias;
+      F y = acc[r][v];
+      if (a.scales != nullptr) y = y * scale;
+      if (a.bias != nullptr) y = y + bias;
       Vec::store_n(a.out + r * a.out_stride + v * Vec::W, y, n);
     }
   }
@@ -180,6 +184,7 @@ void gemm(TileArgs<E> a, int64_t rows, int64_t panels) {
       a.w = first.w + p * a.panel_stride;
       a.out = first.out + r * a.out_stride + p * kPanel;
       a.bias = first.bias == nullptr ? nullptr : first.bias + p * kPanel;
+      a.scales = first.scales == nullptr ? nullptr : first.scales + p * kPanel;
       a.columns = first.columns - p * kPanel;
       a.ahead = p == 0 ? first.ahead.of_tile(r / Vec::kRows, tiles) : Ahead{};
       const int64_t left = panels - p;

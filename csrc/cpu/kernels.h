@@ -50,7 +50,7 @@ struct LinearArgs : LinearWeights {
   const LinearWeights* next = nullptr;  // likely to be read after this layer's, if known
   bool silu = false;  // the first half of the outputs are gates: out is silu(gate) * the other half.
                       // num_out is a multiple of 2 * kPanel
-  // Where layers say so (takes_rounded, adds_up; linear_tiles.h):
+  // Where layers say so (takes_rounded, adds_up; linear.h, linear_tiles.h):
   bool rounded_x = false, rounded_out = false;  // rows as the layer, or `next`, reads them
   bool add = false;                             // the result is added to what is in `out`
 };
@@ -123,6 +123,7 @@ struct AttentionArgs {
   int64_t num_seqs, q_heads;
   float scale;
   int64_t window;  // <= 0: none
+  bool rounded = false;  // out as bf16
 };
 
 struct LogitsArgs {

@@ -111,9 +111,11 @@ void attend_and_mix(const LayerArgs& a, const StepArgs& s) {
   const LayerWeights& w = a.weights;
   const DecoderShape& shape = a.shape;
   const int64_t rows = s.rows;
+  const bool rounded_heads = takes_rounded(w.o);
   attention({s.attention, s.qkv, w.qkv.num_out, w.k_cache, w.v_cache, s.qo_indptr, s.kv_indptr,
-             s.kv_indices, s.kv_len, s.num_seqs, shape.q_heads, shape.scale, w.window});
-  mix({w.o, s.hidden, s.attention, rows, {}, &w.gate_up}, s);
+             s.kv_indices, s.kv_len, s.num_seqs, shape.q_heads, shape.scale, w.window,
+             rounded_heads});
+  mix({w.o, s.hidden, s.attention, rows, {}, &w.gate_up, false, rounded_heads}, s);
   const NormArgs between = norm_of(s, w.mlp_norm, shape, &w.o);
   const RowMaker norm = maker_of<NormArgs, norm_row_to>(between, 2 * shape.hidden);
   if (w.gate_up.num_out % (2 * kPanel) == 0) {

@@ -108,7 +108,15 @@ void linear_bf16(const LinearArgs& a) {
 }
 #else
 inline bool adds_up(const LinearWeights&) { return false; }
-inline bool takes_rounded(const LinearWeights&, const LinearWeights&, int64_t) { return false; }
+
+inline bool takes_rounded(const LinearWeights& to) {
+  const bool pairs = to.width == Width::kModel ? to.dtype == DType::kBF16
+                                               : to.width == Width::kInt8 && to.act_bits == 16;
+  return kPairs && pairs && padded_inputs(to) == to.num_in;
+}
+inline bool takes_rounded(const LinearWeights& to, const LinearWeights&, int64_t) {
+  return takes_rounded(to);
+}
 
 // bf16: every row of x rounded once, as pairs or as the floats that the level multiplies.
 struct RoundJob {
@@ -118,8 +126,13 @@ struct RoundJob {
 
   static void item(void* context, int64_t row) {
     const auto& job = *static_cast<const RoundJob*>(context);
-    const float* x = job.a.x + row * job.a.num_in;
     const int64_t k = job.a.num_in;
+    const float* x = job.a.x + row * k;
+    if (job.a.maker.make != nullptr) {
+      auto* made = static_cast<float*>(scratch(kScratchSums, static_cast<size_t>(k) * 4));
+      job.a.maker.make(job.a.maker.args, row, made);
+      x = made;
+    }
     if constexpr (kPairs) {
       auto* out = static_cast<uint16_t*>(job.out) + row * job.stride;
       int64_t whole = 0;
@@ -142,9 +155,13 @@ struct RoundJob {
 
 void linear_bf16(const LinearArgs& a) {
   const int64_t stride = padded_inputs(a);
-  void* rounded = scratch(kScratchCall, static_cast<size_t>(a.rows * stride) * (kPairs ? 2 : 4));
-  RoundJob job{a, rounded, stride};
-  round_rows(a, RoundJob::item, &job);
+  const void* rounded = a.x;
+  if (!a.rounded_x) {
+    void* memory = scratch(kScratchCall, static_cast<size_t>(a.rows * stride) * (kPairs ? 2 : 4));
+    RoundJob job{a, memory, stride};
+    round_rows(a, RoundJob::item, &job, true);
+    rounded = memory;
+  }
 #ifdef __AVX512BF16__
   if (a.width != Width::kModel) {
     const auto* pairs = static_cast<const uint32_t*>(rounded);

@@ -254,6 +254,9 @@ inline bool takes_rounded(const LinearWeights& to, const LinearWeights& from, in
          TileRows::bytes(rows, padded_inputs(to)) <= static_cast<size_t>(rows * to.num_in * 4);
 }
 
+// Whether it may have rows of bf16 that lie as those of x do.
+inline bool takes_rounded(const LinearWeights&) { return false; }
+
 inline void linear_tiles(const LinearArgs& a) {
   const int64_t padded = padded_inputs(a);
   void* memory = const_cast<float*>(a.x);

@@ -4,9 +4,9 @@
 // The integers are widened to bf16 as they are, which is exact. int8: one fp32 accumulator per output,
 // scaled in the end. int4: sums of one group of inputs are fp32 accumulators, which are added, scaled,
 // to a row's sum, group after group. One tile of rows widens in registers; of more rows the first tile
-// keeps what it widened, piece by piece, in a cache for the others. Invariant: an output takes the same
-// products and groups in the same order in all these ways, so its bits do not depend on the rows and
-// columns computed beside it.
+// keeps what it widened, piece by piece, in a cache for the others; for many rows int8 is widened before
+// the first. Invariant: an output takes the same products and groups in the same order in all these
+// ways, so its bits do not depend on the rows and columns computed beside it.
 #pragma once
 
 #include "cut.h"
@@ -195,6 +195,24 @@ void narrow_gemm(const NarrowTile& first, int64_t rows, int64_t panels) {
   }
 }
 
+// All that t describes of some panels, widened, to where they are kept.
+template <class Source>
+void widen_panels(const NarrowTile& t, int64_t panels) {
+  constexpr int vectors = Source::kVectors;
+  const Source source;
+  for (int64_t p = 0; p < panels; ++p) {
+    const uint8_t* w = t.w + p * t.panel_stride;
+    uint8_t* kept = t.kept + p * t.kept_stride;
+    uint8_t* const end = kept + t.inputs * (2 * kPanel);
+    for (; kept < end; kept += vectors * kLine, w += kLine) {
+      __m512i wide[vectors];
+      source.widen(w, wide);
+#pragma GCC unroll 16
+      for (int i = 0; i < vectors; ++i) _mm512_store_si512(kept + i * kLine, wide[i]);
+    }
+  }
+}
+
 struct NarrowJob {
   const LinearArgs& a;
   const uint32_t* x;
@@ -226,9 +244,6 @@ struct NarrowJob {
     t.accumulate = false;
     if (place.rows > Vec::kRows) {
       pieces<Source>(t, place.rows, place.panels, next);
-      const int64_t columns = place.panels * kPanel;
-      const Sums to{sums.at, sums.stride, sums.columns < columns ? sums.columns : columns};
-      if (int8) finish(a, to.at, to.stride, place.rows, panel * kPanel, to);
       return;
     }
     t.ahead = next.data == nullptr ? kNearBytes : next.data - reinterpret_cast<const char*>(t.w);
@@ -254,18 +269,23 @@ struct NarrowJob {
       t.kept = wide;
       t.kept_stride = wide_stride;
       t.accumulate = k > 0;
-      t.scales = nullptr;  // of int8: the finished sums are scaled, see part
-      if (int8 || !last) t.bias = nullptr;
+      if (!last) t.scales = nullptr, t.bias = nullptr;
       if (!int8) t.steps += k / t.group * kPanel;
       const int64_t line = next.lines * k / whole.inputs;
-      const Ahead share = {next.data + line * kLine,
-                           next.lines * (k + t.inputs) / whole.inputs - line};
-      t.share = share.of_tile(0, tiles);
-      narrow_gemm<Kept<Source>>(t, Vec::kRows, panels);
-      // The other rows.
-      t.share = {share.data + t.share.lines * kLine, share.lines - t.share.lines};
-      t.x += Vec::kRows * t.x_stride;
-      t.out += Vec::kRows * t.out_stride;
+      t.share = {next.data + line * kLine,
+                 next.lines * (k + t.inputs) / whole.inputs - line};
+      int64_t done = 0;  // rows
+      if (rows <= kNarrowFewRows || !int8) {
+        done = Vec::kRows;
+        const Ahead share = t.share;
+        t.share = share.of_tile(0, tiles);
+        narrow_gemm<Kept<Source>>(t, done, panels);
+        t.share = {share.data + t.share.lines * kLine, share.lines - t.share.lines};
+        t.x += done * t.x_stride;
+        t.out += done * t.out_stride;
+      } else {
+        widen_panels<Source>(t, panels);
+      }
       if constexpr (int8) {
         TileArgs<BF16Pairs> g;
         g.x = t.x;
@@ -275,15 +295,16 @@ struct NarrowJob {
         g.steps = t.inputs / 2;
         g.out = t.out;
         g.out_stride = t.out_stride;
-        g.bias = nullptr;
+        g.bias = t.bias;
+        g.scales = t.scales;
         g.columns = t.columns;
         g.accumulate = t.accumulate;
         g.ahead = t.share;
-        gemm<BF16Pairs>(g, rows - Vec::kRows, panels);
+        gemm<BF16Pairs>(g, rows - done, panels);
       } else {
         t.w = wide;
         t.panel_stride = wide_stride;
-        narrow_gemm<Wide>(t, rows - Vec::kRows, panels);
+        narrow_gemm<Wide>(t, rows - done, panels);
       }
     }
   }
