@@ -16,6 +16,10 @@ constexpr int64_t kTilesThatFetch = 6;
 // With fewer rows nothing but memory is waited for, and hardware's own order of reading is best (but
 // see fetches_ahead).
 constexpr int64_t kAheadRowsMin = 13;
+// It does not look far enough ahead for a core that multiplies every line with several rows: that asks
+// for what lies a little further on in the panel.
+constexpr int64_t kNearRowsMin = 3;
+constexpr int64_t kNearBytes = 2048;
 
 // Memory that is going to be read.
 struct Ahead {

@@ -62,7 +62,8 @@ struct TileArgs {
   int64_t columns;    // valid columns from the first one on
   bool accumulate = false;
   const float* scales = nullptr;  // of the first column: sums are multiplied, then the bias added
-  Ahead ahead = {};        // to be fetched meanwhile
+  Ahead ahead = {};   // to be fetched meanwhile
+  bool near = false;  // without that: the weights come from memory, see kNearRowsMin
 };
 
 // One step of R rows of x against V vectors of weights; panel(p): step `s` of panel p.
@@ -130,6 +131,14 @@ void tile(const TileArgs<E>& a) {
       prefetch.step();
       step(s);
     }
+  } else if (a.near) {
+    const typename E::Raw* w = a.w;
+    for (int64_t s = 0; s < a.steps; ++s, w += Operand<E>::kRawPerStep) {
+#pragma GCC unroll 4
+      for (int p = 0; p < P; ++p)
+        __builtin_prefetch(reinterpret_cast<const char*>(w + p * a.panel_stride) + kNearBytes);
+      step(s);
+    }
   } else {
     for (int64_t s = 0; s < a.steps; ++s) step(s);
   }
@@ -176,8 +185,10 @@ template <class E>
 void gemm(TileArgs<E> a, int64_t rows, int64_t panels) {
   const TileArgs<E> first = a;
   const int64_t tiles = (rows + Vec::kRows - 1) / Vec::kRows;
+  const bool few = rows >= kNearRowsMin && rows < kAheadRowsMin;
   for (int64_t r = 0; r < rows; r += Vec::kRows) {
     const int64_t tile_height = rows - r < Vec::kRows ? rows - r : Vec::kRows;
+    a.near = few && r == 0;
     int64_t p = 0;
     while (p < panels) {
       a.x = first.x + r * a.x_stride;

@@ -19,7 +19,6 @@ namespace {
 constexpr int64_t kNarrowPieceFewRows = 256;    // inputs of an item widened at once: first cache
 constexpr int64_t kNarrowPieceManyRows = 2048;  // second cache
 constexpr int64_t kNarrowFewRows = 32;          // of an item
-constexpr int64_t kNearBytes = 2048;  // ahead in a panel, where nothing better is known
 
 // Some rows against some panels: what one tile works on.
 struct NarrowTile {
