@@ -15,8 +15,8 @@ from typing import Final
 from diptych.server.spawn import python_environment
 
 WIDTHS: Final = ("bf16", "int8", "int4")
-_GGUF: Final = {"bf16": "bf16", "int8": "q8_0", "int4": "q4_0"}
-_OPENVINO: Final = {"bf16": "fp16", "int8": "int8", "int4": "int4"}
+GGUF: Final = {"bf16": "bf16", "int8": "q8_0", "int4": "q4_0"}
+OPENVINO: Final = {"bf16": "fp16", "int8": "int8", "int4": "int4"}
 _FRONT: Final = Path(__file__).with_name("openvino_front.py")
 
 
@@ -106,7 +106,7 @@ def vllm(args: argparse.Namespace, setting: Setting) -> Engine:
 
 
 def llama_cpp(args: argparse.Namespace, setting: Setting) -> Engine:
-    width = _GGUF[setting.width]
+    width = GGUF[setting.width]
     file = args.models / f"{setting.model}-{width}.gguf"
     threads = str(setting.threads)
     words = [str(args.llama_server), "-m", str(file), "--port", "{port}", "--no-webui"]
@@ -121,7 +121,7 @@ def llama_cpp(args: argparse.Namespace, setting: Setting) -> Engine:
 
 
 def openvino(args: argparse.Namespace, setting: Setting) -> Engine:
-    folder = args.models / f"{setting.model}-openvino-{_OPENVINO[setting.width]}"
+    folder = args.models / f"{setting.model}-openvino-{OPENVINO[setting.width]}"
     python = args.openvino_python
     words = [str(python), str(_FRONT), str(folder), "--port", "{port}"]
     words += ["--max-num-batched-tokens", str(setting.step_tokens)]

@@ -1,8 +1,9 @@
 """Makes the files that the engines read, from one set of random weights.
 
 Run: python -m bench.peers.prepare bench-360m --models DIRECTORY [--llama-cpp TREE
---llama-quantize PROGRAM --llama-python PYTHON] [--openvino-python PYTHON] [--w8a8]. What exists is
-kept. The conversions themselves are the peers' own tools, run by their own interpreters.
+--llama-quantize PROGRAM --llama-python PYTHON] [--openvino-python PYTHON] [--w8a8] [--widths bf16].
+What exists is kept. The conversions themselves are the peers' own tools, run by their own
+interpreters.
 """
 
 import argparse
@@ -12,6 +13,7 @@ from pathlib import Path
 from typing import Final
 
 from bench.models import SIZES, write_weights
+from bench.peers.engines import GGUF, OPENVINO, WIDTHS
 
 # llama.cpp's converter asks a table which pre-tokenizer a BPE vocabulary belongs to and refuses
 # one that it does not know, as this one.
@@ -82,14 +84,14 @@ def write_ggufs(args: argparse.Namespace) -> None:
         source = str(args.models / args.size)
         words = [str(args.llama_python), "-P", "-c", _CONVERT, str(args.llama_cpp), source]
         subprocess.run([*words, "--outtype", "bf16", "--outfile", str(wide)], check=True)
-    for width in ("q8_0", "q4_0"):
+    for width in [GGUF[width] for width in args.widths if width != "bf16"]:
         narrow = args.models / f"{args.size}-{width}.gguf"
         if not narrow.exists():
             subprocess.run([str(args.llama_quantize), str(wide), str(narrow), width], check=True)
 
 
 def write_openvino(args: argparse.Namespace) -> None:
-    for width in ("fp16", "int8", "int4"):
+    for width in [OPENVINO[width] for width in args.widths]:
         folder = args.models / f"{args.size}-openvino-{width}"
         if not folder.exists():
             program = args.openvino_python.parent / "optimum-cli"
@@ -109,6 +111,7 @@ def main() -> None:
     parser.add_argument("--llama-quantize", type=Path, help="the program")
     parser.add_argument("--openvino-python", type=Path, help="interpreter with optimum-intel")
     parser.add_argument("--w8a8", action="store_true", help="int8 checkpoint for vLLM")
+    parser.add_argument("--widths", nargs="+", choices=WIDTHS, default=list(WIDTHS))
     args = parser.parse_args()
     source = args.models / args.size
     if not (source / "model.safetensors").exists():
