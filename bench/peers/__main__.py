@@ -154,23 +154,18 @@ def _alternate(
     def one_round(pair: int) -> list[Turn]:
         turns = []
         for server in _rotated(taking_part, pair):
-            near = _limits_near(server.engine, ROWS[name], args)
+            limited = server.engine.is_ours and LIMITED.intersection(ROWS[name].figures)
+            before = machine_limits(args.threads) if limited else {}
             server.wake()
-            metrics = asyncio.run(turn(server, ROWS[name], args, pair)) | near
+            metrics = asyncio.run(turn(server, ROWS[name], args, pair))
             server.halt()
+            after = machine_limits(args.threads) if limited else {}
+            metrics |= {f"limit_{key}": (before[key] + after[key]) / 2 for key in before}
             _say(name, pair, server.engine.name, metrics)
             turns.append(Turn(server.engine.name, pair, metrics))
         return turns
 
     return _rounds(name, one_round, setting, args)
-
-
-def _limits_near(engine: Engine, row: Row, args: argparse.Namespace) -> Metrics:
-    """Just before a turn of ours whose share of the limits is reported: a machine's memory is not
-    as fast in one minute as in another."""
-    if not engine.is_ours or not LIMITED.intersection(row.figures):
-        return {}
-    return {f"limit_{name}": value for name, value in machine_limits(args.threads).items()}
 
 
 def _rounds(

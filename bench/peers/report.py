@@ -89,7 +89,7 @@ def _ratios(turns: list[Turn], engine: str, peers: list[str], figure: str) -> di
 
 def _shares(folder: Path, engine: str, turns: list[Turn]) -> dict[str, dict[str, float]]:
     """Of the read bandwidth for a decoded token, of the bf16 FLOP/s for a prompt's: each turn's
-    share of the limits that were measured just before it."""
+    share of the limits beside it (`limit_*`)."""
     config = json.loads((folder / "config.json").read_text())
     hidden, layers = config["hidden_size"], config["num_hidden_layers"]
     heads, kv_heads = config["num_attention_heads"], config["num_key_value_heads"]

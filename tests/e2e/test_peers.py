@@ -68,7 +68,7 @@ def test_ratio_is_of_one_round_and_says_how_much_better_ours_is(models: Path) ->
     assert found["limits"] == {"read_gb_per_s": 2.0}
 
 
-def test_share_is_of_the_limits_that_were_measured_before_the_turn(models: Path) -> None:
+def test_share_is_of_the_limits_beside_the_turn(models: Path) -> None:
     def turns(rates: list[float], limits: list[float]) -> list[Turn]:
         return [
             Turn(
