@@ -16,8 +16,8 @@ namespace diptych::cpu {
 namespace {
 
 struct Pairs {
-  // A query, scaled, as pairs.
-  static void round_query(uint16_t* out, const float* x, F scale, int64_t dim);
+  // out = x * scale, n values of bf16.
+  static void round_scaled(uint16_t* out, const float* x, F scale, int64_t n);
   // The splits of `rows` rows begin: nothing is seen.
   static void reset(const Workspace& w, int64_t rows);
   // All rows of one head against one tile, a few at a time.
@@ -29,20 +29,6 @@ struct Pairs {
 #ifdef __AVX512BF16__
 constexpr float kSlack = 8.0f;
 constexpr int kTilePairs = kTile / 2, kPanelPairs = kPanel / 2;
-
-// out = x * scale, n values of bf16.
-inline void round_scaled(uint16_t* out, const float* x, F scale, int64_t n) {
-  int64_t i = 0;
-  for (; i + 2 * Vec::W <= n; i += 2 * Vec::W)
-    Vec::store_bf16(reinterpret_cast<uint32_t*>(out + i), Vec::load(x + i) * scale,
-                    Vec::load(x + i + Vec::W) * scale);
-  for (; i < n; i += Vec::W) {
-    alignas(64) uint16_t some[2 * Vec::W];
-    const int left = n - i < Vec::W ? static_cast<int>(n - i) : Vec::W;
-    Vec::store_bf16(some, Vec::load_n(x + i, left) * scale);
-    memcpy(out + i, some, static_cast<size_t>(left) * sizeof some[0]);
-  }
-}
 
 // Up to kRows rows of one head, and the running softmax that is theirs alone.
 struct PairRows {
@@ -303,8 +289,17 @@ void attend_some(const PairRows& w, int64_t count, int64_t dim) {
   attend_rows<R, 0, FULL>(w, dim);
 }
 
-void Pairs::round_query(uint16_t* out, const float* x, F scale, int64_t dim) {
-  round_scaled(out, x, scale, dim);
+void Pairs::round_scaled(uint16_t* out, const float* x, F scale, int64_t n) {
+  int64_t i = 0;
+  for (; i + 2 * Vec::W <= n; i += 2 * Vec::W)
+    Vec::store_bf16(reinterpret_cast<uint32_t*>(out + i), Vec::load(x + i) * scale,
+                    Vec::load(x + i + Vec::W) * scale);
+  for (; i < n; i += Vec::W) {
+    alignas(64) uint16_t some[2 * Vec::W];
+    const int left = n - i < Vec::W ? static_cast<int>(n - i) : Vec::W;
+    Vec::store_bf16(some, Vec::load_n(x + i, left) * scale);
+    memcpy(out + i, some, static_cast<size_t>(left) * sizeof some[0]);
+  }
 }
 
 void Pairs::add_tile(const Workspace& w, const Pieces& here, int64_t rows, int64_t base,

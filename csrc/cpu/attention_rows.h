@@ -107,12 +107,10 @@ void write_rows_of(const AttentionArgs& a, const RowBlock& block, const Softmax&
     const float* acc = total.acc + r * dim;
     float* out = first + (token * a.q_heads + head) * dim;
     const F inverse = Vec::set1(1.0f / total.sum[r]);
-#ifdef __AVX512BF16__
-    if (a.rounded) {
+    if constexpr (Vec::kBf16Dot) {
       auto* pairs = reinterpret_cast<uint16_t*>(a.out) + (out - a.out);
-      return round_scaled(pairs, acc, inverse, dim);
+      if (a.rounded) return Pairs::round_scaled(pairs, acc, inverse, dim);
     }
-#endif
     each_vec(dim,
              [&](int64_t i, int n) { Vec::store_n(out + i, Vec::load_n(acc + i, n) * inverse, n); });
   });
@@ -278,7 +276,7 @@ Workspace open_block(const AttentionArgs& a, const RowBlock& block, int64_t rows
     const int64_t position = first_position + token;
     const float* q = first + token * a.q_stride + head * dim;
     if constexpr (Format<E>::kDot) {
-      Pairs::round_query(static_cast<uint16_t*>(w.q) + r * dim, q, scale, dim);
+      Pairs::round_scaled(static_cast<uint16_t*>(w.q) + r * dim, q, scale, dim);
     } else {
       float* scaled = w.split.acc + r * dim;  // free until the first split
       if (!Format<E>::kBytes) scaled = static_cast<float*>(w.q) + r * dim;
@@ -309,15 +307,18 @@ void run_split(const AttentionArgs& a, const RowBlock& block, int64_t rows, int6
     for (int64_t base = first; base < end; base += kTile)
       add_tile<E>(a, block, base, w, upcoming, tiles);
   };
-  if constexpr (!Format<E>::kDot) return run(nullptr);
-  Pairs::reset(w, round_up(rows, kGroupRows));
-  if (on_tiles<E>(dim)) {
-    AttentionTiles tiles(rows / block.num_heads, dim, w.tile_memory);
-    run(&tiles);
+  if constexpr (Format<E>::kDot) Pairs::reset(w, round_up(rows, kGroupRows));
+  if constexpr (Format<E>::kDot && kTiles) {
+    if (AttentionTiles::fits(dim)) {
+      AttentionTiles tiles(rows / block.num_heads, dim, w.tile_memory);
+      run(&tiles);
+    } else {
+      run(nullptr);
+    }
   } else {
     run(nullptr);
   }
-  Pairs::finish(w, rows);
+  if constexpr (Format<E>::kDot) Pairs::finish(w, rows);
 }
 
 }  // namespace

@@ -139,6 +139,14 @@ inline int64_t rows_for_all(int64_t groups, int64_t most) {
   return groups < 4 * num_threads() && most > kRowsPerItem ? kRowsPerItem : most;
 }
 
+// One row of x: made, where that is asked, for who reads it now and once.
+inline const float* row_of(const LinearArgs& a, int64_t row) {
+  if (a.maker.make == nullptr) return a.x + row * a.num_in;
+  auto* made = static_cast<float*>(scratch(kScratchSums, static_cast<size_t>(a.num_in) * 4));
+  a.maker.make(a.maker.args, row, made);
+  return made;
+}
+
 // Makes (where asked) and rounds every row of x, some neighbouring rows per work item.
 struct EachRow {
   const LinearArgs& a;

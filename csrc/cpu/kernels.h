@@ -50,7 +50,7 @@ struct LinearArgs : LinearWeights {
   const LinearWeights* next = nullptr;  // likely to be read after this layer's, if known
   bool silu = false;  // the first half of the outputs are gates: out is silu(gate) * the other half.
                       // num_out is a multiple of 2 * kPanel
-  // Where layers say so (takes_rounded, adds_up; linear.h, linear_tiles.h):
+  // Where layers say so (takes_rounded, takes_rounded_rows, adds_up; linear.h, linear_tiles.h):
   bool rounded_x = false, rounded_out = false;  // rows as the layer, or `next`, reads them
   bool add = false;                             // the result is added to what is in `out`
 };

@@ -111,7 +111,7 @@ void attend_and_mix(const LayerArgs& a, const StepArgs& s) {
   const LayerWeights& w = a.weights;
   const DecoderShape& shape = a.shape;
   const int64_t rows = s.rows;
-  const bool rounded_heads = takes_rounded(w.o);
+  const bool rounded_heads = takes_rounded_rows(w.o);
   attention({s.attention, s.qkv, w.qkv.num_out, w.k_cache, w.v_cache, s.qo_indptr, s.kv_indptr,
              s.kv_indices, s.kv_len, s.num_seqs, shape.q_heads, shape.scale, w.window,
              rounded_heads});

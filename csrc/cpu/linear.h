@@ -109,13 +109,14 @@ void linear_bf16(const LinearArgs& a) {
 #else
 inline bool adds_up(const LinearWeights&) { return false; }
 
-inline bool takes_rounded(const LinearWeights& to) {
+// Whether `to` may have rows of bf16 that lie as those of x do.
+inline bool takes_rounded_rows(const LinearWeights& to) {
   const bool pairs = to.width == Width::kModel ? to.dtype == DType::kBF16
                                                : to.width == Width::kInt8 && to.act_bits == 16;
   return kPairs && pairs && padded_inputs(to) == to.num_in;
 }
 inline bool takes_rounded(const LinearWeights& to, const LinearWeights&, int64_t) {
-  return takes_rounded(to);
+  return takes_rounded_rows(to);
 }
 
 // bf16: every row of x rounded once, as pairs or as the floats that the level multiplies.
@@ -127,12 +128,7 @@ struct RoundJob {
   static void item(void* context, int64_t row) {
     const auto& job = *static_cast<const RoundJob*>(context);
     const int64_t k = job.a.num_in;
-    const float* x = job.a.x + row * k;
-    if (job.a.maker.make != nullptr) {
-      auto* made = static_cast<float*>(scratch(kScratchSums, static_cast<size_t>(k) * 4));
-      job.a.maker.make(job.a.maker.args, row, made);
-      x = made;
-    }
+    const float* x = row_of(job.a, row);
     if constexpr (kPairs) {
       auto* out = static_cast<uint16_t*>(job.out) + row * job.stride;
       int64_t whole = 0;

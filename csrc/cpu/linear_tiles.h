@@ -44,12 +44,7 @@ struct TileRoundJob {
   static void item(void* context, int64_t row) {
     const auto& job = *static_cast<const TileRoundJob*>(context);
     const int64_t inputs = job.a.num_in;
-    const float* x = job.a.x + row * inputs;
-    if (job.a.maker.make != nullptr) {
-      auto* made = static_cast<float*>(scratch(kScratchSums, static_cast<size_t>(inputs) * 4));
-      job.a.maker.make(job.a.maker.args, row, made);
-      x = made;
-    }
+    const float* x = row_of(job.a, row);
     auto* pairs = reinterpret_cast<uint32_t*>(job.to.at(row, 0));
     const int64_t step = job.to.height * kPairInputs / 2;
     int64_t k = 0;
@@ -255,7 +250,7 @@ inline bool takes_rounded(const LinearWeights& to, const LinearWeights& from, in
 }
 
 // Whether it may have rows of bf16 that lie as those of x do.
-inline bool takes_rounded(const LinearWeights&) { return false; }
+inline bool takes_rounded_rows(const LinearWeights&) { return false; }
 
 inline void linear_tiles(const LinearArgs& a) {
   const int64_t padded = padded_inputs(a);

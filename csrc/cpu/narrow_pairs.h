@@ -258,7 +258,6 @@ struct NarrowJob {
     const int64_t wide_stride = piece * kPanel * 2;  // bytes
     auto* wide =
         static_cast<uint8_t*>(scratch(kScratchItem, static_cast<size_t>(panels * wide_stride)));
-    const int64_t tiles = (rows + Vec::kRows - 1) / Vec::kRows;
     for (int64_t k = 0; k < whole.inputs; k += piece) {
       const bool last = k + piece >= whole.inputs;
       NarrowTile t = whole;
@@ -277,7 +276,7 @@ struct NarrowJob {
       if (rows <= kNarrowFewRows || !int8) {
         done = Vec::kRows;
         const Ahead share = t.share;
-        t.share = share.of_tile(0, tiles);
+        t.share = share.of_tile(0, (rows + Vec::kRows - 1) / Vec::kRows);
         narrow_gemm<Kept<Source>>(t, done, panels);
         t.share = {share.data + t.share.lines * kLine, share.lines - t.share.lines};
         t.x += done * t.x_stride;

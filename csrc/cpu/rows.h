@@ -163,22 +163,19 @@ inline F silu_of(F gate, F up) {
   return gate / (Vec::set1(1.0f) + exp_vec(Vec::set1(0.0f) - gate)) * up;
 }
 
-// silu(gate) * up, of n values, n a multiple of kPanel, as bf16.
-inline void silu_rounded(uint16_t* out, const float* gate, const float* up, int64_t n) {
-#ifdef __AVX512BF16__
-  for (int64_t i = 0; i < n; i += Vec::W)
-    Vec::store_bf16(out + i, silu_of(Vec::load(gate + i), Vec::load(up + i)));
-#else
-  (void)out, (void)gate, (void)up, (void)n;
-  __builtin_unreachable();  // nobody takes it (takes_rounded)
-#endif
-}
-
 // out = silu(gate) * up, of n values.
 inline void silu_values(float* out, const float* gate, const float* up, int64_t n) {
   each_vec(n, [&](int64_t i, int lanes) {
     Vec::store_n(out + i, silu_of(Vec::load_n(gate + i, lanes), Vec::load_n(up + i, lanes)), lanes);
   });
+}
+
+// The same as bf16, n a multiple of kPanel; on levels where somebody takes it (takes_rounded).
+inline void silu_rounded(uint16_t* out, const float* gate, const float* up, int64_t n) {
+  if constexpr (Vec::kBf16Dot) {
+    for (int64_t i = 0; i < n; i += Vec::W)
+      Vec::store_bf16(out + i, silu_of(Vec::load(gate + i), Vec::load(up + i)));
+  }
 }
 
 void silu_row_to(const SiluArgs& a, int64_t t, float* out) {
