@@ -22,7 +22,7 @@ from diptych.kernels.narrow_layout import pack_int4, pack_int8
 __all__ = ["CppKernels", "available_levels", "level_index"]
 
 # Raised with every change of the C++ code that may change a bit of a result.
-_NUMERICS_VERSION = 7
+_NUMERICS_VERSION = 8
 
 _NARROW_INPUTS_MAX = 1 << 16  # of narrow layers: what 32-bit sums hold for sure
 _PANEL = 16  # outputs that are packed together, kPanel of csrc/cpu/kernels.h

@@ -119,7 +119,9 @@ void score_tile(const Workspace& w, int64_t first, int64_t dim) {
   for (int p = 0; p < P; ++p)
     panels[p] = reinterpret_cast<const typename E::Raw*>(w.place->panels[first + p]);
   F acc[R][V];
+#pragma GCC unroll 16
   for (int r = 0; r < R; ++r) {
+#pragma GCC unroll 16
     for (int v = 0; v < V; ++v) acc[r][v] = Vec::set1(0.0f);
   }
   const int64_t steps = dim / Format<E>::kUnit;
@@ -127,8 +129,10 @@ void score_tile(const Workspace& w, int64_t first, int64_t dim) {
     tile_step<E, R, V>(acc, q, w.q_stride, s,
                        [&](int p) { return panels[p] + s * Operand<E>::kRawPerStep; });
   }
+#pragma GCC unroll 16
   for (int r = 0; r < R; ++r) {
     float* out = w.scores + r * kTile + first * kPanel;
+#pragma GCC unroll 16
     for (int v = 0; v < V; ++v) Vec::store(out + v * Vec::W, acc[r][v]);
   }
 }
@@ -154,25 +158,27 @@ inline __attribute__((always_inline)) void weigh_step(F (&acc)[R][V], const Work
                                                       int columns, int halves) {
   constexpr int64_t unit = Format<E>::kUnit;
   const auto* value = reinterpret_cast<const typename E::Raw*>(w.place->values[s]) + d * unit;
+#pragma GCC unroll 2
+  for (int half = 0; half < unit; ++half) {
+    if (unit == 2 && (halves & 1 << half) == 0) continue;
+    F x[V];
 #pragma GCC unroll 16
-  for (int v = 0; v < V; ++v) {
-    const auto* at = value + v * Vec::W * unit;
-    if constexpr (unit == 1) {
-      const F x = columns < Vec::W ? Vec::load_as_n<E>(at, columns) : Vec::load_as<E>(at);
-#pragma GCC unroll 16
-      for (int r = 0; r < R; ++r)
-        acc[r][v] = Vec::fma(Vec::set1(w.scores[(row + r) * kTile + s]), x, acc[r][v]);
-    } else {
-      const auto* floats = reinterpret_cast<const float*>(at);
-      F first, second;
-      Vec::split_pairs(columns < Vec::W ? Vec::load_n(floats, columns) : Vec::load(floats), first,
-                       second);
-#pragma GCC unroll 16
-      for (int r = 0; r < R; ++r) {
-        const float* weights = w.scores + (row + r) * kTile + 2 * s;
-        if (halves & 1) acc[r][v] = Vec::fma(Vec::set1(weights[0]), first, acc[r][v]);
-        if (halves & 2) acc[r][v] = Vec::fma(Vec::set1(weights[1]), second, acc[r][v]);
+    for (int v = 0; v < V; ++v) {
+      const auto* at = value + v * Vec::W * unit;
+      if constexpr (unit == 1) {
+        x[v] = columns < Vec::W ? Vec::load_as_n<E>(at, columns) : Vec::load_as<E>(at);
+      } else {
+        const auto* floats = reinterpret_cast<const float*>(at);
+        if (R > 1) asm volatile("" : "+r"(floats));  // loaded anew: registers are few
+        const F pairs = columns < Vec::W ? Vec::load_n(floats, columns) : Vec::load(floats);
+        x[v] = half == 0 ? Vec::first_of_pairs(pairs) : Vec::second_of_pairs(pairs);
       }
+    }
+#pragma GCC unroll 16
+    for (int r = 0; r < R; ++r) {
+      const F weight = Vec::set1(w.scores[(row + r) * kTile + unit * s + half]);
+#pragma GCC unroll 16
+      for (int v = 0; v < V; ++v) acc[r][v] = Vec::fma(weight, x[v], acc[r][v]);
     }
   }
 }

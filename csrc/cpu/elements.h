@@ -62,6 +62,15 @@ inline void widen_integers(uint16_t* __restrict out, const int8_t* __restrict x)
     out[i] = static_cast<uint16_t>(float_bits(static_cast<float>(x[i])) >> 16);
 }
 
+// Floats to the nearest that are bf16.
+inline void round_to_bf16(float* __restrict out, const float* __restrict x, int64_t n) {
+  for (int64_t i = 0; i < n; ++i) {
+    const uint32_t u = float_bits(x[i]), rounded = u + 0x7fff + ((u >> 16) & 1);
+    const uint32_t bits = (u & 0x7fffffffu) > 0x7f800000u ? u | 0x400000 : rounded;
+    out[i] = bits_float(bits & 0xffff0000u);
+  }
+}
+
 template <class E>
 void convert_row(typename E::Raw* __restrict out, const float* __restrict x, int64_t n) {
   for (int64_t i = 0; i < n; ++i) out[i] = E::from_float(x[i]);

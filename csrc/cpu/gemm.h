@@ -81,24 +81,32 @@ inline __attribute__((always_inline)) void tile_step(F (&acc)[R][V],
 #pragma GCC unroll 16
       for (int v = 0; v < V; ++v) acc[r][v] = Vec::fma(x, wv[v], acc[r][v]);
     }
-  } else {
+  } else if constexpr (Operand<E>::kActsPerStep == 1) {
 #pragma GCC unroll 16
     for (int v = 0; v < V; ++v) {
       const uint32_t* pairs =
           reinterpret_cast<const uint32_t*>(panel(v / kVecs) + (v % kVecs) * 2 * Vec::W);
-      if constexpr (Operand<E>::kActsPerStep == 1) {
 #pragma GCC unroll 16
-        for (int r = 0; r < R; ++r)
-          acc[r][v] = Vec::dot_pairs(acc[r][v], rows[r * x_stride + s], pairs);
-      } else {
-        F first, second;
-        Vec::split_pairs(Vec::load(reinterpret_cast<const float*>(pairs)), first, second);
+      for (int r = 0; r < R; ++r)
+        acc[r][v] = Vec::dot_pairs(acc[r][v], rows[r * x_stride + s], pairs);
+    }
+  } else {
+    // One half of the pairs after the other: registers are for accumulators.
+#pragma GCC unroll 2
+    for (int half = 0; half < 2; ++half) {
+      F wv[V];
 #pragma GCC unroll 16
-        for (int r = 0; r < R; ++r) {
-          const auto* x = rows + r * x_stride + 2 * s;
-          acc[r][v] = Vec::fma(Vec::set1(x[0]), first, acc[r][v]);
-          acc[r][v] = Vec::fma(Vec::set1(x[1]), second, acc[r][v]);
-        }
+      for (int v = 0; v < V; ++v) {
+        const auto* pairs =
+            reinterpret_cast<const float*>(panel(v / kVecs) + (v % kVecs) * 2 * Vec::W);
+        if (R > 1) asm volatile("" : "+r"(pairs));  // loaded anew: registers are few
+        wv[v] = half == 0 ? Vec::first_of_pairs(Vec::load(pairs)) : Vec::second_of_pairs(Vec::load(pairs));
+      }
+#pragma GCC unroll 16
+      for (int r = 0; r < R; ++r) {
+        const F x = Vec::set1(rows[r * x_stride + 2 * s + half]);
+#pragma GCC unroll 16
+        for (int v = 0; v < V; ++v) acc[r][v] = Vec::fma(x, wv[v], acc[r][v]);
       }
     }
   }
@@ -109,14 +117,18 @@ template <class E, int R, int P>
 void tile(const TileArgs<E>& a) {
   constexpr int V = P * kVecs;
   F acc[R][V];
+#pragma GCC unroll 16
   for (int r = 0; r < R; ++r) {
+#pragma GCC unroll 16
     for (int v = 0; v < V; ++v) acc[r][v] = Vec::set1(0.0f);
   }
   if (a.accumulate) {
+#pragma GCC unroll 16
     for (int v = 0; v < V; ++v) {
       const int64_t left = a.columns - v * Vec::W;
       if (left <= 0) break;
       const int n = left < Vec::W ? static_cast<int>(left) : Vec::W;
+#pragma GCC unroll 16
       for (int r = 0; r < R; ++r)
         acc[r][v] = Vec::load_n(a.out + r * a.out_stride + v * Vec::W, n);
     }
@@ -142,12 +154,14 @@ void tile(const TileArgs<E>& a) {
   } else {
     for (int64_t s = 0; s < a.steps; ++s) step(s);
   }
+#pragma GCC unroll 16
   for (int v = 0; v < V; ++v) {
     const int64_t left = a.columns - v * Vec::W;
     if (left <= 0) break;
     const int n = left < Vec::W ? static_cast<int>(left) : Vec::W;
     const F bias = a.bias == nullptr ? Vec::set1(0.0f) : Vec::load_n(a.bias + v * Vec::W, n);
     const F scale = a.scales == nullptr ? bias : Vec::load_n(a.scales + v * Vec::W, n);
+#pragma GCC unroll 16
     for (int r = 0; r < R; ++r) {
       F y = acc[r][v];
       if (a.scales != nullptr) y = y * scale;

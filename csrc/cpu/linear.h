@@ -143,7 +143,7 @@ struct RoundJob {
 #endif
     } else {
       auto* out = static_cast<float*>(job.out) + row * job.stride;
-      for (int64_t i = 0; i < k; ++i) out[i] = BF16::to_float(BF16::from_float(x[i]));
+      round_to_bf16(out, x, k);
       for (int64_t i = k; i < job.stride; ++i) out[i] = 0.0f;
     }
   }
@@ -176,15 +176,23 @@ void linear_bf16(const LinearArgs& a) {
 #endif
 
 void linear_integers(const LinearArgs& a) {
-  const int64_t limbs = a.act_bits / 8, stride = padded_inputs(a);
-  const int64_t group = a.width == Width::kInt4 ? a.group : stride, groups = stride / group;
+#ifdef DIPTYCH_WORDS
+  const bool words = a.width == Width::kInt8 || a.act_bits == 16;
+#else
+  constexpr bool words = false;
+#endif
+  const int64_t limbs = words ? 1 : a.act_bits / 8, stride = padded_inputs(a);
+  const int64_t group = a.width == Width::kInt4 ? a.group
+                        : words && a.act_bits == 16 && stride > kWordInputs ? kWordInputs : stride;
+  const int64_t groups = (stride + group - 1) / group;
   const int64_t byte_rows = a.rows * limbs;
 #ifdef __AMX_BF16__
   const bool tiles = integers_want_tiles(a);
 #else
   constexpr bool tiles = false;
 #endif
-  const int64_t value_bytes = byte_rows * stride, sum_bytes = round_up(byte_rows * groups * 4, 64);
+  const int64_t value_bytes = byte_rows * stride * (words ? 2 : 1),
+                sum_bytes = round_up(byte_rows * groups * 4, 64);
   auto* memory = static_cast<char*>(
       scratch(kScratchCall, static_cast<size_t>(value_bytes + sum_bytes + a.rows * 4)));
   const IntegerRows q{reinterpret_cast<int8_t*>(memory),
@@ -196,14 +204,15 @@ void linear_integers(const LinearArgs& a) {
                       group,
                       a.width == Width::kInt4 ? kZero4 : kZero8,
                       byte_rows,
-                      tiles};
+                      tiles,
+                      words ? 2 : 1};
   IntegerRowsJob rounding{a, q};
   round_rows(a, IntegerRowsJob::item, &rounding);
 #ifdef __AMX_BF16__
   if (tiles) return integers_on_tiles(a, q);
 #endif
   const int64_t panels = panels_to_cut(a);
-  const int64_t most = rows_for_all(panels / kGroupPanels, rows_that_fit(limbs * stride));
+  const int64_t most = rows_for_all(panels / kGroupPanels, rows_that_fit(q.value_bytes * limbs * stride));
   IntegerJob job{a, q, {panels, a.rows, kGroupPanels, most, Vec::kRows / limbs}};
   run_unless_small(job.cut.items, run_parts<IntegerJob>, &job, a.rows * a.num_out * a.num_in);
 }

@@ -8,7 +8,8 @@
 namespace diptych::cpu {
 namespace {
 
-constexpr int kProbeChains = 20;  // independent sums: more than latency times ports
+// Independent sums: more than latency times ports, and not more than registers.
+constexpr int kProbeChains = Vec::W == 16 ? 20 : 12;
 
 void probe_tiles(int64_t rounds) {
 #ifdef __AMX_BF16__

@@ -125,11 +125,12 @@ struct Vec {
   }
 
   // W pairs of bf16 -> the first and the second of each
-  static void split_pairs(F pairs, F& first, F& second) {
-    const __m512i v = _mm512_castps_si512(pairs);
-    first = _mm512_castsi512_ps(_mm512_slli_epi32(v, 16));
-    second =
-        _mm512_castsi512_ps(_mm512_and_si512(v, _mm512_set1_epi32(static_cast<int>(0xffff0000u))));
+  static F first_of_pairs(F pairs) {
+    return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_castps_si512(pairs), 16));
+  }
+  static F second_of_pairs(F pairs) {
+    const __m512i mask = _mm512_set1_epi32(static_cast<int>(0xffff0000u));
+    return _mm512_castsi512_ps(_mm512_and_si512(_mm512_castps_si512(pairs), mask));
   }
   static I four_bytes(const int8_t* x) {  // to all lanes
     int32_t word;

@@ -84,10 +84,8 @@ struct Vec {
   }
 
   // W pairs of bf16 -> the first and the second of each
-  static void split_pairs(F pairs, F& first, F& second) {
-    first = (F)((U)pairs << 16);
-    second = (F)((U)pairs & 0xffff0000u);
-  }
+  static F first_of_pairs(F pairs) { return (F)((U)pairs << 16); }
+  static F second_of_pairs(F pairs) { return (F)((U)pairs & 0xffff0000u); }
   static void widen_bytes(uint16_t* out, const int8_t* in) { widen_integers(out, in); }
   static F dot_pairs(F sum, uint32_t x, const uint32_t* w);  // not on this level
   static I four_bytes(const int8_t* x);                      // likewise
