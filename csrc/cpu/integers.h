@@ -149,7 +149,8 @@ void integer_tile_rows(const IntegerTile& t, int64_t rows) {
 template <class Tiles>
 void integer_gemm(const IntegerTile& first, int64_t rows, int64_t panels) {
   constexpr int64_t height = Vec::kRows / Tiles::kLimbs;
-  const int64_t tiles = (rows + height - 1) / height;
+  const int64_t wide = rows == 1 ? Tiles::kPanelsOne : Vec::kPanels;
+  const int64_t across = (panels + wide - 1) / wide, tiles = (rows + height - 1) / height * across;
   for (int64_t r = 0; r < rows; r += height) {
     const int64_t left = rows - r < height ? rows - r : height;
     for (int64_t p = 0; p < panels;) {
@@ -163,7 +164,7 @@ void integer_gemm(const IntegerTile& first, int64_t rows, int64_t panels) {
       if (t.bias != nullptr) t.bias += p * kPanel;
       t.out += r * t.out_stride + p * kPanel;
       t.columns -= p * kPanel;
-      t.ahead = p == 0 ? first.ahead.of_tile(r / height, tiles) : Ahead{};
+      t.ahead = p % wide == 0 ? first.ahead.of_tile(r / height * across + p / wide, tiles) : Ahead{};
       if (left == 1 && panels - p >= Tiles::kPanelsOne) {
         Tiles::template run<1, Tiles::kPanelsOne>(t);
         p += Tiles::kPanelsOne;
