@@ -146,6 +146,20 @@ def test_narrow_extremes(cpp: CppKernels, reference: ReferenceKernels, scheme: s
 
 
 @pytest.mark.parametrize("scheme", NARROW)
+@pytest.mark.parametrize("num_in", [512, 1000, 8192])
+def test_no_sum_is_too_large(cpp: CppKernels, scheme: str, num_in: int) -> None:
+    """Every integer of the weights and of x is as large as they get, with either sign."""
+    weight = torch.full((33, num_in), 0.5, dtype=torch.bfloat16)
+    weight[1::2] = -0.5
+    x = torch.full((7, num_in), 3.0)
+    x[1::2] = -3.0
+    out = torch.empty(7, 33)
+    cpp.linear(out, x, cpp.pack_linear(weight, None, NARROW[scheme]))
+    expected = x[:, :1] * weight[:, 0].float() * num_in
+    assert ((out / expected - 1).abs() < 0.02).all()  # 4 bits round the weights by as much
+
+
+@pytest.mark.parametrize("scheme", NARROW)
 def test_a_narrow_row_does_not_depend_on_its_batch(cpp: CppKernels, scheme: str) -> None:
     x, weight, bias = _problem((64, 70, 160), torch.bfloat16)
     packed = cpp.pack_linear(weight, bias, NARROW[scheme])
