@@ -169,7 +169,7 @@ inline __attribute__((always_inline)) void weigh_step(F (&acc)[R][V], const Work
         x[v] = columns < Vec::W ? Vec::load_as_n<E>(at, columns) : Vec::load_as<E>(at);
       } else {
         const auto* floats = reinterpret_cast<const float*>(at);
-        if (R > 1) asm volatile("" : "+r"(floats));  // loaded anew: registers are few
+        if (R > 1) floats = load_again(floats);
         const F pairs = columns < Vec::W ? Vec::load_n(floats, columns) : Vec::load(floats);
         x[v] = half == 0 ? Vec::first_of_pairs(pairs) : Vec::second_of_pairs(pairs);
       }

@@ -19,6 +19,14 @@ inline float bits_float(uint32_t u) {
   return x;
 }
 
+// The same address, of which a compiler knows nothing: what was loaded from there is loaded again. For
+// loops whose registers are few.
+template <class T>
+inline __attribute__((always_inline)) const T* load_again(const T* p) {
+  asm volatile("" : "+r"(p));
+  return p;
+}
+
 struct F32 {
   using Raw = float;
   static float to_float(float x) { return x; }
@@ -28,11 +36,12 @@ struct F32 {
 struct BF16 {
   using Raw = uint16_t;
   static float to_float(uint16_t x) { return bits_float(static_cast<uint32_t>(x) << 16); }
-  static uint16_t from_float(float x) {
-    const uint32_t u = float_bits(x), rounded = (u + 0x7fff + ((u >> 16) & 1)) >> 16;
-    const bool nan = (u & 0x7fffffffu) > 0x7f800000u;
-    return static_cast<uint16_t>(nan ? (u >> 16) | 0x40 : rounded);
+  // Rounded in its upper half; the lower one is to be dropped.
+  static uint32_t round(float x) {
+    const uint32_t u = float_bits(x);
+    return (u & 0x7fffffffu) > 0x7f800000u ? u | 0x400000 : u + 0x7fff + ((u >> 16) & 1);
   }
+  static uint16_t from_float(float x) { return static_cast<uint16_t>(round(x) >> 16); }
 };
 
 struct F16 {
@@ -64,11 +73,7 @@ inline void widen_integers(uint16_t* __restrict out, const int8_t* __restrict x)
 
 // Floats to the nearest that are bf16.
 inline void round_to_bf16(float* __restrict out, const float* __restrict x, int64_t n) {
-  for (int64_t i = 0; i < n; ++i) {
-    const uint32_t u = float_bits(x[i]), rounded = u + 0x7fff + ((u >> 16) & 1);
-    const uint32_t bits = (u & 0x7fffffffu) > 0x7f800000u ? u | 0x400000 : rounded;
-    out[i] = bits_float(bits & 0xffff0000u);
-  }
+  for (int64_t i = 0; i < n; ++i) out[i] = bits_float(BF16::round(x[i]) & 0xffff0000u);
 }
 
 template <class E>

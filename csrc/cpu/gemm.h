@@ -99,7 +99,7 @@ inline __attribute__((always_inline)) void tile_step(F (&acc)[R][V],
       for (int v = 0; v < V; ++v) {
         const auto* pairs =
             reinterpret_cast<const float*>(panel(v / kVecs) + (v % kVecs) * 2 * Vec::W);
-        if (R > 1) asm volatile("" : "+r"(pairs));  // loaded anew: registers are few
+        if (R > 1) pairs = load_again(pairs);
         wv[v] = half == 0 ? Vec::first_of_pairs(Vec::load(pairs)) : Vec::second_of_pairs(Vec::load(pairs));
       }
 #pragma GCC unroll 16

@@ -53,6 +53,7 @@ inline void round_full_chunk(const IntegerRows& q, const float* x, int64_t row, 
   }
 }
 
+#ifndef DIPTYCH_WORDS
 // The same of two bytes for each value.
 inline void split_full_chunk(const IntegerRows& q, const float* x, int64_t row, int64_t k,
                              float inverse) {
@@ -68,8 +69,7 @@ inline void split_full_chunk(const IntegerRows& q, const float* x, int64_t row, 
     low_sums[(k + begin) / q.group] -= q.zero * Vec::sum_int(low_sum);
   }
 }
-
-#ifdef DIPTYCH_WORDS
+#else
 // The same of words, any number of inputs.
 inline void round_word_chunk(const IntegerRows& q, const float* x, int64_t row, int64_t k,
                              int64_t inside, float inverse) {
@@ -98,7 +98,9 @@ inline void round_chunk(const IntegerRows& q, const float* x, int64_t row, int64
 #endif
   if constexpr (Vec::kRoundsBytes) {
     if (q.limbs == 1 && inside == kChunk) return round_full_chunk(q, x, row, k, inverse);
+#ifndef DIPTYCH_WORDS
     if (q.limbs == 2 && inside == kChunk) return split_full_chunk(q, x, row, k, inverse);
+#endif
   }
   int32_t whole[kChunk] = {};
   for (int64_t i = 0; i < inside; ++i) whole[i] = nearest(x[k + i] * inverse);
@@ -180,6 +182,37 @@ inline __attribute__((always_inline)) void start(I (&acc)[R][V], const IntegerTi
   for (int r = 0; r < R; ++r) {
 #pragma GCC unroll 16
     for (int v = 0; v < V; ++v) acc[r][v] = Vec::set1_int(t.sums[r * t.sums_stride + g]);
+  }
+}
+
+// ROWS rows against P panels of int4. Tiles::sum_group(sum, t, begin, g, prefetch) says what the products
+// of group `g`'s inputs, which begin at `begin`, sum up to. The running sums stay in memory: registers are
+// for the group's.
+template <class Tiles, int ROWS, int P>
+void int4_tile(const IntegerTile& t) {
+  constexpr int V = P * kVecs;
+  alignas(64) float memory[ROWS * V * Vec::W];
+  float* sums = memory;
+  asm volatile("" : "+r"(sums) : : "memory");  // not to be taken apart into registers
+  for (int i = 0; i < ROWS * V; ++i) Vec::store(sums + i * Vec::W, Vec::set1(0.0f));
+  int64_t g = 0;
+  Prefetch prefetch(t.ahead.or_there(t.x), t.padded / 8);
+  for (int64_t begin = 0; begin < t.padded; begin += t.group, ++g) {
+    I whole[ROWS][V];
+    Tiles::sum_group(whole, t, begin, g, prefetch);
+#pragma GCC unroll 16
+    for (int v = 0; v < V; ++v) {
+      const F step = Vec::load_as<BF16>(t.steps + (v / kVecs) * t.steps_stride + g * kPanel +
+                                        (v % kVecs) * Vec::W);
+#pragma GCC unroll 16
+      for (int r = 0; r < ROWS; ++r) {
+        float* sum = sums + (r * V + v) * Vec::W;
+        Vec::store(sum, Vec::fma(step, Vec::to_floats(whole[r][v]), Vec::load(sum)));
+      }
+    }
+  }
+  for (int v = 0; v < V; ++v) {
+    for (int r = 0; r < ROWS; ++r) store_sum(t, r, v, Vec::load(sums + (r * V + v) * Vec::W));
   }
 }
 

@@ -40,7 +40,7 @@ inline __attribute__((always_inline)) void add_word_products(I (&acc)[R][V], con
 #pragma GCC unroll 16
       for (int v = 0; v < V; ++v) {
         const uint8_t* bytes = at + (v / kVecs) * t.panel_stride + (v % kVecs) * 4 * Vec::W;
-        if (R > 1) asm volatile("" : "+r"(bytes));  // loaded anew: registers are few
+        if (R > 1) bytes = load_again(bytes);
         w[v] = words_of<BITS>(Vec::load_int(bytes), part);
       }
 #pragma GCC unroll 16
@@ -92,16 +92,8 @@ void word_tile(const IntegerTile& t) {
   }
 }
 
-// acc[r][v] = the sums of the products of group `g`'s inputs, which begin at `begin`: of words.
-template <int R, int V>
-inline __attribute__((always_inline)) void sum_group_words(I (&acc)[R][V], const IntegerTile& t,
-                                                           int64_t begin, int64_t g,
-                                                           Prefetch& prefetch) {
-  start<R, V>(acc, t, g);
-  add_word_products<4, R, V>(acc, t, begin, begin + t.group, prefetch);
-}
-
-// The same of bytes, with sums in memory on the way: registers are for those of a run.
+// sum[r][v] = the sums of the products of group `g`'s inputs, which begin at `begin`, of bytes: in memory on
+// the way, as registers are for those of a run.
 template <int R, int V>
 inline __attribute__((always_inline)) void sum_group_bytes(I (&sum)[R][V], const IntegerTile& t,
                                                            int64_t begin, int64_t g,
@@ -133,7 +125,7 @@ inline __attribute__((always_inline)) void sum_group_bytes(I (&sum)[R][V], const
 #pragma GCC unroll 16
         for (int v = 0; v < V; ++v) {
           const uint8_t* bytes = at + (v / kVecs) * t.panel_stride + (v % kVecs) * 4 * Vec::W;
-          if (R > 1) asm volatile("" : "+r"(bytes));  // loaded anew: registers are few
+          if (R > 1) bytes = load_again(bytes);
           const I both = Vec::load_int(bytes);
           w[v] = Vec::low_nibbles(half == 0 ? both : Vec::shift_right4(both));
         }
@@ -157,39 +149,6 @@ inline __attribute__((always_inline)) void sum_group_bytes(I (&sum)[R][V], const
   }
 }
 
-// R rows x P panels of int4; the sums of all groups stay in memory.
-template <bool WORDS, int R, int P>
-void nibble_tile(const IntegerTile& t) {
-  constexpr int V = P * kVecs;
-  alignas(64) float memory[R * V * Vec::W];
-  float* sums = memory;
-  asm volatile("" : "+r"(sums) : : "memory");  // not to be taken apart into registers
-  for (int i = 0; i < R * V; ++i) Vec::store(sums + i * Vec::W, Vec::set1(0.0f));
-  Prefetch prefetch(t.ahead.or_there(t.x), t.padded / 8);
-  int64_t g = 0;
-  for (int64_t begin = 0; begin < t.padded; begin += t.group, ++g) {
-    I acc[R][V];
-    if constexpr (WORDS) {
-      sum_group_words<R, V>(acc, t, begin, g, prefetch);
-    } else {
-      sum_group_bytes<R, V>(acc, t, begin, g, prefetch);
-    }
-#pragma GCC unroll 16
-    for (int v = 0; v < V; ++v) {
-      const F step = Vec::load_as<BF16>(t.steps + (v / kVecs) * t.steps_stride + g * kPanel +
-                                        (v % kVecs) * Vec::W);
-#pragma GCC unroll 16
-      for (int r = 0; r < R; ++r) {
-        float* sum = sums + (r * V + v) * Vec::W;
-        Vec::store(sum, Vec::fma(step, Vec::to_floats(acc[r][v]), Vec::load(sum)));
-      }
-    }
-  }
-  for (int v = 0; v < V; ++v) {
-    for (int r = 0; r < R; ++r) store_sum(t, r, v, Vec::load(sums + (r * V + v) * Vec::W));
-  }
-}
-
 struct WordTiles {
   static constexpr int kLimbs = 1, kPanelsOne = 2;
   template <int R, int P>
@@ -198,12 +157,24 @@ struct WordTiles {
   }
 };
 
+// WORDS: rows are words.
 template <bool WORDS>
 struct NibbleTiles {
   static constexpr int kLimbs = 1, kPanelsOne = 2;
   template <int R, int P>
   static void run(const IntegerTile& t) {
-    nibble_tile<WORDS, R, P>(t);
+    int4_tile<NibbleTiles, R, P>(t);
+  }
+  template <int R, int V>
+  static inline __attribute__((always_inline)) void sum_group(I (&sum)[R][V], const IntegerTile& t,
+                                                              int64_t begin, int64_t g,
+                                                              Prefetch& prefetch) {
+    if constexpr (WORDS) {
+      start<R, V>(sum, t, g);
+      add_word_products<4, R, V>(sum, t, begin, begin + t.group, prefetch);
+    } else {
+      sum_group_bytes<R, V>(sum, t, begin, g, prefetch);
+    }
   }
 };
 

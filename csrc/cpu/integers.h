@@ -89,39 +89,6 @@ void int8_tile(const IntegerTile& t) {
   }
 }
 
-// The same of int4. The running sums stay in memory: registers are for the group's.
-template <int LIMBS, int ROWS, int P>
-void int4_tile(const IntegerTile& t) {
-  constexpr int R = ROWS * LIMBS, V = P * kVecs;
-  alignas(64) float memory[ROWS * V * Vec::W];
-  float* sums = memory;
-  asm volatile("" : "+r"(sums) : : "memory");  // not to be taken apart into registers
-  for (int i = 0; i < ROWS * V; ++i) Vec::store(sums + i * Vec::W, Vec::set1(0.0f));
-  int64_t g = 0;
-  Prefetch prefetch(t.ahead.or_there(t.x), t.padded / 8);
-  for (int64_t begin = 0; begin < t.padded; begin += t.group, ++g) {
-    I acc[R][V];
-    start<R, V>(acc, t, g);
-    add_products<4, R, V>(acc, t, begin, begin + t.group, prefetch);
-#pragma GCC unroll 16
-    for (int v = 0; v < V; ++v) {
-      const F step = Vec::load_as<BF16>(t.steps + (v / kVecs) * t.steps_stride + g * kPanel +
-                                        (v % kVecs) * Vec::W);
-#pragma GCC unroll 16
-      for (int r = 0; r < ROWS; ++r) {
-        I whole = acc[r * LIMBS + LIMBS - 1][v];
-        if constexpr (LIMBS == 2)  // fits: a group is short
-          whole = Vec::add_int(Vec::shift_left8(acc[r * LIMBS][v]), whole);
-        float* sum = sums + (r * V + v) * Vec::W;
-        Vec::store(sum, Vec::fma(step, Vec::to_floats(whole), Vec::load(sum)));
-      }
-    }
-  }
-  for (int v = 0; v < V; ++v) {
-    for (int r = 0; r < ROWS; ++r) store_sum(t, r, v, Vec::load(sums + (r * V + v) * Vec::W));
-  }
-}
-
 template <int BITS, int LIMBS>
 struct ByteTiles {
   static constexpr int kLimbs = LIMBS, kPanelsOne = Vec::kPanels;
@@ -130,13 +97,30 @@ struct ByteTiles {
     if constexpr (BITS == 8) {
       int8_tile<LIMBS, ROWS, P>(t);
     } else {
-      int4_tile<LIMBS, ROWS, P>(t);
+      int4_tile<ByteTiles, ROWS, P>(t);
+    }
+  }
+  template <int ROWS, int V>
+  static inline __attribute__((always_inline)) void sum_group(I (&sum)[ROWS][V],
+                                                              const IntegerTile& t, int64_t begin,
+                                                              int64_t g, Prefetch& prefetch) {
+    I acc[ROWS * LIMBS][V];
+    start<ROWS * LIMBS, V>(acc, t, g);
+    add_products<4, ROWS * LIMBS, V>(acc, t, begin, begin + t.group, prefetch);
+#pragma GCC unroll 16
+    for (int r = 0; r < ROWS; ++r) {
+#pragma GCC unroll 16
+      for (int v = 0; v < V; ++v) {
+        sum[r][v] = acc[r * LIMBS + LIMBS - 1][v];
+        if constexpr (LIMBS == 2)  // fits: a group is short
+          sum[r][v] = Vec::add_int(Vec::shift_left8(acc[r * LIMBS][v]), sum[r][v]);
+      }
     }
   }
 };
 #endif
 
-// Tiles: kLimbs, and run<ROWS, P>(t).
+// Tiles: kLimbs, kPanelsOne (panels of a tile of a single row), and run<ROWS, P>(t).
 template <class Tiles, int P, int ROWS = Vec::kRows / Tiles::kLimbs>
 void integer_tile_rows(const IntegerTile& t, int64_t rows) {
   if constexpr (ROWS > 1) {
@@ -165,7 +149,7 @@ void integer_gemm(const IntegerTile& first, int64_t rows, int64_t panels) {
       t.out += r * t.out_stride + p * kPanel;
       t.columns -= p * kPanel;
       t.ahead = p % wide == 0 ? first.ahead.of_tile(r / height * across + p / wide, tiles) : Ahead{};
-      if (left == 1 && panels - p >= Tiles::kPanelsOne) {
+      if (rows == 1 && panels - p >= Tiles::kPanelsOne) {
         Tiles::template run<1, Tiles::kPanelsOne>(t);
         p += Tiles::kPanelsOne;
       } else if (panels - p >= Vec::kPanels) {

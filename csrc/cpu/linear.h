@@ -191,7 +191,7 @@ void linear_integers(const LinearArgs& a) {
 #else
   constexpr bool tiles = false;
 #endif
-  const int64_t value_bytes = byte_rows * stride * (words ? 2 : 1),
+  const int64_t item = words ? 2 : 1, value_bytes = byte_rows * stride * item,
                 sum_bytes = round_up(byte_rows * groups * 4, 64);
   auto* memory = static_cast<char*>(
       scratch(kScratchCall, static_cast<size_t>(value_bytes + sum_bytes + a.rows * 4)));
@@ -205,14 +205,14 @@ void linear_integers(const LinearArgs& a) {
                       a.width == Width::kInt4 ? kZero4 : kZero8,
                       byte_rows,
                       tiles,
-                      words ? 2 : 1};
+                      item};
   IntegerRowsJob rounding{a, q};
   round_rows(a, IntegerRowsJob::item, &rounding);
 #ifdef __AMX_BF16__
   if (tiles) return integers_on_tiles(a, q);
 #endif
   const int64_t panels = panels_to_cut(a);
-  const int64_t most = rows_for_all(panels / kGroupPanels, rows_that_fit(q.value_bytes * limbs * stride));
+  const int64_t most = rows_for_all(panels / kGroupPanels, rows_that_fit(item * limbs * stride));
   IntegerJob job{a, q, {panels, a.rows, kGroupPanels, most, Vec::kRows / limbs}};
   run_unless_small(job.cut.items, run_parts<IntegerJob>, &job, a.rows * a.num_out * a.num_in);
 }

@@ -25,11 +25,9 @@ struct Vec {
   static I load_int(const void* p) { return _mm256_loadu_si256(static_cast<const I*>(p)); }
   static void store_int(void* p, I v) { _mm256_storeu_si256(static_cast<I*>(p), v); }
   static I add_int(I a, I b) { return _mm256_add_epi32(a, b); }
-  static I and_int(I a, I b) { return _mm256_and_si256(a, b); }
   static I shift_right4(I a) { return _mm256_srli_epi32(a, 4); }
   static I shift_right16(I a) { return _mm256_srai_epi32(a, 16); }
   static I low_word(I a) { return _mm256_and_si256(a, _mm256_set1_epi32(65535)); }
-  static I shift_left8(I a) { return _mm256_slli_epi32(a, 8); }
   static F to_floats(I a) { return _mm256_cvtepi32_ps(a); }
   // Each lane's 16-bit parts, as their lower or upper bytes without sign
   static I low_bytes(I a) { return and_mask<0x00ff00ffu>(a); }
@@ -71,16 +69,7 @@ struct Vec {
     store_bytes(out, whole);
     return whole;
   }
-  // The same of 16 bits as 256 * high + low; the sums take them along
-  static void split_limbs(F x, int8_t* high, int8_t* low, I& high_sum, I& low_sum) {
-    const I whole = _mm256_cvtps_epi32(x);
-    const I top = _mm256_srai_epi32(_mm256_add_epi32(whole, _mm256_set1_epi32(128)), 8);
-    high_sum = _mm256_add_epi32(high_sum, top);
-    low_sum = _mm256_add_epi32(low_sum, _mm256_sub_epi32(whole, _mm256_slli_epi32(top, 8)));
-    store_bytes(high, top);
-    store_bytes(low, whole);
-  }
-  // The same as words; of every four the two in the middle change places
+  // The same of words; of every four the two in the middle change places
   static I round_words(int16_t* out, F x) {
     const I whole = _mm256_cvtps_epi32(x);
     const I pick = _mm256_broadcastsi128_si256(
@@ -143,6 +132,7 @@ struct Vec {
   static void order_keys(char* out, const char* in, int n);
   static void order_values(char* out, const char* a, const char* b, int n);
   static void split_unsigned(F x, int8_t* high, int8_t* low);
+  static void split_limbs(F x, int8_t* high, int8_t* low, I& high_sum, I& low_sum);
   static void store_bf16(uint16_t* p, F v);                  // likewise
   static F exp2_short(F x);                                  // likewise
   static F sums(const F (&v)[8]);
